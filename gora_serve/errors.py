@@ -1,0 +1,108 @@
+"""Every error that gora-serve raises on purpose, one class for each thing that the user can do about it.
+
+    GoraError
+    ├── MismatchError    1   the check ran, and the answer is no
+    ├── UsageError       2   call the command differently
+    ├── InputError       3   this file or value is refused
+    ├── BindingError     4   the parts do not belong together
+    ├── MachineError     5   disk, permission, missing file, network
+    ├── OutputError      6   the output exists, or another process holds it
+    └── RunError         7   training or the engine failed
+
+The number is the exit code of the command line. Each place that raises has a stable `GS-nnn` code, documented in
+docs/errors.md; its first digit is the class's exit code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def printable(text: object) -> str:
+    r"""Return `text` with control characters shown as \xNN, so that no file name or tensor name can drive a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class GoraError(Exception):
+    """What happened, where, what was expected, what to do next.
+
+    `code` is the stable "GS-nnn"; `hint` is printed as the `try:` line. `kept` says what state the output is in.
+    """
+
+    exit_code = 70
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        code: str,
+        file: str | Path | None = None,
+        tensor: str | None = None,
+        expected: object = None,
+        actual: object = None,
+        kept: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.code = code
+        self.fields: Mapping[str, object] = {
+            name: value
+            for name, value in {
+                "file": file, "tensor": tensor, "expected": expected, "actual": actual, "kept": kept, "try": hint,
+            }.items()
+            if value is not None
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}] {printable(self.what)}"]
+        lines += [f"  {name}: {printable(value)}" for name, value in self.fields.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the same fields for `--json`."""
+        fields = {name: printable(value) for name, value in self.fields.items()}
+        return {"error": {"code": self.code, "what": self.what, **fields}, "exit_code": self.exit_code}
+
+
+class MismatchError(GoraError):
+    """The check ran and the bytes differ."""
+
+    exit_code = 1
+
+
+class UsageError(GoraError):
+    """The command or function was called with values that make no sense together."""
+
+    exit_code = 2
+
+
+class InputError(GoraError):
+    """A file is malformed, hostile or unsupported."""
+
+    exit_code = 3
+
+
+class BindingError(GoraError):
+    """Base, adapter, configuration or engine do not belong together."""
+
+    exit_code = 4
+
+
+class MachineError(GoraError):
+    """The environment: disk, permission, missing file, network, missing package."""
+
+    exit_code = 5
+
+
+class OutputError(GoraError):
+    """The output exists already, or another process is writing it."""
+
+    exit_code = 6
+
+
+class RunError(GoraError):
+    """Training or serving failed on the way."""
+
+    exit_code = 7
