@@ -1,0 +1,139 @@
+"""Seals and bindings: a folder that proves its own files, and an adapter that knows the base it belongs to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from gora_serve.errors import BindingError, InputError, MismatchError
+from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.files import sha256_file, write_json
+from gora_serve.integrity.manifest import Differences, Manifest, Roots, TensorRecord, differences
+
+SEAL = "gora_manifest.json"
+SCHEMA = "gora-serve/output-manifest/1"
+_RESERVED = {"schema", "files", "status"}
+_SEAL_LIMIT = 64 << 20  # bytes
+
+
+def seal_folder(folder: Path, record: Mapping[str, object]) -> None:
+    """Write `gora_manifest.json` into `folder`: size and SHA-256 of every other file, then the keys of `record`.
+
+    To be called last: it is what makes the folder complete.
+    """
+    assert not _RESERVED & record.keys(), "record must not name keys of the seal"
+    files = {name: dict(zip(("size", "sha256"), sha256_file(folder / name), strict=True)) for name in _files(folder)}
+    write_json(folder / SEAL, {"schema": SCHEMA, "files": files, **record, "status": "complete"})
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the relative POSIX paths below `folder`, sorted, without the seal and what a hub download adds.
+
+    A symlink to a folder counts as a file, so that nothing can hide behind it.
+    """
+    found: list[str] = []
+    for place, folders, names in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in names + links]
+    return sorted(name for name in found if name not in (SEAL, ".gitattributes") and not name.startswith(".cache/"))
+
+
+def check_folder(folder: Path) -> dict[str, object]:
+    """Hash the files of a sealed folder again and return the whole content of its `gora_manifest.json`.
+
+    Raises MismatchError (GS-102 a file differs, GS-103 is missing, GS-104 is extra) naming the first in that order and
+    counting the others; InputError (GS-330 schema, GS-332 no seal, GS-333 malformed or not complete).
+    """
+    seal = folder / SEAL
+    if not seal.exists():
+        hint = "the folder was not finished, or gora-serve did not write it"
+        raise InputError(f"there is no {SEAL}", code="GS-332", file=folder, hint=hint)
+    value = _read_seal(seal)
+    files = value["files"]
+    assert isinstance(files, dict)
+    present = set(_files(folder))
+    changed = [_fault(folder, name, files[name]) for name in sorted(files.keys() & present)]
+    faults = [fault for fault in changed if fault is not None]
+    faults += [("GS-103", name, "a file is missing", None, None) for name in sorted(files.keys() - present)]
+    faults += [("GS-104", name, "a file is not in the manifest", None, None) for name in sorted(present - files.keys())]
+    if faults:
+        code, name, what, expected, actual = faults[0]
+        more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
+        raise MismatchError(what + more, code=code, file=folder / name, expected=expected, actual=actual)
+    return value
+
+
+Fault = tuple[str, str, str, str | None, str | None]  # code, file, what, expected, actual
+
+
+def _fault(folder: Path, name: str, expected: Mapping[str, object]) -> Fault | None:
+    path = folder / name
+    if path.is_dir():
+        return ("GS-102", name, "a file has become a folder", None, None)
+    size, sha256 = sha256_file(path)
+    if size != expected["size"]:
+        return ("GS-102", name, "a file has another size", f"{expected['size']} bytes", f"{size} bytes")
+    if sha256 != expected["sha256"]:
+        return ("GS-102", name, "a file has changed", str(expected["sha256"]), sha256)
+    return None
+
+
+def _read_seal(path: Path) -> dict[str, object]:
+    value = read_json(path, limit=_SEAL_LIMIT)
+    if isinstance(value, dict) and value.get("schema", SCHEMA) != SCHEMA:
+        what = "this manifest has a schema that this version does not read"
+        raise InputError(what, code="GS-330", file=path, expected=SCHEMA, actual=value["schema"])
+    files = value.get("files") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(files, dict) or "schema" not in value:
+        raise InputError("this manifest is malformed", code="GS-333", file=path, expected="schema, files, status")
+    if value.get("status") != "complete":
+        raise InputError("this folder is not complete", code="GS-333", file=path, actual=value.get("status"))
+    for name, record in files.items():
+        if not _is_inside(name) or not isinstance(record, dict) or not {"size", "sha256"} <= record.keys():
+            raise InputError("this manifest is malformed", code="GS-333", file=path, actual=name)
+    return value
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts
+
+
+def check_binding(
+    bound: Roots,
+    manifest: Manifest,
+    *,
+    strict: bool = False,
+    base: Path,
+    bound_tensors: Mapping[str, TensorRecord] | None = None,
+) -> list[str]:
+    """Compare the base that an adapter is bound to with the base at `base`; return the warnings to show.
+
+    Raises BindingError: GS-401 where the weights differ (with up to five tensors if `bound_tensors` is given), GS-402
+    where only configuration or tokenizer differ and `strict` is set. A root that one side lacks counts as different.
+    """
+    actual = manifest.roots
+    if bound.weights != actual.weights:
+        diff = differences(bound_tensors, manifest.tensors) if bound_tensors is not None else None
+        raise BindingError(
+            "this adapter belongs to a base with other weights" + _examples(diff), code="GS-401", file=base,
+            expected=bound.weights, actual=actual.weights,
+            hint="use the base that the adapter was made for, or convert the adapter to this one",
+        )  # fmt: skip
+    pairs = [("configuration", bound.config, actual.config), ("tokenizer", bound.tokenizer, actual.tokenizer)]
+    different = [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
+    if different and strict:
+        name, ours, theirs = different[0]
+        what = f"the weights match, but the base has another {' and '.join(name for name, _, _ in different)}"
+        raise BindingError(what, code="GS-402", file=base, expected=ours or "none", actual=theirs or "none")
+    return [f"the base has another {name} than the adapter was made for: {base}" for name, _, _ in different]
+
+
+def _examples(diff: Differences | None) -> str:
+    kinds = (("changed", diff.changed), ("missing", diff.missing), ("extra", diff.extra)) if diff else ()
+    named = [f"{name} ({kind})" for kind, names in kinds for name in names]
+    if not named:
+        return ""
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    return f": {', '.join(named[:5])}{more}"

@@ -1,0 +1,61 @@
+"""Writing single files so that a reader sees the old content or the new one, and hashing them.
+
+Folders are written whole in the same sense by `staged_folder`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from gora_serve.errors import MachineError
+from gora_serve.integrity.reading import open_regular, pieces, size_of
+from gora_serve.integrity.staging import staged_folder, sync_published
+
+__all__ = ["sha256_file", "staged_folder", "write_bytes", "write_json", "write_text"]
+
+
+def sha256_file(path: Path) -> tuple[int, str]:
+    """Return the size in bytes and the hexadecimal SHA-256 of the file at `path`."""
+    digest = hashlib.sha256()
+    with open_regular(path) as fd:
+        size = size_of(fd)
+        for piece in pieces(fd, 0, size, path=path):
+            digest.update(piece)
+    return size, digest.hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all, durably; the mode follows the umask.
+
+    Raises MachineError (GS-505), and the old file is then as it was.
+    """
+    temporary = path.with_name(f".gora-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as err:
+        what = f"this file cannot be written: {err.strerror}"
+        raise MachineError(what, code="GS-505", file=path, kept="nothing was changed") from err
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    sync_published(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8, as `write_bytes`; line ends are written as they are."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON for people (2 spaces, keys in their order, no NaN), as `write_bytes`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,119 @@
+"""Which files of a folder are the model: one safetensors file, or the shards that an index names.
+
+Paths are confined to the folder; the symlinks of a Hugging Face hub snapshot may also lead into that repository's blobs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from gora_serve.errors import InputError, MachineError
+from gora_serve.integrity.canonical import MIB, read_json
+
+log = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+INDEX_LIMIT = 64 * MIB  # bytes; an index of 100,000 tensors has about 10 MiB
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The weight files of a model folder: relative POSIX name -> real path; `placed` is the index's tensor -> file."""
+
+    weights: Mapping[str, Path]
+    placed: Mapping[str, str] | None
+
+
+def find_model(directory: Path) -> ModelFiles:
+    """Return the weight files of the model in `directory`.
+
+    Raises MachineError (GS-503 no such folder, GS-504 shards missing) and InputError (GS-322 not a model, GS-323 only
+    pickles, GS-324 malformed index, GS-325 a path that leaves the folder).
+    """
+    if not directory.is_dir():
+        raise MachineError("there is no such folder", code="GS-503", file=directory)
+    if (directory / SINGLE).exists():
+        if (directory / INDEX).exists():
+            log.warning("%s: both %s and an index are present; the index is not used", directory, SINGLE)
+        return ModelFiles({SINGLE: confined(directory, SINGLE)}, None)
+    if not (directory / INDEX).exists():
+        raise _not_a_model(directory)
+    placed = _read_index(directory / INDEX)
+    paths = {name: confined(directory, name) for name in sorted(set(placed.values()))}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if missing:
+        raise MachineError(
+            f"{len(missing)} of {len(paths)} weight files are missing: {', '.join(missing)}", code="GS-504",
+            file=directory, hint="download the model again; an interrupted download continues where it stopped",
+        )  # fmt: skip
+    return ModelFiles(paths, placed)
+
+
+def _not_a_model(directory: Path) -> InputError:
+    names = sorted(path.name for path in directory.iterdir())
+    if any(name.startswith("pytorch_model") and name.endswith(".bin") for name in names):
+        hint = (
+            f'where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('NEW_FOLDER')\", and copy the tokenizer files"
+        )
+        what = "this model has only pytorch_model.bin; pickles can run code and are not read"
+        return InputError(what, code="GS-323", file=directory, expected=SINGLE, hint=hint)
+    hint = "pass the folder that save_pretrained or a hub download made"
+    if "adapter_config.json" in names:
+        hint = "this is an adapter folder; pass its base model"
+    elif any(name.endswith(".gguf") for name in names):
+        hint = "load the GGUF file with transformers (gguf_file=...) and save_pretrained the result"
+    return InputError(
+        "this folder is not a model", code="GS-322", file=directory,
+        expected=f"{SINGLE} or {INDEX}", actual=", ".join(names[:8]) or "an empty folder", hint=hint,
+    )  # fmt: skip
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    value = read_json(path, limit=INDEX_LIMIT)
+    placed = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise InputError("the index has no weight_map of tensor names to files", code="GS-324", file=path)
+    return placed
+
+
+def confined(directory: Path, name: str) -> Path:
+    """Return the real path of `name` in `directory`, symlinks followed; it need not exist.
+
+    Raises InputError (GS-325) when it leaves the folder otherwise than from a hub snapshot into its blobs.
+    """
+    pure = PurePosixPath(name)
+    folder = directory.resolve()
+    try:
+        if not name or "\0" in name or "\\" in name or pure.is_absolute() or ".." in pure.parts:
+            raise _escapes(directory, name)
+        real = (folder / pure).resolve()
+    except (OSError, RuntimeError) as err:  # a loop of symlinks; RuntimeError before Python 3.13
+        raise InputError("this path is a loop of symlinks", code="GS-325", file=directory / name) from err
+    allowed = [folder, *([blobs] if (blobs := _blobs(folder)) else [])]
+    if not any(real.is_relative_to(place) and real != place for place in allowed):
+        raise _escapes(directory, name)
+    return real
+
+
+def _blobs(folder: Path) -> Path | None:
+    """Return the blob folder of the hub repository that `folder` is a snapshot of, or None."""
+    blobs = folder.parent.parent / "blobs"
+    return blobs if folder.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink() else None
+
+
+def blob_sha256(path: Path) -> str | None:
+    """Return the SHA-256 that the hub cache promises for the real path of a file, or None where it promises none."""
+    is_digest = len(path.name) == 64 and all(char in "0123456789abcdef" for char in path.name)
+    return path.name if path.parent.name == "blobs" and is_digest else None
+
+
+def _escapes(directory: Path, name: str) -> InputError:
+    return InputError(
+        "a weight file lies outside the model's folder", code="GS-325", file=directory, actual=name,
+        hint="copy the model into one folder, without symlinks that leave it",
+    )  # fmt: skip

@@ -1,0 +1,342 @@
+"""The manifest of a model: every tensor's digest, three roots, and the files they came from.
+
+`hash_model` makes one from a folder, `Manifest.from_json` reads a stored one and checks it against its own root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gora_serve.errors import InputError, MismatchError
+from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.digest import (
+    CHUNK,
+    WEIGHTS_DOMAIN,
+    Differences,
+    TensorRecord,
+    differences,
+    root,
+    tensor_digest,
+    weights_root,
+)
+from gora_serve.integrity.files import sha256_file
+from gora_serve.integrity.headers import Header, read_open_header, tensor_nbytes
+from gora_serve.integrity.layout import INDEX, ModelFiles, blob_sha256, confined, find_model
+from gora_serve.integrity.reading import open_regular, pieces, size_of
+from gora_serve.progress import Listener, Progress, silent
+
+__all__ = [
+    "Differences", "FileRecord", "Manifest", "Roots", "TensorRecord", "config_root", "differences", "hash_adapter",
+    "hash_model", "tensor_digest", "tokenizer_root", "weights_root",
+]  # fmt: skip
+
+SCHEMA = WEIGHTS_DOMAIN
+_IGNORED_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece|sentencepiece).*"
+)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_ROOT = re.compile(r"g[bct]1:sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The three hashes that stand for a base: weights always; config and tokenizer where the folder has them."""
+
+    weights: str
+    config: str | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the folder: relative POSIX path, size in bytes, hexadecimal SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model folder held. `aliases` (tied name -> stored name), `files` and `source` stay outside the roots."""
+
+    roots: Roots
+    tensors: Mapping[str, TensorRecord]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[FileRecord, ...] = ()
+    source: Mapping[str, str] = field(default_factory=dict)
+
+    def resolved(self) -> dict[str, TensorRecord]:
+        """Return the tensors with aliases added under their own names, to compare a tied model with an untied copy."""
+        return {**self.tensors, **{name: self.tensors[stored] for name, stored in self.aliases.items()}}
+
+    def to_json(self) -> dict[str, object]:
+        """Return the manifest as `gora-serve/base-manifest/1`."""
+        return {
+            "schema": SCHEMA,
+            "weights_root": self.roots.weights,
+            "config_root": self.roots.config,
+            "tokenizer_root": self.roots.tokenizer,
+            "chunk_bytes": CHUNK,
+            "totals": {
+                "tensors": len(self.tensors),
+                "bytes": sum(tensor.nbytes for tensor in self.tensors.values()),
+                "params": sum(math.prod(tensor.shape) for tensor in self.tensors.values()),
+            },
+            "source": dict(self.source),
+            "tensors": tensors_to_json(self.tensors),
+            "aliases": dict(self.aliases),
+            "files": [{"path": item.path, "size": item.size, "sha256": item.sha256} for item in self.files],
+        }
+
+    @classmethod
+    def from_json(cls, value: object, *, file: Path | None = None) -> Manifest:
+        """Return the manifest in `value`; keys that it does not know are ignored, `file` is for messages.
+
+        Raises InputError: GS-329 malformed or a key missing, GS-330 another schema, GS-331 its tensors do not give its
+        own weights root.
+        """
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema != SCHEMA:
+            hint = "update gora-serve" if str(schema).startswith(SCHEMA[:-1]) else None
+            what = "this manifest has a schema that this version does not read"
+            raise InputError(what, code="GS-330", file=file, expected=SCHEMA, actual=schema, hint=hint)
+        assert isinstance(value, dict)
+        try:
+            manifest = _read_manifest(value)
+        except (KeyError, TypeError, ValueError) as err:
+            raise InputError(f"this manifest is malformed: {err!r}", code="GS-329", file=file) from err
+        if weights_root(manifest.tensors) != manifest.roots.weights:
+            what = "the tensors of this manifest do not give its own weights root"
+            raise InputError(what, code="GS-331", file=file, hint="write it again with: gora-serve hash BASE")
+        return manifest
+
+
+def _read_manifest(value: Mapping[str, object]) -> Manifest:
+    tensors = tensors_from_json(value["tensors"])
+    aliases, source = _texts(value["aliases"]), _texts(value["source"])
+    if value["chunk_bytes"] != CHUNK or not all(name in tensors for name in aliases.values()):
+        raise ValueError("chunk_bytes or aliases")
+    weights = _root_text(value["weights_root"])
+    if weights is None:
+        raise ValueError("weights_root")
+    roots = Roots(weights, _root_text(value["config_root"]), _root_text(value["tokenizer_root"]))
+    files = value["files"]
+    if not isinstance(files, list):
+        raise TypeError("files")
+    records = tuple(FileRecord(str(item["path"]), _natural(item["size"]), _hex(item["sha256"])) for item in files)
+    return Manifest(roots, tensors, aliases, records, source)
+
+
+def tensors_to_json(tensors: Mapping[str, TensorRecord]) -> dict[str, object]:
+    """Return {name: {dtype, shape, nbytes, digest}}, sorted by name."""
+    return {
+        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "nbytes": tensor.nbytes, "digest": tensor.digest}
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def tensors_from_json(value: object) -> dict[str, TensorRecord]:
+    """Return the tensors that `tensors_to_json` wrote; KeyError, TypeError or ValueError (InputError) if malformed."""
+    if not isinstance(value, dict):
+        raise TypeError("tensors")
+    result = {}
+    for name, item in value.items():
+        shape, dtype = tuple(_natural(size) for size in item["shape"]), item["dtype"]
+        if tensor_nbytes(name, dtype, shape) != item["nbytes"]:
+            raise ValueError(f"nbytes of {name}")
+        result[name] = TensorRecord(dtype, shape, item["nbytes"], _hex(item["digest"]))
+    return result
+
+
+def _texts(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise TypeError("a mapping of strings is something else")
+    return value
+
+
+def _natural(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(f"{value!r} is not a natural number")
+    return value
+
+
+def _hex(value: object) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise TypeError(f"{value!r} is not a SHA-256")
+    return value
+
+
+def _root_text(value: object) -> str | None:
+    if value is not None and not (isinstance(value, str) and _ROOT.fullmatch(value)):
+        raise TypeError(f"{value!r} is not a root")
+    return value
+
+
+def config_root(directory: Path) -> str | None:
+    """Return "gc1:sha256:<hex>" of config.json without the keys that say where and how it was saved; None without one."""
+    path = directory / "config.json"
+    return None if not path.exists() else _config_root(read_json(confined(directory, path.name)), path)
+
+
+def _config_root(config: object, path: Path) -> str:
+    if not isinstance(config, dict):
+        raise InputError("this file does not hold a JSON object", code="GS-335", file=path)
+    kept = {name: _exact(item) for name, item in config.items() if name not in _IGNORED_CONFIG}
+    return root("gc1", "gora-serve/config/1", kept)
+
+
+def _exact(value: object) -> object:
+    """Return `value` without what has no canonical form: 10000.0 becomes 10000 (JSON has one kind of number), other
+    floats and very large integers become an object with their exact text."""
+    if isinstance(value, int) and abs(value) >= 2**53:
+        return {"__int__": str(value)}
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 2**53 else {"__float__": value.hex()}
+    if isinstance(value, dict):
+        return {name: _exact(item) for name, item in value.items()}
+    return [_exact(item) for item in value] if isinstance(value, list) else value
+
+
+def tokenizer_root(directory: Path) -> str | None:
+    """Return "gt1:sha256:<hex>" over the names and SHA-256 of the tokenizer and chat template files; None without any."""
+    records = {name: sha256_file(confined(directory, name))[1] for name in _tokenizer_names(directory)}
+    return root("gt1", "gora-serve/tokenizer/1", records) if records else None
+
+
+def _tokenizer_names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name) and path.is_file())
+
+
+def hash_model(directory: Path, *, listen: Listener = silent) -> Manifest:
+    """Return the manifest of the model folder `directory` from all bytes of its weights.
+
+    `listen` gets stage "hash" with the bytes hashed so far, on the calling thread. Raises what `find_model` and
+    `read_header` raise, InputError GS-326 to GS-328 where index and shards disagree, MismatchError GS-101 where a file
+    changed meanwhile and GS-105 where a hub cache blob is not what its name says.
+    """
+    model = find_model(directory)
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(open_regular(path)) for name, path in model.weights.items()}
+        headers = {name: read_open_header(fd, model.weights[name]) for name, fd in opened.items()}
+        _check_placement(directory, headers, model.placed)
+        tensors, weight_files = _hash_files(model, opened, headers, listen)
+    names = [name for name in (INDEX, "config.json") if (directory / name).is_file()]
+    small = [FileRecord(name, *sha256_file(confined(directory, name))) for name in names + _tokenizer_names(directory)]
+    roots = Roots(weights_root(tensors), config_root(directory), tokenizer_root(directory))
+    return Manifest(roots, tensors, _tied(directory, tensors), (*weight_files, *small))
+
+
+def _check_placement(directory: Path, headers: Mapping[str, Header], placed: Mapping[str, str] | None) -> None:
+    held: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.entries:
+            if name in held:
+                what = f"a tensor is in two files, {held[name]} and {file}"
+                raise InputError(what, code="GS-328", file=directory, tensor=name)
+            held[name] = file
+    if placed is None:
+        return
+    for name, file in placed.items():
+        if held.get(name) != file:
+            what = "the index names a tensor that its file does not hold"
+            raise InputError(what, code="GS-326", file=directory / file, tensor=name)
+    for name in held.keys() - placed.keys():
+        what = "a weight file holds a tensor that the index does not name"
+        raise InputError(what, code="GS-327", file=directory / held[name], tensor=name)
+
+
+Job = tuple[int, Callable[[], str]]  # bytes to hash, the work
+
+
+def _hash_files(
+    model: ModelFiles, opened: Mapping[str, int], headers: Mapping[str, Header], listen: Listener
+) -> tuple[dict[str, TensorRecord], list[FileRecord]]:
+    # Each file is hashed twice, whole and by tensor, at the same time, so that the second reader finds it cached.
+    jobs: list[Job] = []
+    for name, path in model.weights.items():
+        jobs.append(_file_job(opened[name], path))
+        jobs += _tensor_jobs(opened[name], path, headers[name])
+    digests = iter(_run(jobs, listen))
+    tensors: dict[str, TensorRecord] = {}
+    files: list[FileRecord] = []
+    for name, path in model.weights.items():
+        files.append(FileRecord(name, headers[name].file_size, next(digests)))
+        _check_blob(path, files[-1].sha256)
+        for entry in headers[name].entries.values():
+            tensors[entry.name] = TensorRecord(entry.dtype, entry.shape, entry.nbytes, next(digests))
+    return tensors, files
+
+
+def _file_job(fd: int, path: Path) -> Job:
+    def work() -> str:
+        digest = hashlib.sha256()
+        for piece in pieces(fd, 0, size_of(fd), path=path):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    return size_of(fd), work
+
+
+def _tensor_jobs(fd: int, path: Path, header: Header) -> list[Job]:
+    def job(begin: int, end: int) -> Job:
+        return end - begin, lambda: tensor_digest(pieces(fd, begin, end, path=path))
+
+    start = header.data_start
+    return [job(start + entry.begin, start + entry.end) for entry in header.entries.values()]
+
+
+def _run(jobs: Sequence[Job], listen: Listener) -> list[str]:
+    """Return the results of `jobs` in their order; hashlib leaves the interpreter lock, so threads run in parallel."""
+    total, done = sum(size for size, _ in jobs), 0
+    with ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2))) as pool:
+        futures = {pool.submit(work): size for size, work in jobs}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done += futures[future]
+                listen(Progress("hash", done, total))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def _check_blob(path: Path, sha256: str) -> None:
+    promised = blob_sha256(path)
+    if promised is not None and promised != sha256:
+        raise MismatchError(
+            "a file of the hub cache is not what its name says", code="GS-105", file=path,
+            expected=promised, actual=sha256, hint="delete this file and download the model again",
+        )  # fmt: skip
+
+
+def _tied(directory: Path, tensors: Mapping[str, TensorRecord]) -> dict[str, str]:
+    """Return {"lm_head.weight": embedding} where config.json ties them and only the embedding is stored."""
+    path = directory / "config.json"
+    config = read_json(confined(directory, path.name)) if path.exists() else None
+    embeddings = [name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    if not isinstance(config, dict) or config.get("tie_word_embeddings") is not True or len(embeddings) != 1:
+        return {}
+    return {} if "lm_head.weight" in tensors else {"lm_head.weight": embeddings[0]}
+
+
+def hash_adapter(path: Path, *, listen: Listener = silent) -> tuple[str, dict[str, TensorRecord]]:
+    """Return the root and the tensors of the safetensors file at `path`, by the same scheme as a model's weights."""
+    with open_regular(path) as fd:
+        header = read_open_header(fd, path)
+        digests = _run(_tensor_jobs(fd, path, header), listen)
+    tensors = {
+        entry.name: TensorRecord(entry.dtype, entry.shape, entry.nbytes, digest)
+        for entry, digest in zip(header.entries.values(), digests, strict=True)
+    }
+    return weights_root(tensors), tensors

@@ -1,0 +1,81 @@
+"""Reading files by descriptor: regular files only, in bounded pieces, and with proof that they stood still meanwhile.
+
+The only place of this room that opens an input. Operating system errors become MachineError here.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gora_serve.errors import InputError, MachineError, MismatchError
+
+PIECE = 1 << 20  # bytes per read: the memory that a thread holds
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """Open `path` for reading and yield its descriptor; on leaving, check that the file is as it was on entering.
+
+    Raises MachineError (GS-501 missing, GS-502 unreadable), InputError (GS-334, not a regular file) and MismatchError
+    (GS-101) when size, times or inode changed while it was open.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: a pipe must not hang us
+    except FileNotFoundError as err:
+        raise MachineError("this file does not exist", code="GS-501", file=path) from err
+    except OSError as err:
+        raise _unreadable(path, err) from err
+    try:
+        before = os.fstat(fd)
+        if not stat.S_ISREG(before.st_mode):
+            raise InputError("this is not a regular file", code="GS-334", file=path)
+        yield fd
+        if _identity(os.fstat(fd)) != _identity(before):
+            raise changed_while_reading(path)
+    finally:
+        os.close(fd)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def changed_while_reading(path: Path) -> MismatchError:
+    """Return the error for a file that another process wrote to, to be raised by the caller."""
+    hint = "run again when nothing writes to it"
+    return MismatchError("this file changed while it was being read", code="GS-101", file=path, hint=hint)
+
+
+def _unreadable(path: Path, err: OSError) -> MachineError:
+    return MachineError(f"this file cannot be read: {err.strerror}", code="GS-502", file=path)
+
+
+def size_of(fd: int) -> int:
+    """Return the size in bytes of the open file."""
+    return os.fstat(fd).st_size
+
+
+def pieces(fd: int, begin: int, end: int, *, path: Path) -> Iterator[memoryview]:
+    """Yield the bytes [begin, end) in pieces of at most 1 MiB; each is valid only until the next one is taken.
+
+    Safe in several threads on one descriptor. `path` is for messages only.
+    """
+    buffer = memoryview(bytearray(min(PIECE, max(end - begin, 0))))
+    while begin < end:
+        try:
+            count = os.preadv(fd, [buffer[: end - begin]], begin)
+        except OSError as err:
+            raise _unreadable(path, err) from err
+        if count == 0:
+            raise changed_while_reading(path)
+        yield buffer[:count]
+        begin += count
+
+
+def read_range(fd: int, begin: int, end: int, *, path: Path) -> bytes:
+    """Return the bytes [begin, end) of the open file."""
+    return b"".join(bytes(piece) for piece in pieces(fd, begin, end, path=path))

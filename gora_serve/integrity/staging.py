@@ -1,0 +1,269 @@
+"""Writing a folder whole or not at all: a stage beside the target, a lock, one atomic rename.
+
+Whatever happens to the process, the target is the old folder, the new one, or absent; leftovers are swept by the next run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from gora_serve.errors import MachineError, OutputError, UsageError
+
+log = logging.getLogger(__name__)
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+UNCHANGED = "nothing was changed"
+
+
+@contextmanager
+def staged_folder(
+    target: Path, *, overwrite: bool = False, protect: Sequence[Path] = (), visible: bool = False
+) -> Iterator[Path]:
+    """Yield a new folder beside `target` to write into; on leaving without an exception it becomes `target`.
+
+    With `visible` the folder is `<target>.partial` and survives a failure. `protect` lists inputs that the target must
+    not be, contain or lie in. Raises UsageError (GS-251 to GS-255), OutputError (GS-601 exists, GS-602 locked, GS-603 a
+    partial folder exists), MachineError (GS-505 nothing was changed, GS-506 published but not surely on disk); an OSError
+    of the body becomes GS-505 too.
+    """
+    target = target.absolute()
+    check_target(target, overwrite=overwrite, protect=protect)
+    with _os_errors(target, UNCHANGED):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target = target.parent.resolve() / target.name
+    with _locked(target):
+        with _os_errors(target, UNCHANGED):
+            _recover(target)
+            check_target(target, overwrite=overwrite, protect=protect)
+            stage = _new_partial(target, overwrite=overwrite) if visible else _new_stage(target)
+        kept = f"the unfinished output is in {stage}" if visible else UNCHANGED
+        try:
+            with _os_errors(target, kept):
+                yield stage
+                _fsync_tree(stage)
+                old = _publish(stage, target, overwrite=overwrite)
+        except BaseException:
+            if not visible:
+                shutil.rmtree(stage, ignore_errors=True)
+            raise
+        sync_published(target)
+        if old is not None:
+            _delete_old(old)
+
+
+def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Path] = ()) -> None:
+    """Raise UsageError or OutputError if `staged_folder` would refuse `target` before work starts; changes nothing."""
+    if target.name in ("", ".."):
+        raise UsageError("the output needs a name of its own", code="GS-255", file=target)
+    if target.is_symlink():
+        raise UsageError(
+            "the output is a symlink", code="GS-252", file=target, hint="name the folder that it points to"
+        )
+    for path in protect:
+        relation = _relation(target, path)
+        if relation:
+            hint = "choose an output folder outside the inputs"
+            what = f"the output {relation} an input, {path}"
+            raise UsageError(what, code="GS-251", file=target, kept=UNCHANGED, hint=hint)
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UsageError("the output is not a folder", code="GS-253", file=target, kept=UNCHANGED)
+    if not overwrite:
+        hint = "choose another output, or pass --overwrite"
+        raise OutputError("the output exists", code="GS-601", file=target, kept=UNCHANGED, hint=hint)
+    for place in (Path.cwd(), Path.home()):
+        if _relation(target, place) in ("is", "contains"):
+            what = f"the output to be replaced is or contains {place}"
+            raise UsageError(what, code="GS-254", file=target, kept=UNCHANGED)
+
+
+def _relation(target: Path, other: Path) -> str | None:
+    """Return "is", "contains" or "lies in" as `target` does so with `other`, by path and by (device, inode)."""
+    real, real_other = Path(os.path.realpath(target)), Path(os.path.realpath(other))
+    ids, ids_other = _identities(real), _identities(real_other)
+    if real == real_other or (ids[0] is not None and ids[0] == ids_other[0]):
+        return "is"
+    if real in real_other.parents or (ids[0] is not None and ids[0] in ids_other):
+        return "contains"
+    if real_other in real.parents or (ids_other[0] is not None and ids_other[0] in ids):
+        return "lies in"
+    return None
+
+
+def _identities(real: Path) -> list[tuple[int, int] | None]:
+    """Return (device, inode) of the path and of each of its parents, None where there is nothing."""
+    result: list[tuple[int, int] | None] = []
+    for path in (real, *real.parents):
+        try:
+            status = path.stat()
+            result.append((status.st_dev, status.st_ino))
+        except OSError:
+            result.append(None)
+    return result
+
+
+@contextmanager
+def _os_errors(target: Path, kept: str) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader of our messages is gone; that is not about the output
+    except OSError as err:
+        where = err.filename2 or err.filename or target
+        what = f"the output cannot be written: {err.strerror or err}"
+        raise MachineError(what, code="GS-505", file=where, kept=kept) from err
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock of `target` for as long as the block runs; it is a file beside the target, removed at the end."""
+    path = target.with_name(f".{target.name}.lock")
+    with _os_errors(target, UNCHANGED):
+        fd = _lock(path, target)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while still held: who opened it before sees another inode and tries again
+        os.close(fd)
+
+
+def _lock(path: Path, target: Path) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(fd)
+            what = f"another process is writing this output, pid {holder}"
+            raise OutputError(what, code="GS-602", file=target, kept=UNCHANGED) from err
+        except BaseException:
+            os.close(fd)
+            raise
+        if _is_open_file(path, fd):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            return fd
+        os.close(fd)
+
+
+def _is_open_file(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _beside(target: Path, ending: str) -> Path:
+    return target.with_name(f".{target.name}.gora-{os.getpid()}-{secrets.token_hex(4)}.{ending}")
+
+
+def _recover(target: Path) -> None:
+    """Undo or finish what a dead process left, while we hold the lock: restore a set-aside folder, sweep stages."""
+    pattern = re.compile(re.escape(f".{target.name}.gora-") + r"\d+-[0-9a-f]{8}\.(tmp|old)")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and match[1] == "old" and not os.path.lexists(target):
+            path.rename(target)
+        elif match:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _new_stage(target: Path) -> Path:
+    stage = _beside(target, "tmp")
+    stage.mkdir()
+    return stage
+
+
+def _new_partial(target: Path, *, overwrite: bool) -> Path:
+    stage = target.with_name(f"{target.name}.partial")
+    if stage.is_symlink():
+        raise UsageError("the partial output is a symlink", code="GS-252", file=stage)
+    if stage.exists():
+        if not overwrite:
+            hint = "look at it and remove it, or pass --overwrite"
+            raise OutputError("an unfinished output exists", code="GS-603", file=stage, kept=UNCHANGED, hint=hint)
+        shutil.rmtree(stage)
+    stage.mkdir()
+    return stage
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until the file or folder at `path` is on disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(place, name)
+            if not path.is_symlink():
+                fsync_path(path)
+        fsync_path(Path(place))
+
+
+def sync_published(target: Path) -> None:
+    """Make the rename that published `target` durable; MachineError (GS-506) says that the output is in place anyway."""
+    try:
+        fsync_path(target.parent)
+    except OSError as err:
+        kept = "the new output is in place; it is not confirmed that it would survive a power failure"
+        what = f"the folder cannot be synchronised: {err.strerror}"
+        raise MachineError(what, code="GS-506", file=target, kept=kept) from err
+
+
+def _publish(stage: Path, target: Path, *, overwrite: bool) -> Path | None:
+    """Rename `stage` to `target`; return where the old folder is now, if there was one."""
+    exists = os.path.lexists(target)
+    if exists and not overwrite:
+        raise OutputError("the output exists", code="GS-601", file=target, kept=UNCHANGED)
+    if _renameat2(stage, target, _EXCHANGE if exists else _NOREPLACE):
+        return stage if exists else None
+    if not exists:
+        stage.rename(target)
+        return None
+    old = _beside(target, "old")
+    target.rename(old)
+    try:
+        stage.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    return old
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Call renameat2 and return True, or False where the C library or file system does not know it."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    paths = os.fsencode(source), os.fsencode(target)
+    if function(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], ctypes.c_uint(flags)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(source), None, os.fspath(target))
+
+
+def _delete_old(old: Path) -> None:
+    try:
+        shutil.rmtree(old)
+    except OSError as err:
+        log.warning("the new output is in place, but the old one cannot be removed from %s: %s", old, err.strerror)
