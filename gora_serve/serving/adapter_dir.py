@@ -1,0 +1,95 @@
+"""What an adapter folder says about itself: its adapter_config.json and the header of its safetensors file.
+
+Nothing is judged here beyond "can it be read"; `preflight` finds the faults and `plan` uses the ranks. Tensor
+names are those that PEFT writes, and no tensor data is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gora_serve.adapter.names import parse_key
+from gora_serve.errors import InputError, MachineError
+from gora_serve.integrity.headers import TensorEntry, read_header
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_BYTES = 16 * 2**20
+
+# Embedding layers spell a factor differently: no ".weight" at the end.
+_EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """The header entries of one module's A and B; None where the file has no such tensor."""
+
+    A: TensorEntry | None = None
+    B: TensorEntry | None = None
+
+
+@dataclass(frozen=True)
+class AdapterDir:
+    """One adapter folder as read: the configuration, the factors by module path, and every other tensor
+    name.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, object]
+    pairs: Mapping[str, FactorPair] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / CONFIG_FILE
+
+    @property
+    def weights_file(self) -> Path:
+        return self.path / WEIGHTS_FILE
+
+
+def require_adapter_files(path: Path) -> None:
+    """Raise MachineError when the folder or one of its two files is missing."""
+    for needed in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
+        if not needed.exists():
+            hint = "export or convert the adapter to safetensors" if needed.name == WEIGHTS_FILE else None
+            raise MachineError("no such adapter file or folder", code="GS-583", file=needed, hint=hint)
+
+
+def read_adapter_dir(name: str, path: Path) -> AdapterDir:
+    """Read the configuration and the tensor header of one adapter; no tensor data."""
+    require_adapter_files(path)
+    config = _read_config(path / CONFIG_FILE)
+    sides: dict[str, dict[str, TensorEntry]] = {}
+    others: list[str] = []
+    for tensor, entry in read_header(path / WEIGHTS_FILE).entries.items():
+        parsed = parse_key(_EMBEDDING.sub(r".lora_\1.weight", tensor))
+        if parsed is None:
+            others.append(tensor)
+            continue
+        module, side = parsed
+        sides.setdefault(module, {})[side] = entry
+    pairs = {module: FactorPair(**found) for module, found in sides.items()}
+    return AdapterDir(name, path, config, pairs, tuple(sorted(others)))
+
+
+def _read_config(file: Path) -> Mapping[str, object]:
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(CONFIG_BYTES + 1)
+    except OSError as err:
+        raise MachineError(f"cannot read: {err.strerror}", code="GS-583", file=file) from err
+    if len(raw) > CONFIG_BYTES:
+        raise InputError("the file is too large to be an adapter configuration", code="GS-381", file=file)
+    try:
+        config = json.loads(raw)
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"not valid JSON: {err}", code="GS-381", file=file) from err
+    if not isinstance(config, dict):
+        raise InputError("not a JSON object", code="GS-381", file=file, actual=type(config).__name__)
+    return config

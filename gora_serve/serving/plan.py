@@ -1,0 +1,335 @@
+"""From a base, adapters and options to the exact command line and environment of the engine.
+
+Reads headers and configurations only and starts nothing, so `--dry-run` prints the same plan that `engine`
+runs. Ranks are those of the tensors, never those of the configuration alone.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from gora_serve.errors import GoraError, InputError, MachineError, UsageError
+from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require_adapter_files
+from gora_serve.serving.options import check_options, group_options, single, whole_number
+from gora_serve.serving.preflight import LARGEST_RANK, Fault, check_adapter, refuse
+
+Device = Literal["auto", "cpu", "cuda"]
+
+# vLLM 0.32, config/lora.py, MaxLoRARanks. Every slot of every module is padded to the chosen bucket.
+RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Each opens a way to load adapters, code or debug routes that nobody checked. A name may end in "*".
+SCRUBBED = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*", "VLLM_PLUGINS")
+# vLLM's packed layers and the projections that adapters name (packed_modules_mapping of the classes below).
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+# Classes whose module names agree between checkpoint and vLLM 0.32; in others --lora-target-modules could
+# silently drop a module (experts of MoE layers, renamed layers), so the flag stays away.
+SAME_NAMES = frozenset(
+    {
+        "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+    }
+)  # fmt: skip
+Flags = dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How to serve. `device` "auto" is decided by the installed engine; `kv_cache_gib` counts on CPU only."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    device: Device = "auto"
+    kv_cache_gib: int = 1
+    ready_timeout: float = 600.0
+    shutdown_timeout: int = 10
+    served_name: str | None = None
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """A checked adapter: the name of its model, the largest rank of its tensors, and the paths of its
+    modules.
+    """
+
+    name: str
+    path: Path
+    max_rank: int
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """All that is needed to run the engine. `environment` is what is set for it, `removed` what is taken away.
+
+    `models` lists what /v1/models must show: the base's served name first, then every adapter.
+    """
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    removed: tuple[str, ...]
+    base: Path
+    adapters: tuple[ServedAdapter, ...]
+    url: str
+    models: tuple[str, ...] = ()
+    ready_timeout: float = 600.0
+    shutdown_timeout: float = 10.0
+
+
+def parse_adapter(text: str) -> tuple[str, Path]:
+    """Split "name=dir" of the command line."""
+    name, equals, directory = text.partition("=")
+    if not equals or not directory:
+        raise UsageError("an adapter is given as NAME=DIR", code="GS-281", actual=text)
+    check_name(name)
+    return name, Path(directory)
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError unless the name is safe in URLs, JSON, metrics labels and file names."""
+    if not NAME.fullmatch(name):
+        expected = "letters, digits, '.', '_' and '-', at most 64, first a letter or digit"
+        raise UsageError("not a usable adapter name", code="GS-281", expected=expected, actual=name)
+
+
+def read_served_adapter(name: str, path: Path) -> ServedAdapter:
+    """Read and check one adapter folder."""
+    return read_served_adapters([(name, path)])[0]
+
+
+def read_served_adapters(named: Sequence[tuple[str, Path]]) -> tuple[ServedAdapter, ...]:
+    """Read and check all adapters; the faults of all of them come in one InputError."""
+    for name, path in named:
+        check_name(name)
+        require_adapter_files(path)
+    read: list[AdapterDir] = []
+    faults: list[Fault] = []
+    for name, path in named:
+        try:
+            read.append(read_adapter_dir(name, path))
+        except InputError as err:
+            faults.append(_as_fault(err, path))
+    for adapter in read:
+        faults += check_adapter(adapter)
+    refuse(faults)
+    return tuple(_served(adapter) for adapter in read)
+
+
+def _as_fault(err: GoraError, path: Path) -> Fault:
+    file = Path(str(err.fields.get("file", path)))
+    tensor = err.fields.get("tensor")
+    key = None if tensor is None else str(tensor)
+    return Fault(err.code, err.what, file, key, err.fields.get("expected"), err.fields.get("actual"))
+
+
+def _served(adapter: AdapterDir) -> ServedAdapter:
+    ranks = [pair.A.shape[0] for pair in adapter.pairs.values() if pair.A is not None]
+    return ServedAdapter(adapter.name, adapter.path.resolve(), max(ranks), tuple(sorted(adapter.pairs)))
+
+
+def plan_server(
+    base: Path,
+    adapters: Sequence[ServedAdapter],
+    config: ServeConfig,
+    extra: Sequence[str] = (),
+    *,
+    environ: Mapping[str, str] | None = None,
+) -> ServePlan:
+    """Compute the engine's command line. `extra` are vLLM's own options: they come last and replace ours.
+
+    `environ` (default: this process's) is only asked whether VLLM_API_KEY is set; the key itself is never kept.
+    """
+    if not (base / "config.json").is_file():
+        raise MachineError("not a model folder: it has no config.json", code="GS-583", file=base)
+    if config.device == "auto":
+        raise UsageError("the device must be settled before planning", code="GS-286", expected="cpu or cuda")
+    options = group_options(extra)
+    served = single(options, "--served-model-name") or config.served_name or base.resolve().name
+    _check_names(adapters, served)
+    flags = _server_flags(config, served) | _lora_flags(adapters, config, options, _architecture(base))
+    check_options(options, tuple(flags))
+    _check_lora_options(options, adapters, config)
+    host, port = single(options, "--host") or config.host, whole_number(options, "--port") or config.port
+    _check_exposure(host, os.environ if environ is None else environ)
+    ours = {flag: values for flag, values in flags.items() if flag not in options}
+    return ServePlan(
+        argv=(*_command(base), *_words(ours), *extra),
+        environment=_environment(config, options),
+        removed=SCRUBBED,
+        base=base.resolve(),
+        adapters=tuple(adapters),
+        url=_url(host, port),
+        models=(served, *(adapter.name for adapter in adapters)),
+        ready_timeout=config.ready_timeout,
+        shutdown_timeout=float(whole_number(options, "--shutdown-timeout") or config.shutdown_timeout),
+    )
+
+
+def with_device(config: ServeConfig, device: Literal["cpu", "cuda"]) -> ServeConfig:
+    """Settle "auto"; a device that was asked for stays."""
+    return replace(config, device=device) if config.device == "auto" else config
+
+
+def rank_bucket(rank: int) -> int:
+    """Return the smallest `--max-lora-rank` that vLLM accepts and that holds `rank`."""
+    for bucket in RANK_BUCKETS:
+        if rank <= bucket:
+            return bucket
+    raise InputError("the rank is above what vLLM serves", code="GS-387", expected=LARGEST_RANK, actual=rank)
+
+
+def target_modules(adapters: Sequence[ServedAdapter], architecture: str | None) -> tuple[str, ...] | None:
+    """Return the exact union of adapted module names, or None where vLLM must wrap everything.
+
+    vLLM 0.32 (lora/utils.py, is_in_target_modules) matches a packed layer when any of its projections is
+    named, so the adapters' own names are enough. What the list leaves out is not wrapped, and an adapter that
+    has it is cut without a message: the list is only made for names and architectures known to be spelled
+    alike on both sides.
+    """
+    names = {module.rpartition(".")[2] for adapter in adapters for module in adapter.modules}
+    experts = any(".experts." in module for adapter in adapters for module in adapter.modules)
+    if architecture not in SAME_NAMES or experts or not names or not names <= PROJECTIONS:
+        return None
+    return tuple(sorted(names))
+
+
+def _architecture(base: Path) -> str | None:
+    file = base / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as err:
+        raise InputError(f"cannot read the base's configuration: {err}", code="GS-389", file=file) from err
+    names = config.get("architectures") if isinstance(config, dict) else None
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def _check_names(adapters: Sequence[ServedAdapter], served: str) -> None:
+    names = [adapter.name for adapter in adapters]
+    for name in names:
+        check_name(name)
+        if names.count(name) > 1:
+            raise UsageError("two adapters have the same name", code="GS-282", actual=name)
+        if name == served:
+            hint = "rename the adapter, or the base with --served-model-name"
+            raise UsageError("an adapter has the name of the base", code="GS-282", actual=name, hint=hint)
+
+
+def _check_exposure(host: str, environ: Mapping[str, str]) -> None:
+    """A server that others can reach needs a key. vLLM's routes outside /v1 stay open even with one."""
+    if not _is_loopback(host) and not environ.get("VLLM_API_KEY"):
+        hint = "set VLLM_API_KEY in the environment, or serve on 127.0.0.1 behind a gateway"
+        raise UsageError("a server that others can reach needs an API key", code="GS-283", actual=host, hint=hint)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _url(host: str, port: int) -> str:
+    """Return the address that this machine reaches the server at; an unspecified host listens on loopback
+    too.
+    """
+    local = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
+
+
+def _command(base: Path) -> tuple[str, ...]:
+    # The module behind the `vllm` script: python -m vllm.entrypoints.openai.api_server is deprecated since
+    # 0.31.
+    return (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base.resolve()))
+
+
+def _words(flags: Flags) -> list[str]:
+    return [word for flag, values in flags.items() for word in (flag, *values)]
+
+
+def _server_flags(config: ServeConfig, served: str) -> Flags:
+    flags: Flags = {
+        "--served-model-name": (served,),
+        "--host": (config.host,),
+        "--port": (str(config.port),),
+        "--dtype": (config.dtype,),
+        "--shutdown-timeout": (str(config.shutdown_timeout),),
+    }
+    if config.max_model_len is not None:
+        flags["--max-model-len"] = (str(config.max_model_len),)
+    return flags
+
+
+def slots(adapters: Sequence[ServedAdapter], device: Device) -> int:
+    """Return how many adapter slots the engine needs.
+
+    On CPU one more than there are adapters: tokens without an adapter carry the index -1, which vLLM's torch
+    kernels read as the last slot (vllm-project/vllm#48421). Slots fill from the lowest, so a spare last one
+    holds zeros, and requests for the base are never answered with an adapter.
+    """
+    return len(adapters) + (1 if device == "cpu" else 0)
+
+
+def _lora_flags(
+    adapters: Sequence[ServedAdapter],
+    config: ServeConfig,
+    options: Mapping[str, Sequence[str]],
+    architecture: str | None,
+) -> Flags:
+    if not adapters:
+        return {}
+    needed = slots(adapters, config.device)
+    modules = [json.dumps({"name": adapter.name, "path": str(adapter.path)}) for adapter in adapters]
+    flags: Flags = {
+        "--enable-lora": (),
+        "--max-lora-rank": (str(rank_bucket(max(adapter.max_rank for adapter in adapters))),),
+        "--max-loras": (str(needed),),
+        "--max-cpu-loras": (str(max(needed, whole_number(options, "--max-loras") or 0)),),
+        "--lora-modules": tuple(modules),
+    }
+    targets = target_modules(adapters, architecture)
+    return flags if targets is None else flags | {"--lora-target-modules": targets}
+
+
+def _check_lora_options(
+    options: Mapping[str, Sequence[str]], adapters: Sequence[ServedAdapter], config: ServeConfig
+) -> None:
+    """Refuse values that vLLM accepts and then answers wrongly with, or that it would refuse after a slow
+    start.
+    """
+    if not adapters:
+        return
+    count, rank = whole_number(options, "--max-loras"), whole_number(options, "--max-lora-rank")
+    needed, largest = slots(adapters, config.device), max(adapter.max_rank for adapter in adapters)
+    if count is not None and config.device == "cpu" and count < needed:
+        what = "too few slots: on CPU the last slot must stay empty, or the base answers as an adapter"
+        raise UsageError(what, code="GS-285", expected=f"--max-loras >= {needed}", actual=count)
+    if rank is not None and rank < largest:
+        what = "an adapter's rank is larger"
+        raise UsageError(what, code="GS-285", expected=f"--max-lora-rank >= {largest}", actual=rank)
+    if "--lora-target-modules" in options:
+        given = set(options["--lora-target-modules"])
+        covered = given | {child for packed in given for child in PACKED.get(packed, ())}
+        names = {module.rpartition(".")[2] for adapter in adapters for module in adapter.modules}
+        if not names <= covered:
+            what = "vLLM would drop adapted modules without a message"
+            raise UsageError(what, code="GS-285", expected=f"also {', '.join(sorted(names - covered))}")
+
+
+def _environment(config: ServeConfig, options: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    if config.device == "cpu" and "--kv-cache-memory-bytes" not in options:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
+    return environment

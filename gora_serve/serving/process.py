@@ -1,0 +1,156 @@
+"""One child process with everything that it starts, in a session of its own: start it, look at it, end all of
+it.
+
+The session makes "no process left behind" checkable: every descendant that did not leave it on purpose carries
+the child's process id as its session id. Signals and readiness are `engine`'s subject.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gora_serve.errors import MachineError
+
+MARGIN = 5.0  # seconds beyond the engine's own shutdown timeout, for its interpreters to end
+TAIL_BYTES = 64 * 1024
+# Runs in the child, then becomes the engine. PR_SET_PDEATHSIG (1) survives exec: a killed parent takes the
+# engine with it. The parent may have died before the call; then its number is no longer our parent's.
+_LAUNCH = """
+import os, signal, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(143)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Child:
+    """A running command and its descendants."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path | None, log_start: int) -> None:
+        self._process = process
+        self.log = log
+        self._log_start = log_start
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """Return the exit code of the command, or None while it runs."""
+        return self._process.poll()
+
+    def tail(self, lines: int = 12) -> str | None:
+        """Return the last lines that the command wrote to its log, or None without a log."""
+        if self.log is None:
+            return None
+        with self.log.open("rb") as stream:
+            stream.seek(max(self._log_start, self.log.stat().st_size - TAIL_BYTES))
+            text = stream.read().decode(errors="replace")
+        return " | ".join(line.rstrip() for line in text.splitlines()[-lines:] if line.strip())
+
+    def members(self) -> tuple[int, ...]:
+        """Return the live processes of the child's session."""
+        return session_members(self.pid)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to every process of the child's group; a group that is gone is no error."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        """End every process of the session at once."""
+        self.send(signal.SIGKILL)
+        for member in self.members():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+
+    def stop(self, timeout: float) -> bool:
+        """Ask once, wait until all of the session is gone, then kill what is left. True when nothing had to be
+        killed.
+
+        Returns only when no process is left.
+        """
+        self.send(signal.SIGTERM)
+        try:
+            polite = self._wait_empty(timeout + MARGIN)
+        except BaseException:  # a second Ctrl-C: no more waiting
+            self.kill()
+            raise
+        while not self._wait_empty(0.0):
+            self.kill()
+            self._wait_empty(1.0)
+        self._process.wait()
+        return polite
+
+    def _wait_empty(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        while True:
+            if self._process.poll() is not None and not self.members():
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+
+
+def start_child(argv: Sequence[str], environment: Mapping[str, str], log: Path | None) -> Child:
+    """Start `argv` in a new session with exactly this environment, standard input closed.
+
+    Its output is appended to `log`, or passed through to our standard error, so that standard output stays
+    ours. Call this from a thread that outlives the child: on Linux the child ends when the thread does.
+    """
+    launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *argv]
+    try:
+        with contextlib.ExitStack() as stack:
+            stream = 2 if log is None else stack.enter_context(log.open("ab"))
+            start = 0 if log is None else log.stat().st_size
+            process = subprocess.Popen(
+                launch, env=dict(environment), stdin=subprocess.DEVNULL, stdout=stream,
+                stderr=subprocess.STDOUT if log else None, start_new_session=True,
+            )  # fmt: skip
+    except OSError as err:
+        raise MachineError(f"cannot start the engine: {err.strerror}", code="GS-584", file=log) from err
+    return Child(process, log, start)
+
+
+def session_members(session: int) -> tuple[int, ...]:
+    """Return the processes of a session that have not ended (zombies have), from /proc.
+
+    Where there is no /proc, the answer is the session's leader while its process group exists.
+    """
+    proc = Path("/proc")
+    if not (proc / "self/stat").exists():
+        return (session,) if _group_exists(session) else ()
+    found = []
+    for entry in proc.iterdir():
+        if entry.name.isdecimal():
+            fields = _stat_fields(entry / "stat")
+            if fields and fields[0] not in ("Z", "X") and fields[3] == str(session):
+                found.append(int(entry.name))
+    return tuple(sorted(found))
+
+
+def _stat_fields(file: Path) -> list[str]:
+    """Return the fields of /proc/N/stat from the state on: state, parent, group, session ..."""
+    try:
+        text = file.read_text(errors="replace")
+    except OSError:  # ended while we looked
+        return []
+    return text[text.rindex(")") + 2 :].split()
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
