@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
-from gora_serve.errors import BindingError, InputError, MismatchError
+from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.files import sha256_file, write_json
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, TensorRecord, differences
@@ -33,10 +34,17 @@ def _files(folder: Path) -> list[str]:
     A symlink to a folder counts as a file, so that nothing can hide behind it.
     """
     found: list[str] = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=_unreadable):
         links = [name for name in folders if Path(place, name).is_symlink()]
         found += [Path(place, name).relative_to(folder).as_posix() for name in names + links]
-    return sorted(name for name in found if name not in (SEAL, ".gitattributes") and not name.startswith(".cache/"))
+    return sorted(
+        name for name in found if name not in (SEAL, ".gitattributes") and not name.startswith(".cache/huggingface/")
+    )
+
+
+def _unreadable(err: OSError) -> NoReturn:
+    what = f"this folder cannot be read: {err.strerror}"
+    raise MachineError(what, code="GS-502", file=err.filename) from err
 
 
 def check_folder(folder: Path) -> dict[str, object]:
@@ -45,6 +53,8 @@ def check_folder(folder: Path) -> dict[str, object]:
     Raises MismatchError (GS-102 a file differs, GS-103 is missing, GS-104 is extra) naming the first in that order and
     counting the others; InputError (GS-330 schema, GS-332 no seal, GS-333 malformed or not complete).
     """
+    if not folder.is_dir():
+        raise MachineError("there is no such folder", code="GS-503", file=folder)
     seal = folder / SEAL
     if not seal.exists():
         hint = "the folder was not finished, or gora-serve did not write it"
@@ -124,7 +134,7 @@ def check_binding(
     pairs = [("configuration", bound.config, actual.config), ("tokenizer", bound.tokenizer, actual.tokenizer)]
     different = [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
     if different and strict:
-        name, ours, theirs = different[0]
+        _, ours, theirs = different[0]
         what = f"the weights match, but the base has another {' and '.join(name for name, _, _ in different)}"
         raise BindingError(what, code="GS-402", file=base, expected=ours or "none", actual=theirs or "none")
     return [f"the base has another {name} than the adapter was made for: {base}" for name, _, _ in different]

@@ -265,9 +265,9 @@ def _check_size(size: int, expected: int, path: Path) -> None:
 def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
     """Return the length prefix and JSON header of a file that holds `tensors` (name, type, shape) in the given order.
 
-    The data follows without gaps. The same arguments give the same bytes; keys are sorted, blanks pad to 8 bytes. Readers
-    that map tensors in place want wide types before narrow ones; that order is the caller's. Raises InputError (GS-309,
-    GS-312, GS-313, GS-315, GS-316, GS-321) for what `read_header` would refuse.
+    The data follows without gaps. The same arguments give the same bytes; keys are sorted, blanks pad to 8 bytes.
+    Readers that map tensors in place want wide types before narrow ones; that order is the caller's. Raises InputError
+    (GS-309, GS-312, GS-313, GS-315, GS-316, GS-321) for what `read_header` would refuse.
     """
     names = [name for name, _, _ in tensors]
     if len(set(names)) != len(names):

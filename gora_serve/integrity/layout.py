@@ -1,6 +1,7 @@
 """Which files of a folder are the model: one safetensors file, or the shards that an index names.
 
-Paths are confined to the folder; the symlinks of a Hugging Face hub snapshot may also lead into that repository's blobs.
+Paths are confined to the folder; the symlinks of a Hugging Face hub snapshot may also lead into that repository's
+blobs.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from gora_serve.integrity.digest import (
     Differences,
     TensorRecord,
     differences,
-    root,
     tensor_digest,
     weights_root,
 )
@@ -31,6 +30,7 @@ from gora_serve.integrity.files import sha256_file
 from gora_serve.integrity.headers import Header, read_open_header, tensor_nbytes
 from gora_serve.integrity.layout import INDEX, ModelFiles, blob_sha256, confined, find_model
 from gora_serve.integrity.reading import open_regular, pieces, size_of
+from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
 from gora_serve.progress import Listener, Progress, silent
 
 __all__ = [
@@ -39,10 +39,6 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = WEIGHTS_DOMAIN
-_IGNORED_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash")
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece|sentencepiece).*"
-)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ROOT = re.compile(r"g[bct]1:sha256:[0-9a-f]{64}")
 
@@ -182,41 +178,6 @@ def _root_text(value: object) -> str | None:
     return value
 
 
-def config_root(directory: Path) -> str | None:
-    """Return "gc1:sha256:<hex>" of config.json without the keys that say where and how it was saved; None without one."""
-    path = directory / "config.json"
-    return None if not path.exists() else _config_root(read_json(confined(directory, path.name)), path)
-
-
-def _config_root(config: object, path: Path) -> str:
-    if not isinstance(config, dict):
-        raise InputError("this file does not hold a JSON object", code="GS-335", file=path)
-    kept = {name: _exact(item) for name, item in config.items() if name not in _IGNORED_CONFIG}
-    return root("gc1", "gora-serve/config/1", kept)
-
-
-def _exact(value: object) -> object:
-    """Return `value` without what has no canonical form: 10000.0 becomes 10000 (JSON has one kind of number), other
-    floats and very large integers become an object with their exact text."""
-    if isinstance(value, int) and abs(value) >= 2**53:
-        return {"__int__": str(value)}
-    if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < 2**53 else {"__float__": value.hex()}
-    if isinstance(value, dict):
-        return {name: _exact(item) for name, item in value.items()}
-    return [_exact(item) for item in value] if isinstance(value, list) else value
-
-
-def tokenizer_root(directory: Path) -> str | None:
-    """Return "gt1:sha256:<hex>" over the names and SHA-256 of the tokenizer and chat template files; None without any."""
-    records = {name: sha256_file(confined(directory, name))[1] for name in _tokenizer_names(directory)}
-    return root("gt1", "gora-serve/tokenizer/1", records) if records else None
-
-
-def _tokenizer_names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name) and path.is_file())
-
-
 def hash_model(directory: Path, *, listen: Listener = silent) -> Manifest:
     """Return the manifest of the model folder `directory` from all bytes of its weights.
 
@@ -231,7 +192,7 @@ def hash_model(directory: Path, *, listen: Listener = silent) -> Manifest:
         _check_placement(directory, headers, model.placed)
         tensors, weight_files = _hash_files(model, opened, headers, listen)
     names = [name for name in (INDEX, "config.json") if (directory / name).is_file()]
-    small = [FileRecord(name, *sha256_file(confined(directory, name))) for name in names + _tokenizer_names(directory)]
+    small = [FileRecord(name, *sha256_file(confined(directory, name))) for name in names + tokenizer_names(directory)]
     roots = Roots(weights_root(tensors), config_root(directory), tokenizer_root(directory))
     return Manifest(roots, tensors, _tied(directory, tensors), (*weight_files, *small))
 

@@ -1,6 +1,6 @@
 """Writing a folder whole or not at all: a stage beside the target, a lock, one atomic rename.
 
-Whatever happens to the process, the target is the old folder, the new one, or absent; leftovers are swept by the next run.
+Whatever happens to the process, the target is the old folder, the new one, or absent; the next run sweeps leftovers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def staged_folder(
     """Yield a new folder beside `target` to write into; on leaving without an exception it becomes `target`.
 
     With `visible` the folder is `<target>.partial` and survives a failure. `protect` lists inputs that the target must
-    not be, contain or lie in. Raises UsageError (GS-251 to GS-255), OutputError (GS-601 exists, GS-602 locked, GS-603 a
-    partial folder exists), MachineError (GS-505 nothing was changed, GS-506 published but not surely on disk); an OSError
-    of the body becomes GS-505 too.
+    not be, contain or lie in. Raises UsageError (GS-251 to GS-255), OutputError (GS-601 exists, GS-602 locked, GS-603
+    a partial folder exists), MachineError (GS-505 nothing was changed, GS-506 published but not surely on disk); an
+    OSError of the body becomes GS-505 too.
     """
     target = target.absolute()
     check_target(target, overwrite=overwrite, protect=protect)
@@ -219,7 +219,7 @@ def _fsync_tree(folder: Path) -> None:
 
 
 def sync_published(target: Path) -> None:
-    """Make the rename that published `target` durable; MachineError (GS-506) says that the output is in place anyway."""
+    """Make the rename that published `target` durable; MachineError (GS-506) says that the output is there anyway."""
     try:
         fsync_path(target.parent)
     except OSError as err:
