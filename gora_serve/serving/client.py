@@ -118,7 +118,10 @@ def is_healthy(url: str) -> bool:
     try:
         with _opener.open(f"{url}/health", timeout=PROBE_TIMEOUT) as response:
             return int(response.status) == 200
-    except (OSError, http.client.HTTPException):  # URLError and HTTPError are OSErrors
+    except urllib.error.HTTPError as err:
+        err.close()
+        return False
+    except (OSError, http.client.HTTPException):  # URLError is an OSError
         return False
 
 
@@ -143,7 +146,8 @@ def _request(url: str, body: Mapping[str, Any] | None, timeout: float) -> Mappin
         with _opener.open(urllib.request.Request(url, data, headers), timeout=timeout) as response:
             answer = json.loads(response.read())
     except urllib.error.HTTPError as err:
-        detail = err.read(2000).decode(errors="replace")
+        with err:
+            detail = err.read(2000).decode(errors="replace")
         raise RunError(f"the server refused: HTTP {err.code}", code="GS-784", file=url, actual=detail) from err
     except (OSError, http.client.HTTPException) as err:
         raise RunError(f"no answer from the server: {err}", code="GS-786", file=url) from err

@@ -164,7 +164,7 @@ def plan_server(
     _check_exposure(host, os.environ if environ is None else environ)
     ours = {flag: values for flag, values in flags.items() if flag not in options}
     return ServePlan(
-        argv=(*_command(base), *_words(ours), *extra),
+        argv=(*_command(base, config.device), *_words(ours), *extra),
         environment=_environment(config, options),
         removed=SCRUBBED,
         base=base.resolve(),
@@ -249,10 +249,10 @@ def _url(host: str, port: int) -> str:
     return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
 
 
-def _command(base: Path) -> tuple[str, ...]:
-    # The module behind the `vllm` script: python -m vllm.entrypoints.openai.api_server is deprecated since
-    # 0.31.
-    return (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base.resolve()))
+def _command(base: Path, device: Device) -> tuple[str, ...]:
+    # The module behind the `vllm` script: python -m vllm.entrypoints.openai.api_server is deprecated since 0.31.
+    module = "gora_serve.serving.vllm_cli" if device == "cpu" else "vllm.entrypoints.cli.main"
+    return (sys.executable, "-m", module, "serve", str(base.resolve()))
 
 
 def _words(flags: Flags) -> list[str]:

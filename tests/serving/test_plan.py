@@ -1,0 +1,210 @@
+"""The engine's command line and environment: computed from tensors, overridden by options, refused when unsafe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from gora_serve.errors import InputError, MachineError, UsageError
+from gora_serve.serving.options import group_options
+from gora_serve.serving.plan import (
+    RANK_BUCKETS,
+    ServeConfig,
+    ServedAdapter,
+    ServePlan,
+    parse_adapter,
+    plan_server,
+    rank_bucket,
+    read_served_adapter,
+    target_modules,
+    with_device,
+)
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+CPU = ServeConfig(device="cpu")
+
+
+def adapter(name: str = "a", rank: int = 8, modules: tuple[str, ...] = (Q, DOWN)) -> ServedAdapter:
+    return ServedAdapter(name, Path("/adapters") / name, rank, modules)
+
+
+def plan(base: Path, *adapters: ServedAdapter, extra: Sequence[str] = (), config: ServeConfig = CPU) -> ServePlan:
+    return plan_server(base, adapters, config, extra, environ={})
+
+
+def values(argv: Sequence[str], flag: str) -> list[str]:
+    """The values of the flag's only occurrence."""
+    assert [word.partition("=")[0] for word in argv].count(flag) == 1
+    return list(group_options(argv[5:])[flag])
+
+
+def test_ranks_are_those_of_the_tensors(write_adapter: Callable[..., Path]) -> None:
+    read = read_served_adapter("a", write_adapter("a", {Q: 3, DOWN: 17}))
+    assert (read.max_rank, read.modules) == (17, (Q, DOWN))
+
+
+def test_ranks_that_disagree_with_the_configuration_are_refused(write_adapter: Callable[..., Path]) -> None:
+    folder = write_adapter("a", {Q: 3, DOWN: 17}, config={"rank_pattern": {}})
+    with pytest.raises(InputError) as caught:
+        read_served_adapter("a", folder)
+    assert caught.value.code == "GS-388"
+    assert (caught.value.fields["expected"], caught.value.fields["actual"]) == (17, 3)
+    assert Q in caught.value.what
+
+
+@pytest.mark.parametrize(("rank", "bucket"), [(1, 1), (2, 8), (8, 8), (9, 16), (33, 64), (257, 320), (512, 512)])
+def test_bucket_is_the_smallest_that_holds_the_rank(rank: int, bucket: int) -> None:
+    assert rank_bucket(rank) == bucket
+
+
+def test_bucket_above_the_largest_is_refused() -> None:
+    with pytest.raises(InputError, match="GS-387"):
+        rank_bucket(RANK_BUCKETS[-1] + 1)
+
+
+def test_command_line(base: Path) -> None:
+    made = plan(base, adapter("a", 3), adapter("b", 17))
+    assert made.argv[:5] == (sys.executable, "-m", "gora_serve.serving.vllm_cli", "serve", str(base))
+    assert values(made.argv, "--max-lora-rank") == ["32"]
+    assert values(made.argv, "--max-loras") == ["3"]  # a spare slot on CPU
+    assert values(made.argv, "--max-cpu-loras") == ["3"]
+    assert values(made.argv, "--enable-lora") == []
+    assert values(made.argv, "--lora-target-modules") == ["down_proj", "q_proj"]
+    assert [json.loads(text) for text in values(made.argv, "--lora-modules")] == [
+        {"name": "a", "path": "/adapters/a"},
+        {"name": "b", "path": "/adapters/b"},
+    ]
+    assert values(made.argv, "--served-model-name") == ["tiny-base"]
+    assert made.models == ("tiny-base", "a", "b")
+    assert made.url == "http://127.0.0.1:8000"
+
+
+def test_no_spare_slot_on_a_gpu(base: Path) -> None:
+    made = plan(base, adapter("a"), adapter("b"), config=ServeConfig(device="cuda"))
+    assert made.argv[:5] == (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base))
+    assert values(made.argv, "--max-loras") == ["2"]
+    assert "VLLM_CPU_KVCACHE_SPACE" not in made.environment
+
+
+def test_base_alone_has_no_lora_flags(base: Path) -> None:
+    assert not [word for word in plan(base).argv if word.startswith("--") and "lora" in word]
+
+
+def test_environment(base: Path) -> None:
+    made = plan(base, config=ServeConfig(device="cpu", kv_cache_gib=3))
+    assert made.environment == {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+    }
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in made.removed
+
+
+def test_a_users_option_replaces_ours_and_comes_last(base: Path) -> None:
+    extra = ["--max_loras=7", "--dtype", "bfloat16", "--port", "9001", "-tp", "2", "--served-model-name", "base"]
+    made = plan(base, adapter(), extra=extra)
+    assert made.argv[-len(extra) :] == tuple(extra)
+    assert "--max-loras" not in made.argv
+    assert made.argv.count("--dtype") == 1
+    assert values(made.argv, "--max-cpu-loras") == ["7"]
+    assert (made.url, made.models) == ("http://127.0.0.1:9001", ("base", "a"))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--api-key", "secret"], ["--api_key=secret"], ["--api-k", "secret"], ["--lora-modules", "x=/tmp"],
+        ["--config", "f.yaml"], ["--uds", "/tmp/s"], ["--ssl-keyfile", "k"], ["stray"], ["--max-lora", "3"],
+        ["--port", "many"],
+    ],
+)  # fmt: skip
+def test_options_that_would_undo_a_check_are_refused(base: Path, extra: list[str]) -> None:
+    with pytest.raises(UsageError, match="GS-284") as caught:
+        plan(base, adapter(), extra=extra)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [["--max-loras", "2"], ["--max-lora-rank", "8"], ["--lora-target-modules", "qkv_proj", "o_proj"]],
+)
+def test_options_that_would_answer_wrongly_are_refused(base: Path, extra: list[str]) -> None:
+    with pytest.raises(UsageError, match="GS-285"):
+        plan(base, adapter("a", 9), adapter("b"), extra=extra)
+
+
+def test_packed_parents_cover_their_projections(base: Path) -> None:
+    made = plan(base, adapter(), extra=["--lora-target-modules", "qkv_proj", "down_proj"])
+    assert values(made.argv, "--lora-target-modules") == ["qkv_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules"),
+    [
+        ("SomethingElseForCausalLM", (Q,)),
+        (None, (Q,)),
+        ("LlamaForCausalLM", (Q, "lm_head")),
+        ("LlamaForCausalLM", ("model.layers.0.mlp.experts.3.gate_proj",)),
+    ],
+)
+def test_target_modules_are_left_out_where_vllm_might_drop_one(
+    architecture: str | None, modules: tuple[str, ...]
+) -> None:
+    assert target_modules([adapter(modules=modules)], architecture) is None
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "../a", "a" * 65, "é", "a\n"])
+def test_adapter_names_that_are_refused(base: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="GS-281"):
+        plan(base, adapter(name))
+
+
+def test_names_are_unique_and_not_the_bases(base: Path) -> None:
+    for adapters in ([adapter("a"), adapter("a")], [adapter("tiny-base")]):
+        with pytest.raises(UsageError, match="GS-282"):
+            plan(base, *adapters)
+
+
+def test_parse_adapter() -> None:
+    assert parse_adapter("snips=runs/a=b") == ("snips", Path("runs/a=b"))
+    for text in ("snips", "snips=", "=dir", "a b=dir"):
+        with pytest.raises(UsageError, match="GS-281"):
+            parse_adapter(text)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org", ""])
+def test_an_open_server_needs_a_key(base: Path, host: str) -> None:
+    config = ServeConfig(host=host, device="cpu")
+    with pytest.raises(UsageError, match="GS-283"):
+        plan_server(base, [], config, environ={})
+    with pytest.raises(UsageError, match="GS-283"):
+        plan_server(base, [], CPU, ["--host", host or "0.0.0.0"], environ={})
+    made = plan_server(base, [], config, environ={"VLLM_API_KEY": "secret"})
+    assert "secret" not in repr(made)
+
+
+@pytest.mark.parametrize(("host", "url"), [("localhost", "http://localhost:8000"), ("::1", "http://[::1]:8000")])
+def test_loopback_needs_none(base: Path, host: str, url: str) -> None:
+    assert plan_server(base, [], ServeConfig(host=host, device="cpu"), environ={}).url == url
+
+
+def test_an_unspecified_host_is_reached_on_loopback(base: Path) -> None:
+    config = ServeConfig(host="0.0.0.0", device="cpu")
+    assert plan_server(base, [], config, environ={"VLLM_API_KEY": "k"}).url == "http://127.0.0.1:8000"
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="GS-583"):
+        plan(tmp_path)
+
+
+def test_the_device_is_settled_first(base: Path) -> None:
+    with pytest.raises(UsageError, match="GS-286"):
+        plan(base, config=ServeConfig())
+    assert with_device(ServeConfig(), "cuda").device == "cuda"
+    assert with_device(CPU, "cuda").device == "cpu"
