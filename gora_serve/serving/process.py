@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from pathlib import Path
 
 from gora_serve.errors import MachineError
 
-MARGIN = 5.0  # seconds beyond the engine's own shutdown timeout, for its interpreters to end
-TAIL_BYTES = 64 * 1024
+MARGIN = 10.0  # seconds beyond the engine's own shutdown timeout, for its interpreters to end
+TAIL_BYTES = 256 * 1024
+_REASON = re.compile(r"\b\w*(Error|Exception|OutOfMemory|Killed)\b:? ?.+")
 # Runs in the child, then becomes the engine. PR_SET_PDEATHSIG (1) survives exec: a killed parent takes the
 # engine with it. The parent may have died before the call; then its number is no longer our parent's.
 _LAUNCH = """
@@ -49,14 +51,16 @@ class Child:
         """Return the exit code of the command, or None while it runs."""
         return self._process.poll()
 
-    def tail(self, lines: int = 12) -> str | None:
-        """Return the last lines that the command wrote to its log, or None without a log."""
+    def tail(self, lines: int = 8) -> str | None:
+        """Return the last distinct lines of the log that name an error, else its last lines; None without a log."""
         if self.log is None:
             return None
         with self.log.open("rb") as stream:
             stream.seek(max(self._log_start, self.log.stat().st_size - TAIL_BYTES))
             text = stream.read().decode(errors="replace")
-        return " | ".join(line.rstrip() for line in text.splitlines()[-lines:] if line.strip())
+        told = [line.strip() for line in text.splitlines() if line.strip()]
+        reasons = [match[0] for line in told if (match := _REASON.search(line))]
+        return " | ".join(list(dict.fromkeys(reasons or told))[-lines:])
 
     def members(self) -> tuple[int, ...]:
         """Return the live processes of the child's session."""

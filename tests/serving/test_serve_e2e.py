@@ -1,4 +1,4 @@
-"""A real vLLM serves SmolLM2 with two adapters of mixed ranks; PEFT's own float32 logits say what is right."""
+"""A real vLLM serves SmolLM2 with two adapters of mixed ranks; the float32 logits of PEFT say what is right."""
 
 from __future__ import annotations
 
