@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 def printable(text: object) -> str:
-    r"""Return `text` with control characters shown as \xNN, so that no file name or tensor name can drive a terminal."""
+    r"""Return `text` with control characters shown as \xNN, so that no name out of a file can drive a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 

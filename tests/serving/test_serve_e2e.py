@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,8 +137,11 @@ def largest_difference(model: Any, cases: list[Case], *, shift: int = 0) -> dict
     return worst
 
 
-def test_served_logprobs_are_those_of_peft(peft_model: Any, cases: list[Case]) -> None:
+def test_served_logprobs_are_those_of_peft(
+    peft_model: Any, cases: list[Case], record_property: Callable[[str, object], None]
+) -> None:
     worst = largest_difference(peft_model, cases)
+    record_property("largest difference", worst)
     assert all(value < TOLERANCE for value in worst.values()), worst
 
 

@@ -1,0 +1,1 @@
+"""The central value, `Adapter`, and its two faces on disk: PEFT's names and configuration, and safetensors."""

@@ -1,0 +1,82 @@
+"""The values that flow through the whole tool: `LoraFactors` of one module, and the `Adapter` made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from gora_serve.errors import InputError
+from gora_serve.integrity.manifest import Roots
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One module's update: delta = scale * B @ A, (out, in).
+
+    A: (r, in). B: (out, r). The rank is A.shape[0]; it is never stored. Raises InputError if the shapes do not fit.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1] or self.rank == 0:
+            raise InputError(
+                "A and B do not belong together", code="GS-352",
+                expected="A (r, in) and B (out, r) with r of at least 1",
+                actual=f"A {tuple(self.A.shape)}, B {tuple(self.B.shape)}",
+            )  # fmt: skip
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the module."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        return self.A.numel() + self.B.numel()
+
+    def delta(self) -> Tensor:
+        """Return scale * B @ A, (out, in), in float64."""
+        product: Tensor = self.scale * (self.B.double() @ self.A.double())
+        return product
+
+
+@dataclass(frozen=True)
+class BaseId:
+    """Which base an adapter belongs to. `roots` is None where nobody has hashed it."""
+
+    name: str
+    revision: str | None = None
+    roots: Roots | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates by module path (the base model's own paths); a module without an update is absent.
+
+    carried: other tensors, kept verbatim. origin: where the adapter comes from (method, data digest, settings).
+    task_type and fan_in_fan_out are PEFT's words for the kind of model and for Conv1D's transposed weights.
+    """
+
+    modules: Mapping[str, LoraFactors]
+    base: BaseId
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+    task_type: str | None = "CAUSAL_LM"
+    fan_in_fan_out: bool = False
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {path: factors.rank for path, factors in self.modules.items()}
+
+    @property
+    def parameters(self) -> int:
+        return sum(factors.parameters for factors in self.modules.values())

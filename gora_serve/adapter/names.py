@@ -1,0 +1,29 @@
+"""Module paths and PEFT's tensor keys: the only file that spells lora_A. No torch."""
+
+from __future__ import annotations
+
+import re
+
+PREFIX = "base_model.model."
+PART = re.compile(r"\.lora_([AB])\.weight$")
+
+
+def tensor_key(path: str, part: str) -> str:
+    """Return the key of factor `part` ("A" or "B") of a module: base_model.model.<path>.lora_A.weight."""
+    return f"{PREFIX}{path}.lora_{part}.weight"
+
+
+def parse_key(key: str) -> tuple[str, str] | None:
+    """Return (module path, "A" or "B"), or None for a tensor that is no LoRA factor. Inverse of tensor_key."""
+    found = PART.search(key)
+    if not found or not key.startswith(PREFIX):
+        return None
+    return key[len(PREFIX) : found.start()], found.group(1)
+
+
+def pattern_key(path: str) -> str:
+    """Return the key of rank_pattern and alpha_pattern that matches this path alone.
+
+    PEFT and vLLM read a key as the regular expression `(.*\\.)?(key)$`; so it is anchored and escaped.
+    """
+    return "^" + re.escape(path)

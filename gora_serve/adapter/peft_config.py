@@ -1,0 +1,127 @@
+"""adapter_config.json: the only file that knows alpha. No torch.
+
+PEFT's scale is alpha / r, or alpha / √r with rsLoRA, where r and alpha of a module come from rank_pattern and
+alpha_pattern. Everywhere else in gora-serve a module simply has a scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gora_serve.adapter.names import pattern_key
+from gora_serve.errors import InputError
+
+
+def make_config(
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    *,
+    base_name: str | None,
+    revision: str | None,
+    task_type: str | None,
+    fan_in_fan_out: bool = False,
+) -> dict[str, Any]:
+    """Return an adapter_config.json of standard PEFT keys in which each module has its rank and its scale.
+
+    `r` is the largest rank, because vLLM checks it against its own maximum even when every module overrides it.
+    `init_lora_weights` is true, whatever the method: vLLM refuses words it does not know. Patterns are written
+    where modules differ, with one key for each module; rsLoRA where it makes alpha_pattern superfluous.
+    """
+    alphas, use_rslora = _spell_alpha(ranks, scales)
+    widest = max(ranks, key=lambda path: ranks[path])
+    return {
+        "alpha_pattern": _pattern(alphas),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alphas[widest],
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": ranks[widest],
+        "rank_pattern": _pattern(ranks),
+        "revision": revision,
+        "target_modules": sorted(ranks),
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": use_rslora,
+    }
+
+
+def _spell_alpha(ranks: Mapping[str, int], scales: Mapping[str, float]) -> tuple[dict[str, int | float], bool]:
+    """Return alpha of each module and use_rslora: one whole alpha where there is one, else alphas without rsLoRA."""
+    plain = {path: _alpha(scales[path], rank, False) for path, rank in ranks.items()}
+    stabilized = {path: _alpha(scales[path], rank, True) for path, rank in ranks.items()}
+    for alphas, use_rslora in ((plain, False), (stabilized, True)):
+        values = set(alphas.values())
+        if len(values) == 1 and isinstance(values.pop(), int):
+            return alphas, use_rslora
+    return plain, False
+
+
+def _alpha(scale: float, rank: int, use_rslora: bool) -> int | float:
+    alpha = scale * (math.sqrt(rank) if use_rslora else rank)
+    whole = round(alpha)
+    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
+
+
+def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:
+    if len(set(values.values())) == 1:
+        return {}
+    return {pattern_key(path): values[path] for path in sorted(values)}
+
+
+def read_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file: Path) -> dict[str, float]:
+    """Return the scale of each module of an adapter that gora-serve wrote, given the ranks of its tensors.
+
+    Pattern keys are compared as literals with those that `make_config` writes: nothing out of the file is run as
+    a regular expression. Raises InputError for other keys, for ranks that disagree with the tensors and for
+    content that this form never has.
+    """
+    _refuse_unsupported(config, file)
+    keys = {pattern_key(path): path for path in ranks}
+    patterns: dict[str, dict[str, Any]] = {}
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        foreign = [key for key in pattern if key not in keys]
+        if foreign:
+            raise InputError(
+                f"{name} is not one that gora-serve wrote", code="GS-353", file=file, actual=foreign[0],
+                hint="gora-serve convert reads adapters of other tools",
+            )  # fmt: skip
+        patterns[name] = {keys[key]: value for key, value in pattern.items()}
+    scales = {}
+    for path, rank in ranks.items():
+        declared = patterns["rank_pattern"].get(path, config.get("r"))
+        if declared != rank:
+            raise InputError(
+                "the configured rank is not the tensor's", code="GS-354", file=file, tensor=path,
+                expected=declared, actual=rank, hint="export the adapter again",
+            )  # fmt: skip
+        alpha = patterns["alpha_pattern"].get(path, config.get("lora_alpha"))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise InputError("alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=alpha)
+        scales[path] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return scales
+
+
+def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:
+    expected = {
+        "peft_type": ("LORA",),
+        "init_lora_weights": (True, None),
+        "bias": ("none", None),
+        "use_dora": (False, None),
+        "modules_to_save": (None, []),
+    }
+    for key, allowed in expected.items():
+        if config.get(key) not in allowed:
+            raise InputError(
+                "not a plain LoRA adapter", code="GS-356", file=file, tensor=key, expected=allowed[0],
+                actual=config.get(key), hint="gora-serve convert reads adapters of other tools",
+            )  # fmt: skip

@@ -1,0 +1,167 @@
+"""Every default value, once: one frozen dataclass per stage. The command line reads its defaults from here.
+
+`validate` refuses values that make no sense before any work starts; nothing else happens in this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gora_serve.errors import UsageError
+
+RankRule = Literal["paper", "exact"]
+Importance = Literal["sensitivity", "sensitivity-nuclear", "gradient-nuclear"]
+Method = Literal["gora", "lora"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Form = Literal["unit", "padded", "native"]
+
+IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
+
+
+def _require(condition: bool, what: str, **fields: object) -> None:
+    if not condition:
+        raise UsageError(what, code="GS-201", **fields)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which modules of the base are adapted, and the dtype that its weights are loaded in."""
+
+    targets: str = "all-linear"
+    dtype: Dtype = "auto"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How rows become tokens. `max_length` counts prompt and completion together, in tokens."""
+
+    max_length: int = 512
+    chat_template: bool = True
+    batch_size: int = 8
+
+    def validate(self) -> None:
+        _require(self.max_length >= 2, "--max-length must be at least 2", actual=self.max_length)
+        _require(self.batch_size >= 1, "--batch-size must be at least 1", actual=self.batch_size)
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The gradient probe: `steps` micro-batches (N of the paper's algorithm 1), and the importance metrics.
+
+    The first metric of `importance` decides the ranks; the others are recorded beside it.
+    """
+
+    steps: int = 64
+    mode: Literal["exact"] = "exact"
+    importance: tuple[Importance, ...] = ("sensitivity",)
+
+    def validate(self) -> None:
+        _require(self.steps >= 1, "--probe-steps must be at least 1", actual=self.steps)
+        unknown = [name for name in self.importance if name not in IMPORTANCES]
+        known = ", ".join(IMPORTANCES)
+        _require(bool(self.importance) and not unknown, "unknown --importance", expected=known, actual=unknown)
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """Reference rank and bounds (paper, appendix B.3: rank_min = rank / 2, rank_max = 4 * rank)."""
+
+    rank: int = 8
+    rank_min: int | None = None
+    rank_max: int | None = None
+    rule: RankRule = "paper"
+
+    @property
+    def lowest(self) -> int:
+        return max(1, self.rank // 2) if self.rank_min is None else self.rank_min
+
+    @property
+    def highest(self) -> int:
+        return 4 * self.rank if self.rank_max is None else self.rank_max
+
+    def validate(self) -> None:
+        _require(self.rank >= 1, "--rank must be at least 1", actual=self.rank)
+        _require(self.lowest >= 0, "--rank-min must not be negative", actual=self.lowest)
+        inside = self.lowest <= self.rank <= self.highest
+        bounds = f"{self.lowest} <= {self.rank} <= {self.highest}"
+        _require(inside, "the ranks must be in order", expected="--rank-min <= --rank <= --rank-max", actual=bounds)
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Initialisation: alpha of the forward scale, and the step size γ ("auto": searched by forward passes)."""
+
+    alpha: float = 16.0
+    gamma: float | Literal["auto"] = "auto"
+    search_batches: int = 4
+
+    def validate(self) -> None:
+        _require(0 < self.alpha < float("inf"), "--alpha must be positive and finite", actual=self.alpha)
+        finite = self.gamma == "auto" or 0 <= self.gamma < float("inf")
+        _require(finite, "--gamma must be 'auto' or a number that is not negative", actual=self.gamma)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop: AdamW with the paper's settings (appendix B.3, table 9).
+
+    `lr` is that of A; B learns `lr_ratio` times faster (16 for GoRA, 1 for LoRA where it is None). One of
+    `steps` (optimiser steps) and `epochs` is given; both None means one epoch.
+    """
+
+    method: Method = "gora"
+    steps: int | None = None
+    epochs: float | None = None
+    grad_accum: int = 1
+    lr: float = 5e-5
+    lr_ratio: float | None = None
+    warmup: float = 0.03
+    floor: float = 0.1
+    weight_decay: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    gradient_checkpointing: bool = False
+    eval_every: int | None = None
+    seed: int = 42
+
+    @property
+    def ratio(self) -> float:
+        if self.lr_ratio is not None:
+            return self.lr_ratio
+        return 16.0 if self.method == "gora" else 1.0
+
+    def validate(self) -> None:
+        _require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
+        _require(self.steps is None or self.steps >= 1, "--steps must be at least 1", actual=self.steps)
+        _require(self.epochs is None or 0 < self.epochs < 1e6, "--epochs must be positive", actual=self.epochs)
+        _require(self.grad_accum >= 1, "--grad-accum must be at least 1", actual=self.grad_accum)
+        _require(0 <= self.lr < float("inf"), "--lr must be finite and not negative", actual=self.lr)
+        _require(0 < self.ratio < float("inf"), "--lr-ratio must be positive", actual=self.ratio)
+        _require(0 <= self.seed < 2**32, "--seed must be between 0 and 2^32 - 1", actual=self.seed)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Everything that `fit` needs beside the base, the data and the output folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    ranks: RankConfig = field(default_factory=RankConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def validate(self) -> None:
+        """Raise UsageError for the first value that makes no sense."""
+        for part in (self.data, self.probe, self.ranks, self.init, self.train):
+            part.validate()
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The form of the exported adapter and the dtype of its tensors."""
+
+    form: Form = "unit"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -1,0 +1,209 @@
+"""Bases: from a directory or hub id to a loaded model, its tokenizer, its adaptable modules and its memory digest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gora_serve.config import ModelConfig
+from gora_serve.errors import InputError, MachineError, UsageError
+from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
+
+SAFETENSORS_NAME = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a base lies on this machine, and what the user called it."""
+
+    name: str
+    path: Path
+    revision: str | None = None
+
+
+def locate_base(name: str) -> Base:
+    """Find BASE: an existing directory, or a hub id, downloaded (or found in the cache) at a fixed commit.
+
+    Raises InputError for something that is not a model folder, MachineError when the hub cannot be reached.
+    """
+    path = Path(name)
+    if path.exists():
+        _check_model_folder(path)
+        return Base(name, path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise MachineError(
+            "no such base", code="GS-520", file=name, hint="give a model folder or a hub id such as org/name"
+        )
+    snapshot = _download(name)
+    _check_model_folder(snapshot)
+    commit = snapshot.name if snapshot.parent.name == "snapshots" else None
+    return Base(name, snapshot, commit)
+
+
+def _check_model_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise InputError("not a model: BASE is a file", code="GS-365", file=path, hint="give the model's folder")
+    if not (path / "config.json").is_file():
+        raise InputError(
+            "not a model: no config.json", code="GS-366", file=path,
+            hint="give the folder that holds config.json and model.safetensors",
+        )  # fmt: skip
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as err:
+        raise MachineError(
+            "no such directory, and the hub could not give it", code="GS-521", file=name,
+            actual=str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__,
+            hint="check the spelling, the network and HF_TOKEN; or give the model's folder",
+        ) from err  # fmt: skip
+
+
+def load_model(base: Base, config: ModelConfig) -> nn.Module:
+    """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        settings = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        kind = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+        model: nn.Module = kind.from_pretrained(base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as err:
+        raise InputError(
+            "not a model that transformers can load", code="GS-367", file=base.path,
+            actual=str(err).strip().splitlines()[0], hint="see the whole message with --debug",
+        ) from err  # fmt: skip
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_tokenizer(base: Base) -> Any:
+    """Load the base's tokenizer, with a padding token. Raises InputError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as err:
+        raise InputError(
+            "the base has no tokenizer that transformers can load", code="GS-368", file=base.path,
+            actual=str(err).strip().splitlines()[0], hint="copy the tokenizer's files into the base's folder",
+        ) from err  # fmt: skip
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token", code="GS-369", file=base.path)
+    return tokenizer
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether the module keeps its weight as (in, out): GPT-2's Conv1D."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """Return the weight as (out, in), whichever way the module keeps it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if is_transposed(module) else weight.detach()
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every linear layer by path, in the model's order, without the output head (as PEFT's all-linear)."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head and path
+    }
+
+
+def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
+    """Return the modules to adapt, by path, in the model's order.
+
+    targets: "all-linear"; "attention" (linear layers inside a module whose class name says Attention); names
+    such as "q_proj,v_proj" (the end of a path); or a regular expression that matches a whole path.
+    Raises UsageError when nothing matches, naming what there is.
+    """
+    linear = linear_modules(model)
+    if targets == "all-linear":
+        chosen = set(linear)
+    elif targets == "attention":
+        inside = [path for path, module in model.named_modules() if "Attention" in type(module).__name__]
+        chosen = {path for path in linear if any(path.startswith(f"{parent}.") for parent in inside)}
+    elif re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)*", targets):
+        chosen = _by_name(linear, [name.strip() for name in targets.split(",")])
+    else:
+        chosen = _by_pattern(linear, targets)
+    if not chosen:
+        raise _no_target(linear, targets)
+    return {path: module for path, module in linear.items() if path in chosen}
+
+
+def _by_name(linear: Mapping[str, nn.Module], names: list[str]) -> set[str]:
+    chosen: set[str] = set()
+    for name in names:
+        found = {path for path in linear if path == name or path.endswith(f".{name}")}
+        if not found:
+            raise _no_target(linear, name)
+        chosen |= found
+    return chosen
+
+
+def _by_pattern(linear: Mapping[str, nn.Module], pattern: str) -> set[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as err:
+        raise UsageError(
+            "--targets is neither names nor a regular expression", code="GS-202", actual=f"{pattern}: {err}"
+        ) from err
+    return {path for path in linear if compiled.fullmatch(path)}
+
+
+def _no_target(linear: Mapping[str, nn.Module], targets: str) -> UsageError:
+    names = sorted({path.rsplit(".", 1)[-1] for path in linear})
+    return UsageError(
+        "no module matches --targets", code="GS-203", expected=f"some of {', '.join(names)}", actual=targets,
+        hint="--targets all-linear",
+    )  # fmt: skip
+
+
+def _storages(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter and persistent buffer once, by its first name: tied weights share one storage."""
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        yield name, tensor.detach()
+
+
+def memory_root(model: nn.Module) -> str:
+    """Return one digest of all weights as they lie in memory, by name, dtype, shape and bytes.
+
+    The scheme is that of the file manifest; the names are the loaded model's, so compare it only with itself.
+    Take it before LoRA layers are attached and after they are removed.
+    """
+    records = {}
+    for name, tensor in _storages(model):
+        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = tensor_digest([memoryview(data)])  # type: ignore[arg-type]
+        records[name] = TensorRecord(SAFETENSORS_NAME[tensor.dtype], tuple(tensor.shape), data.nbytes, digest)
+    return weights_root(records)

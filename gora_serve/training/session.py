@@ -1,0 +1,205 @@
+"""What `probe` and `fit` share: a base loaded on Accelerate's device, its targets, the data, and the base's proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gora_serve
+from gora_serve.config import DataConfig, ModelConfig, ProbeConfig, TrainConfig
+from gora_serve.errors import InputError, MismatchError, UsageError
+from gora_serve.gora.statistics import GradientStatistics
+from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
+from gora_serve.progress import Listener
+from gora_serve.training.data import Dataset, Example, collate, load_data, schedule
+from gora_serve.training.loop import mean_loss
+from gora_serve.training.models import (
+    Base,
+    find_targets,
+    is_transposed,
+    load_model,
+    load_tokenizer,
+    locate_base,
+    memory_root,
+)  # fmt: skip
+from gora_serve.training.probe import probe
+
+LazyBatch = Callable[[], Mapping[str, Tensor]]
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A base, ready to be probed and trained, with its digests from before."""
+
+    base: Base
+    model: nn.Module
+    tokenizer: Any
+    modules: Mapping[str, nn.Module]
+    data: Dataset
+    accelerator: Any
+    manifest: Manifest
+    memory: str
+    batch_size: int
+    seed: int
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return any(is_transposed(module) for module in self.modules.values())
+
+    @property
+    def base_record(self) -> dict[str, Any]:
+        """What probe.json and run.json say of the base."""
+        return {
+            "name": self.base.name,
+            "revision": self.base.revision,
+            "roots": roots_json(self.manifest.roots),
+        }
+
+    def batches(self, examples: Sequence[Example], indices: Sequence[Sequence[int]]) -> list[LazyBatch]:
+        """Return this process's share of the micro-batches, each made when it is called, on the device."""
+        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        return [partial(self._batch, [examples[i] for i in batch]) for batch in mine]
+
+    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        batch = collate(examples, self.tokenizer.pad_token_id)
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    def in_order(self, examples: Sequence[Example]) -> list[LazyBatch]:
+        """Return this process's micro-batches of one pass over the examples, in file order."""
+        places = range(len(examples))
+        size = self.batch_size
+        return self.batches(examples, [places[start : start + size] for start in places[::size]])
+
+
+def roots_json(roots: Roots) -> dict[str, str | None]:
+    return {"weights": roots.weights, "config": roots.config, "tokenizer": roots.tokenizer}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of gora-serve and of the packages that decide numbers."""
+    return {"gora-serve": gora_serve.__version__} | {name: version(name) for name in PACKAGES}
+
+
+def open_session(
+    base: str, data: str, *, model: ModelConfig, rows: DataConfig, train: TrainConfig, listen: Listener
+) -> Session:
+    """Locate and hash the base, read the data, load the model onto the device. Raises before anything is written."""
+    located = locate_base(base)
+    tokenizer = load_tokenizer(located)
+    dataset = load_data(data, tokenizer, rows)
+    manifest = hash_model(located.path, listen=listen)
+    accelerator = _make_accelerator(train)
+    torch.manual_seed(train.seed)
+    loaded = load_model(located, model)
+    if loaded.config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise InputError(
+            "the base is an encoder-decoder model, which the command line cannot fit yet", code="GS-383",
+            file=located.path, hint="call gora_serve.training.probe.probe from Python with your own loss",
+        )  # fmt: skip
+    modules = find_targets(loaded, model.targets)
+    _check_length(loaded, rows)
+    memory = memory_root(loaded)
+    if train.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    loaded.to(accelerator.device)
+    return Session(
+        located, loaded, tokenizer, modules, dataset, accelerator, manifest, memory, rows.batch_size, train.seed
+    )
+
+
+def _make_accelerator(train: TrainConfig) -> Any:
+    from accelerate import Accelerator
+
+    try:
+        return Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.grad_accum)
+    except ValueError as err:
+        raise UsageError("Accelerate refuses these settings", code="GS-204", actual=str(err)) from err
+
+
+def _check_length(model: nn.Module, rows: DataConfig) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and rows.max_length > limit:
+        raise UsageError(
+            "--max-length is more than the base has positions", code="GS-205", expected=f"at most {limit}",
+            actual=rows.max_length,
+        )  # fmt: skip
+
+
+def probe_session(
+    session: Session, examples: Sequence[Example], config: ProbeConfig, *, rank_max: int, listen: Listener
+) -> GradientStatistics:
+    """Probe the session's targets over config.steps micro-batches in all, shared out over the processes."""
+    world = session.accelerator.num_processes
+    steps = -(-config.steps // world) * world
+    batches = session.batches(examples, schedule(len(examples), session.batch_size, batches=steps, seed=session.seed))
+    with _checkpointing_in_eval(session.model):
+        return probe(
+            session.model,
+            (batch() for batch in batches),
+            lambda model, batch: _loss(model, batch, session.accelerator),
+            modules=session.modules,
+            rank_max=rank_max,
+            generator=torch.Generator().manual_seed(session.seed),
+            config=replace(config, steps=len(batches)),
+            count_batch=lambda batch: (len(batch["labels"]), int(batch["attention_mask"].sum())),
+            reduce=lambda tensor: sum_over_processes(tensor, session.accelerator),
+            listen=listen,
+        )
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> Tensor:
+    with accelerator.autocast():
+        return mean_loss(model, batch)
+
+
+def sum_over_processes(tensor: Tensor, accelerator: Any) -> Tensor:
+    """Return the sum over processes, on the tensor's own device and in its dtype."""
+    if accelerator.num_processes == 1:
+        return tensor
+    summed: Tensor = accelerator.reduce(tensor.to(accelerator.device), "sum")
+    return summed.to(tensor.device)
+
+
+@contextmanager
+def _checkpointing_in_eval(model: nn.Module) -> Iterator[None]:
+    """Let blocks with gradient checkpointing use it although the model is in eval mode, without dropout."""
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    before = [block.training for block in blocks]
+    for block in blocks:
+        block.training = True
+    try:
+        yield
+    finally:
+        for block, training in zip(blocks, before, strict=True):
+            block.training = training
+
+
+def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> None:
+    """Prove that the base is what it was: its files, and its weights in memory without LoRA layers.
+
+    Raises MismatchError (exit 1) naming the first tensor whose bytes changed.
+    """
+    if memory_root(model) != session.memory:
+        raise MismatchError(
+            "the base's weights in memory changed during the run", code="GS-110", file=session.base.path,
+            expected=session.memory, kept="no adapter was published",
+            hint="some code wrote to a frozen weight; report it with the run's run.json",
+        )  # fmt: skip
+    after = hash_model(session.base.path, listen=listen)
+    if after.roots == session.manifest.roots:
+        return
+    changed = differences(session.manifest.tensors, after.tensors)
+    first = next(iter((*changed.changed, *changed.missing, *changed.extra)), None)
+    raise MismatchError(
+        "the base's files changed during the run", code="GS-111", file=session.base.path, tensor=first,
+        expected=session.manifest.roots.weights, actual=after.roots.weights, kept="no adapter was published",
+        hint="another program wrote to the base; restore it and fit again",
+    )  # fmt: skip
