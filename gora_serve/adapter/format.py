@@ -6,7 +6,6 @@ Writing is byte-reproducible: the same adapter gives the same files in every pro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,10 @@ from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import canonical_json, read_json
 from gora_serve.integrity.files import write_bytes, write_json
 from gora_serve.integrity.headers import encode_header, read_header
-from gora_serve.integrity.manifest import Roots, TensorRecord, tensor_digest, weights_root
+from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
+from gora_serve.integrity.record import RECORD_SCHEMA, WEIGHTS, bound_roots, read_record
 
-WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-METADATA_SCHEMA = "gora-serve/adapter/1"
 ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that every engine reading PEFT LoRA can hold
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -73,14 +71,15 @@ def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     return _with_modules(adapter, modules)
 
 
-def write_adapter(folder: Path, adapter: Adapter, form: Form) -> str:
+def write_adapter(folder: Path, adapter: Adapter, form: Form, dtype: torch.dtype = torch.float32) -> str:
     """Write adapter_model.safetensors and adapter_config.json into an existing folder; return the adapter root.
 
+    The scale is folded before the tensors are rounded to `dtype`, once.
     Raises InputError if no module has an adapter, and OSError from the disk.
     """
     if not adapter.modules:
         raise InputError("the adapter has no module", code="GS-359", hint="raise --rank-min to 1 or more")
-    adapter = to_form(adapter, form)
+    adapter = cast(to_form(adapter, form), dtype)
     tensors = _tensors(adapter)
     blobs = {key: _little_endian(tensor) for key, tensor in tensors.items()}
     root = weights_root(
@@ -121,7 +120,7 @@ def _record(adapter: Adapter, root: str) -> dict[str, Any]:
     """The binding that travels inside the weights file: which base, by its roots, and which adapter."""
     roots = adapter.base.roots
     return {
-        "schema": METADATA_SCHEMA,
+        "schema": RECORD_SCHEMA,
         "adapter_root": root,
         "base": {
             "repo_id": adapter.base.name,
@@ -183,25 +182,5 @@ def _pairs(keys: list[str], file: Path) -> list[str]:
     return list(parts)
 
 
-def read_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """Return gora-serve's record out of a weights file's metadata; {} where another tool wrote the file."""
-    text = metadata.get("gora_serve")
-    if text is None:
-        return {}
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as err:
-        raise InputError("gora_serve metadata is not JSON", code="GS-363", file=file) from err
-    if not isinstance(record, dict) or record.get("schema") != METADATA_SCHEMA:
-        raise InputError(
-            "gora_serve metadata has an unknown schema", code="GS-364", file=file, expected=METADATA_SCHEMA,
-            actual=record.get("schema") if isinstance(record, dict) else None, hint="upgrade gora-serve",
-        )  # fmt: skip
-    return record
-
-
 def _base_id(config: Mapping[str, Any], record: Mapping[str, Any]) -> BaseId:
-    base = record.get("base", {})
-    weights = base.get("weights_root")
-    roots = Roots(weights, base.get("config_root"), base.get("tokenizer_root")) if weights else None
-    return BaseId(str(config.get("base_model_name_or_path") or ""), config.get("revision"), roots)
+    return BaseId(str(config.get("base_model_name_or_path") or ""), config.get("revision"), bound_roots(record))

@@ -112,7 +112,7 @@ def read_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file: Pa
 
 
 def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:
-    expected = {
+    expected: dict[str, tuple[object, ...]] = {
         "peft_type": ("LORA",),
         "init_lora_weights": (True, None),
         "bias": ("none", None),

@@ -97,10 +97,11 @@ def read_json(path: Path, *, limit: int = 10 * MIB) -> object:
                 expected=f"at most {limit} bytes", actual=f"{size} bytes",
             )  # fmt: skip
         raw = read_range(fd, 0, size, path=path)
-    return _parse(raw, path)
+    return parse_json(raw, path)
 
 
-def _parse(raw: bytes, path: Path) -> object:
+def parse_json(raw: bytes, path: Path) -> object:
+    """Return the value in `raw`, strict JSON of at most 64 levels; `path` is for messages. Raises as `read_json`."""
     try:
         value = json.loads(
             raw.decode("utf-8"),

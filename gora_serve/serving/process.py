@@ -79,12 +79,15 @@ class Child:
                 os.kill(member, signal.SIGKILL)
 
     def stop(self, timeout: float) -> bool:
-        """Ask once, wait until all of the session is gone, then kill what is left. True when nothing had to be
-        killed.
+        """Ask once, wait until all of the session is gone, then kill what is left. True when nothing had to be killed.
 
-        Returns only when no process is left.
+        Returns only when no process is left. Only the first process is asked: vLLM's workers would end at once on
+        SIGTERM, while it still waits for running requests. What outlived it is asked in its place.
         """
-        self.send(signal.SIGTERM)
+        if self.exit_code() is None:
+            self._process.send_signal(signal.SIGTERM)
+        else:
+            self.send(signal.SIGTERM)
         try:
             polite = self._wait_empty(timeout + MARGIN)
         except BaseException:  # a second Ctrl-C: no more waiting

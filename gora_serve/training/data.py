@@ -125,8 +125,8 @@ def _json_lines(path: Path) -> list[_Row]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as err:
-        line = path.read_bytes()[: err.start].count(b"\n") + 1
-        raise InputError("not UTF-8", code="GS-376", file=f"{path}:{line}") from err
+        place = path.read_bytes()[: err.start].count(b"\n") + 1
+        raise InputError("not UTF-8", code="GS-376", file=f"{path}:{place}") from err
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -1,18 +1,18 @@
-"""Bases: from a directory or hub id to a loaded model, its tokenizer, its adaptable modules and its memory digest."""
+"""A base in memory: the loaded model, its tokenizer, its adaptable modules and the digest of its weights."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gora_serve.config import ModelConfig
-from gora_serve.errors import InputError, MachineError, UsageError
+from gora_serve.errors import InputError, UsageError
+from gora_serve.integrity.bases import Base
 from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
 
 SAFETENSORS_NAME = {
@@ -20,59 +20,6 @@ SAFETENSORS_NAME = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Base:
-    """Where a base lies on this machine, and what the user called it."""
-
-    name: str
-    path: Path
-    revision: str | None = None
-
-
-def locate_base(name: str) -> Base:
-    """Find BASE: an existing directory, or a hub id, downloaded (or found in the cache) at a fixed commit.
-
-    Raises InputError for something that is not a model folder, MachineError when the hub cannot be reached.
-    """
-    path = Path(name)
-    if path.exists():
-        _check_model_folder(path)
-        return Base(name, path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise MachineError(
-            "no such base", code="GS-520", file=name, hint="give a model folder or a hub id such as org/name"
-        )
-    snapshot = _download(name)
-    _check_model_folder(snapshot)
-    commit = snapshot.name if snapshot.parent.name == "snapshots" else None
-    return Base(name, snapshot, commit)
-
-
-def _check_model_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise InputError("not a model: BASE is a file", code="GS-365", file=path, hint="give the model's folder")
-    if not (path / "config.json").is_file():
-        raise InputError(
-            "not a model: no config.json", code="GS-366", file=path,
-            hint="give the folder that holds config.json and model.safetensors",
-        )  # fmt: skip
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as err:
-        raise MachineError(
-            "no such directory, and the hub could not give it", code="GS-521", file=name,
-            actual=str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__,
-            hint="check the spelling, the network and HF_TOKEN; or give the model's folder",
-        ) from err  # fmt: skip
 
 
 def load_model(base: Base, config: ModelConfig) -> nn.Module:
@@ -89,6 +36,8 @@ def load_model(base: Base, config: ModelConfig) -> nn.Module:
             "not a model that transformers can load", code="GS-367", file=base.path,
             actual=str(err).strip().splitlines()[0], hint="see the whole message with --debug",
         ) from err  # fmt: skip
+    if not settings.is_encoder_decoder and "logits_to_keep" not in signature(model.forward).parameters:
+        raise InputError("not a causal language model", code="GS-385", file=base.path, actual=type(model).__name__)
     model.requires_grad_(False)
     return model.eval()
 

@@ -16,19 +16,12 @@ import gora_serve
 from gora_serve.config import DataConfig, ModelConfig, ProbeConfig, TrainConfig
 from gora_serve.errors import InputError, MismatchError, UsageError
 from gora_serve.gora.statistics import GradientStatistics
+from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
 from gora_serve.training.data import Dataset, Example, collate, load_data, schedule
 from gora_serve.training.loop import mean_loss
-from gora_serve.training.models import (
-    Base,
-    find_targets,
-    is_transposed,
-    load_model,
-    load_tokenizer,
-    locate_base,
-    memory_root,
-)  # fmt: skip
+from gora_serve.training.models import find_targets, is_transposed, load_model, load_tokenizer, memory_root
 from gora_serve.training.probe import probe
 
 LazyBatch = Callable[[], Mapping[str, Tensor]]

@@ -1,0 +1,98 @@
+"""The model card that an exported adapter carries: what it is made of, and how to use it. Text only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from gora_serve.adapter.factors import Adapter
+from gora_serve.config import Form
+
+USE = {
+    "unit": "scale 1 in PEFT and in every vLLM that loads it",
+    "padded": "one rank, no patterns: right in every engine that reads PEFT LoRA",
+    "native": "PEFT's own form with rank patterns, for PEFT and vLLM 0.32 or later",
+}
+
+
+def model_card(adapter: Adapter, form: Form) -> str:
+    """Return README.md: base, ranks, parameters, data digest, settings. The same adapter gives the same text."""
+    roots = adapter.base.roots
+    origin = adapter.origin
+    lines = [
+        *_front_matter(adapter),
+        f"# {origin.get('method', 'LoRA').upper().replace('GORA', 'GoRA').replace('LORA', 'LoRA')} adapter",
+        "",
+        "A low-rank adapter for an unmodified base model, made by gora-serve.",
+        "",
+        *_table(
+            [
+                ("Base", adapter.base.name + (f" at {adapter.base.revision}" if adapter.base.revision else "")),
+                ("Base weights root", f"`{roots.weights}`" if roots else "not bound"),
+                ("Modules", str(len(adapter.modules))),
+                ("Trainable parameters", f"{_trained(adapter):,}"),
+                ("Ranks", _rank_text(adapter)),
+                ("Form", f"{form} ({USE[form]})"),
+                ("Training data", f"{origin.get('data', 'unknown')}, SHA-256 `{origin.get('data_sha256', 'unknown')}`"),
+                ("Made by", origin.get("tool", "gora-serve")),
+            ]
+        ),
+        "",
+        "## Settings",
+        "",
+        *_table([(key, f"`{value}`") for key, value in json.loads(origin.get("settings", "{}")).items()]),
+        "",
+        "## Ranks by kind of module",
+        "",
+        "| module | number | least | mean | most |",
+        "| --- | --- | --- | --- | --- |",
+        *_rank_rows(adapter),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        f"model = PeftModel.from_pretrained(base_model, {json.dumps('this folder')})",
+        "```",
+        "",
+        "`gora-serve verify FOLDER --base BASE` proves that the files are whole and belong to the base.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(adapter: Adapter) -> list[str]:
+    tags = ["lora", "gora-serve", *({adapter.origin["method"]} - {"lora"} if "method" in adapter.origin else ())]
+    return [
+        "---",
+        f"base_model: {json.dumps(adapter.base.name)}",
+        "library_name: peft",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+    ]
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    escaped = ((key, value.replace("|", "\\|")) for key, value in rows)
+    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in escaped)]
+
+
+def _trained(adapter: Adapter) -> int:
+    return int(adapter.origin.get("parameters", adapter.parameters))
+
+
+def _rank_text(adapter: Adapter) -> str:
+    ranks = sorted(adapter.ranks.values())
+    return f"{ranks[0]} to {ranks[-1]}, mean {sum(ranks) / len(ranks):.2f}"
+
+
+def _rank_rows(adapter: Adapter) -> list[str]:
+    kinds: dict[str, list[int]] = {}
+    for path, rank in adapter.ranks.items():
+        kinds.setdefault(path.rsplit(".", 1)[-1], []).append(rank)
+    return [
+        f"| {kind} | {len(ranks)} | {min(ranks)} | {sum(ranks) / len(ranks):.2f} | {max(ranks)} |"
+        for kind, ranks in sorted(kinds.items())
+    ]

@@ -1,0 +1,40 @@
+"""What an adapter's weights file says of itself in its metadata: its own root, its base's roots, its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gora_serve.errors import InputError
+from gora_serve.integrity.canonical import parse_json
+from gora_serve.integrity.manifest import Roots
+
+WEIGHTS = "adapter_model.safetensors"
+RECORD_SCHEMA = "gora-serve/adapter/1"
+
+
+def read_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """Return gora-serve's record out of a weights file's metadata; {} where another tool wrote the file.
+
+    Raises InputError for a record that is malformed or of another schema.
+    """
+    text = metadata.get("gora_serve")
+    if text is None:
+        return {}
+    record = parse_json(text.encode(), file)
+    if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
+        raise InputError(
+            "gora_serve metadata has an unknown schema", code="GS-364", file=file, expected=RECORD_SCHEMA,
+            actual=record.get("schema") if isinstance(record, dict) else None, hint="upgrade gora-serve",
+        )  # fmt: skip
+    if not isinstance(record.get("base"), dict) or not isinstance(record.get("origin"), dict):
+        raise InputError("gora_serve metadata is malformed", code="GS-363", file=file, expected="base and origin")
+    return record
+
+
+def bound_roots(record: Mapping[str, Any]) -> Roots | None:
+    """Return the roots of the base that the record binds its adapter to, if it binds it."""
+    base = record.get("base", {})
+    weights = base.get("weights_root")
+    return Roots(weights, base.get("config_root"), base.get("tokenizer_root")) if weights else None

@@ -1,0 +1,115 @@
+"""The checks behind `verify`: an adapter folder against its own manifest and its base, a base against a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gora_serve.errors import InputError, MismatchError
+from gora_serve.integrity.binding import check_binding, check_folder
+from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.headers import read_header
+from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_adapter, hash_model
+from gora_serve.integrity.record import WEIGHTS, bound_roots, read_record
+from gora_serve.progress import Listener, silent
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was proved, by hashing every byte. `base` is None where no base was given to check against."""
+
+    path: Path
+    root: str
+    bound_to: Roots | None
+    base: Path | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "verified": True,
+            "level": "L2 full bytes",
+            "root": self.root,
+            "bound_to": self.bound_to.weights if self.bound_to else None,
+            "base": str(self.base) if self.base else None,
+            "warnings": list(self.warnings),
+        }
+
+
+def verify_adapter(
+    folder: Path,
+    *,
+    base: Path | None = None,
+    base_manifest: Manifest | None = None,
+    strict: bool = False,
+    listen: Listener = silent,
+) -> Verified:
+    """Prove an exported adapter: its files, its tensors, and that it belongs to the base.
+
+    base_manifest saves hashing a base again that was hashed just before. Raises MismatchError (exit 1) where bytes
+    differ from the manifest, BindingError (exit 4) for another base, InputError where the folder has no manifest.
+    """
+    sealed = check_folder(folder)
+    file = folder / WEIGHTS
+    record = read_record(read_header(file).metadata, file)
+    root, _ = hash_adapter(file)
+    for source, claimed in (("gora_manifest.json", sealed.get("adapter_root")), (WEIGHTS, record.get("adapter_root"))):
+        if claimed != root:
+            raise MismatchError(
+                f"the tensors are not those that {source} names", code="GS-112", file=file, expected=claimed,
+                actual=root, hint="export the adapter again",
+            )  # fmt: skip
+    bound = bound_roots(record)
+    warnings: list[str] = []
+    if base is not None:
+        if bound is None:
+            warnings.append("the adapter names no base roots: it is not bound to any base")
+        else:
+            manifest = base_manifest or hash_model(base, listen=listen)
+            warnings += check_binding(bound, manifest, strict=strict, base=base)
+    return Verified(folder, root, bound, base, tuple(warnings))
+
+
+def verify_base(folder: Path, manifest_file: Path, *, listen: Listener = silent) -> Verified:
+    """Prove that a base is the one of a manifest that `hash` wrote. Raises MismatchError naming the first tensor."""
+    expected = Manifest.from_json(read_json(manifest_file, limit=1 << 28), file=manifest_file)
+    actual = hash_model(folder, listen=listen)
+    changed = differences(expected.resolved(), actual.resolved())
+    first = next(iter((*changed.changed, *changed.missing, *changed.extra)), None)
+    if first is not None:
+        count = sum(map(len, (changed.changed, changed.missing, changed.extra)))
+        raise MismatchError(
+            f"{count} tensors differ from the manifest", code="GS-113", file=folder, tensor=first,
+            expected=expected.roots.weights, actual=actual.roots.weights,
+            hint="restore the base, or hash it again if the change was meant",
+        )  # fmt: skip
+    _check_settings(folder, {"configuration": (expected.roots.config, actual.roots.config)})
+    _check_settings(folder, {"tokenizer": (expected.roots.tokenizer, actual.roots.tokenizer)})
+    return Verified(folder, actual.roots.weights, None, None, ())
+
+
+def _check_settings(folder: Path, roots: Mapping[str, tuple[str | None, str | None]]) -> None:
+    for name, (expected, actual) in roots.items():
+        if expected != actual:
+            raise MismatchError(
+                f"the weights are those of the manifest, the {name} is not", code="GS-114", file=folder,
+                expected=expected, actual=actual,
+            )  # fmt: skip
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or (folder / WEIGHTS).is_file()
+
+
+def find_adapter(path: Path) -> Path:
+    """Return the adapter folder at `path`: the folder itself, or the adapter of a run folder."""
+    if is_adapter(path):
+        return path
+    if is_adapter(path / "adapter"):
+        return path / "adapter"
+    raise InputError(
+        "neither an adapter nor a finished run", code="GS-386", file=path,
+        hint="give the folder that export wrote, a run folder of fit, or a base with --manifest FILE",
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""From a finished run to the standard adapter folder that PEFT and vLLM load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import gora_serve
+from gora_serve.adapter.card import model_card
+from gora_serve.adapter.factors import Adapter
+from gora_serve.adapter.format import read_adapter, write_adapter
+from gora_serve.config import ExportConfig
+from gora_serve.errors import InputError
+from gora_serve.integrity.binding import check_folder, seal_folder
+from gora_serve.integrity.files import staged_folder, write_text
+from gora_serve.integrity.verify import find_adapter
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where the adapter lies, its root, and the adapter as it was trained."""
+
+    folder: Path
+    root: str
+    adapter: Adapter
+
+
+def export(source: Path, output: Path, config: ExportConfig | None = None, *, overwrite: bool = False) -> Exported:
+    """Write the adapter of a run (or of an earlier export) into `output`, in the form asked for.
+
+    The files are the same, byte for byte, in every process. The source is checked against its own manifest first.
+    Raises InputError for an unfinished run, MismatchError for a damaged one, OutputError for an existing output.
+    """
+    config = config or ExportConfig()
+    if source.name.endswith(".partial") and not (source / "adapter").exists():
+        raise InputError("the run is not finished", code="GS-387", file=source, hint="its run.json says how it stands")
+    folder = find_adapter(source)
+    check_folder(folder)
+    trained = read_adapter(folder)
+    with staged_folder(output, overwrite=overwrite, protect=[source]) as stage:
+        root = write_adapter(stage, trained, config.form, getattr(torch, config.dtype))
+        write_text(stage / "README.md", model_card(trained, config.form))
+        seal_folder(stage, _record(trained, root, config))
+    return Exported(output, root, trained)
+
+
+def _record(adapter: Adapter, root: str, config: ExportConfig) -> dict[str, object]:
+    roots = adapter.base.roots
+    return {
+        "adapter_root": root,
+        "form": config.form,
+        "dtype": config.dtype,
+        "binding": {
+            "base": adapter.base.name,
+            "revision": adapter.base.revision,
+            "weights_root": roots.weights if roots else None,
+            "config_root": roots.config if roots else None,
+            "tokenizer_root": roots.tokenizer if roots else None,
+        },
+        "training": dict(adapter.origin),
+        "tool": f"gora-serve {gora_serve.__version__}",
+    }
