@@ -12,11 +12,11 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from gora_serve.errors import MachineError
+from gora_serve.errors import MachineError, OutputError
 from gora_serve.integrity.reading import open_regular, pieces, size_of
 from gora_serve.integrity.staging import staged_folder, sync_published
 
-__all__ = ["sha256_file", "staged_folder", "write_bytes", "write_json", "write_text"]
+__all__ = ["refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_text"]
 
 
 def sha256_file(path: Path) -> tuple[int, str]:
@@ -27,6 +27,13 @@ def sha256_file(path: Path) -> tuple[int, str]:
         for piece in pieces(fd, 0, size, path=path):
             digest.update(piece)
     return size, digest.hexdigest()
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise OutputError if there is something at `path`: to be asked before work starts."""
+    if os.path.lexists(path):
+        hint = "choose another output, or pass --overwrite"
+        raise OutputError("the output exists", code="GS-601", file=path, kept="nothing was changed", hint=hint)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

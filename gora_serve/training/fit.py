@@ -20,8 +20,10 @@ from gora_serve.errors import GoraError, InputError
 from gora_serve.gora.gamma import GammaSearch, search_gamma
 from gora_serve.gora.ranks import RankPlan, allocate_ranks, uniform_ranks
 from gora_serve.gora.statistics import GradientStatistics
+from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.files import staged_folder, write_json
+from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training import inject
 from gora_serve.training.data import Dataset, Example, load_data, schedule
@@ -90,6 +92,7 @@ def fit(
     config = config or FitConfig()
     config.validate()
     started = time.perf_counter()
+    check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
     held_out = load_data(eval_data, session.tokenizer, config.data) if eval_data else None
     shapes = {path: (weight_matrix(m).shape[0], weight_matrix(m).shape[1]) for path, m in session.modules.items()}
@@ -104,6 +107,40 @@ def fit(
             raise
         run.note(status="complete", seconds=time.perf_counter() - started, result=_summary(result))
     return result
+
+
+def probe_only(
+    base: str,
+    data: str,
+    output: Path,
+    config: FitConfig,
+    *,
+    rank_max: int,
+    overwrite: bool = False,
+    listen: Listener = silent,
+) -> GradientStatistics:
+    """Run the gradient probe of `fit` alone and write probe.json and statistics.safetensors into `output`.
+
+    rank_max: how many rows A_max gets, and so the largest rank that B can be made for later. Raises as `fit`.
+    """
+    config.validate()
+    check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
+    session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
+    statistics = probe_session(session, session.data.examples, config.probe, rank_max=rank_max, listen=listen)
+    check_untouched(session, session.model, listen=listen)
+    if session.accelerator.is_main_process:
+        with staged_folder(output, overwrite=overwrite, protect=[session.base.path]) as folder:
+            write_probe(folder, statistics, session.base_record, config.probe.importance)
+            write_json(
+                folder / "run.json",
+                {
+                    "schema": "gora-serve/probe-run/1",
+                    "config": asdict(config),
+                    "data": session.data.summary(),
+                    "versions": versions(),
+                },
+            )
+    return statistics
 
 
 @contextmanager

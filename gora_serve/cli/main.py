@@ -1,0 +1,86 @@
+"""`gora-serve`: the group of commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+
+import click
+
+from gora_serve import __version__
+from gora_serve.cli.adapters import export, hash_, verify
+from gora_serve.cli.demo import demo
+from gora_serve.cli.fitting import fit, probe, ranks
+from gora_serve.cli.serve import serve
+from gora_serve.errors import GoraError
+
+BUG = 70
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gora-serve")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """One untouched base model, many tasks: from training data to a verified multi-adapter server.
+
+    \b
+    fit BASE --data FILE --output RUN    train an adapter with GoRA
+    export RUN --output DIR              write it as a standard LoRA adapter
+    verify DIR --base BASE               prove files, tensors and base
+    serve BASE -a NAME=DIR ...           serve many adapters over the one base
+    """
+
+
+for command in (fit, probe, ranks, export, hash_, verify, serve, demo):
+    cli.add_command(command)
+
+
+def run() -> None:
+    """Entry point: run the command line and exit with the documented code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line and return its exit code. Only errors that nobody foresaw are bugs (70)."""
+    debug = "--debug" in argv
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = cli.main(argv, prog_name="gora-serve", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except GoraError as err:
+        return _report(err, as_json="--json" in argv, debug=debug)
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as err:
+        err.show()
+        return err.exit_code
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still buffered
+        return 0
+    except Exception as err:  # the last line of defence: exit 70 says that this is our bug
+        if debug:
+            traceback.print_exc()
+        click.echo(f"bug: {type(err).__name__}: {err}", err=True)
+        click.echo("  try: run again with --debug and report the traceback", err=True)
+        return BUG
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    """Leave through the usual clean-up when asked to terminate."""
+    raise SystemExit(128 + number)
+
+
+def _report(err: GoraError, *, as_json: bool, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    if as_json:
+        click.echo(json.dumps(err.to_json(), indent=2))
+    click.echo(str(err), err=True)
+    return err.exit_code

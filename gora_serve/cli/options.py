@@ -1,0 +1,156 @@
+"""Options that several commands share. Every default is read from the dataclasses in config.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from gora_serve.config import (
+    IMPORTANCES,
+    DataConfig,
+    Importance,
+    InitConfig,
+    ModelConfig,
+    ProbeConfig,
+    RankConfig,
+    TrainConfig,
+)  # fmt: skip
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def together(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Combine option decorators into one; help shows them in the order given."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+class Gamma(click.ParamType[float | Literal["auto"]]):
+    """A number, or the word auto."""
+
+    name = "F|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | Literal["auto"]:
+        if value == "auto":
+            return "auto"
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'auto'", param, ctx)
+
+
+class Metrics(click.ParamType[tuple[Importance, ...]]):
+    """One importance metric, or several with commas: the first decides the ranks."""
+
+    name = "|".join(IMPORTANCES)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Importance, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(name.strip() for name in str(value).split(","))
+        for name in names:
+            if name not in IMPORTANCES:
+                self.fail(f"{name!r} is not one of {', '.join(IMPORTANCES)}", param, ctx)
+        return names  # type: ignore[return-value]
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output, whole, at the end.")
+data_option = click.option(
+    "--data", required=True, metavar="FILE|DATASET", help="JSONL, JSON, CSV or Parquet file, or a hub dataset."
+)
+
+model_options = together(
+    click.option(
+        "--targets", default=ModelConfig.targets, show_default=True, metavar="all-linear|attention|NAMES|REGEX",
+        help="Which modules are adapted: a word, names with commas (q_proj,v_proj), or a regex for whole paths.",
+    ),
+    click.option(
+        "--dtype", default=ModelConfig.dtype, show_default=True,
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="Of the base's weights in memory; auto: as stored. LoRA factors are float32.",
+    ),
+)  # fmt: skip
+data_options = together(
+    click.option(
+        "--max-length", default=DataConfig.max_length, show_default=True,
+        help="Most tokens of a row. Longer rows are cut, or left out where the prompt alone is too long.",
+    ),
+    click.option(
+        "--chat-template/--no-chat-template", default=DataConfig.chat_template, show_default=True,
+        help="Use the tokenizer's chat template where it has one.",
+    ),
+    click.option("--batch-size", default=DataConfig.batch_size, show_default=True, help="Rows of a micro-batch."),
+)  # fmt: skip
+probe_options = together(
+    click.option(
+        "--probe-steps", default=ProbeConfig.steps, show_default=True,
+        help="Micro-batches of the gradient probe, over all processes.",
+    ),
+    click.option(
+        "--probe", "probe_mode", default=ProbeConfig.mode, show_default=True, type=click.Choice(["exact"]),
+        help="How gradients are measured; exact: whole gradients in float32.",
+    ),
+    click.option(
+        "--importance", default=",".join(ProbeConfig.importance), show_default=True, type=Metrics(),
+        help="How important a module is (paper, table 6). Several with commas: the first decides.",
+    ),
+)  # fmt: skip
+rank_options = together(
+    click.option("--rank", default=RankConfig.rank, show_default=True, help="Reference rank: sets the budget."),
+    click.option("--rank-min", type=int, default=RankConfig.rank_min, show_default="rank / 2"),
+    click.option("--rank-max", type=int, default=RankConfig.rank_max, show_default="4 * rank"),
+    click.option(
+        "--rank-rule", default=RankConfig.rule, show_default=True, type=click.Choice(["paper", "exact"]),
+        help="paper: equation 8. exact: as many parameters as LoRA's, never more.",
+    ),
+)  # fmt: skip
+train_options = together(
+    click.option(
+        "--method", default=TrainConfig.method, show_default=True, type=click.Choice(["gora", "lora"]),
+        help="lora: the baseline, one rank, B = 0, in the same loop.",
+    ),
+    click.option(
+        "--alpha", default=InitConfig.alpha, show_default=True, help="Forward scale: alpha / sqrt(rank); LoRA: / rank."
+    ),
+    click.option(
+        "--gamma", default=str(InitConfig.gamma), show_default=True, type=Gamma(),
+        help="Size of the first step; auto: searched by forward passes on rows kept from the probe.",
+    ),
+    click.option("--steps", type=int, default=TrainConfig.steps, help="Optimiser steps.  [default: one epoch]"),
+    click.option("--epochs", type=float, default=TrainConfig.epochs, help="Passes over the data, instead of --steps."),
+    click.option(
+        "--grad-accum", default=TrainConfig.grad_accum, show_default=True, help="Micro-batches of an optimiser step."
+    ),
+    click.option(
+        "--lr", default=TrainConfig.lr, show_default=True,
+        help="Learning rate of A. The default is the paper's, for 8B models; under 1B, 1e-4 to 4e-4 does better.",
+    ),
+    click.option(
+        "--lr-ratio", type=float, default=TrainConfig.lr_ratio, show_default="16; lora: 1",
+        help="How much faster B learns.",
+    ),
+    click.option("--warmup", default=TrainConfig.warmup, show_default=True, help="Share of the steps."),
+    click.option("--weight-decay", default=TrainConfig.weight_decay, show_default=True),
+    click.option("--max-grad-norm", type=float, default=TrainConfig.max_grad_norm, show_default="no clipping"),
+    click.option(
+        "--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), default=TrainConfig.mixed_precision,
+        show_default="Accelerate's configuration",
+    ),
+    click.option(
+        "--gradient-checkpointing", is_flag=True, default=TrainConfig.gradient_checkpointing,
+        help="Recompute each block's activations: less memory, more time.",
+    ),
+    click.option("--eval-every", type=int, default=TrainConfig.eval_every, help="Steps between evaluations."),
+)  # fmt: skip
+seed_option = click.option("--seed", default=TrainConfig.seed, show_default=True)

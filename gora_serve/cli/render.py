@@ -1,0 +1,248 @@
+"""What people see: progress bars on standard error, result tables on standard output, or the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from gora_serve.errors import printable
+from gora_serve.progress import Listener, Progress, silent
+
+if TYPE_CHECKING:
+    from gora_serve.adapter.factors import Adapter
+    from gora_serve.gora.ranks import RankPlan
+    from gora_serve.gora.statistics import GradientStatistics
+    from gora_serve.integrity.bases import Base
+    from gora_serve.integrity.manifest import Manifest
+    from gora_serve.integrity.verify import Verified
+    from gora_serve.serving.plan import ServePlan
+    from gora_serve.training.export import Exported
+    from gora_serve.training.fit import FitResult
+
+QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A result: lines to show, tables to show, and the same as a JSON value."""
+
+    value: Mapping[str, Any]
+    lines: Sequence[str] = ()
+    tables: Sequence[Table] = field(default_factory=tuple)
+
+
+def emit(summary: Summary, *, as_json: bool) -> None:
+    """Print a result on standard output. Only the first of several processes speaks."""
+    if not _speaks():
+        return
+    if as_json:
+        print(json.dumps(summary.value, indent=2))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for line in summary.lines:
+        console.print(printable(line), markup=False, soft_wrap=True)
+    for table in summary.tables:
+        console.print(table)
+
+
+def say(text: str) -> None:
+    """Print a line of talk on standard error."""
+    if _speaks():
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def watching() -> Iterator[Listener]:
+    """Show progress on standard error while open: bars on a terminal, a line now and then elsewhere."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not _speaks():
+        yield silent
+    elif sys.stderr.isatty():
+        with _bars() as listen:
+            yield listen
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bars() -> Iterator[Listener]:
+    columns = (
+        TextColumn("{task.description:>7}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
+    )  # fmt: skip
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def listen(event: Progress) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total, numbers="")
+            bars.update(tasks[event.stage], completed=event.done, total=event.total, numbers=_numbers(event.fields))
+
+        yield listen
+
+
+def _lines() -> Listener:
+    shown: dict[str, float] = {}
+
+    def listen(event: Progress) -> None:
+        now = time.monotonic()
+        last = event.done == event.total
+        if not last and now - shown.get(event.stage, now - QUIET_SECONDS) < QUIET_SECONDS:
+            return
+        shown[event.stage] = now
+        say(f"{event.stage} {event.done}/{event.total} {_numbers(event.fields)}".rstrip())
+
+    return listen
+
+
+def _numbers(fields: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in fields.items())
+
+
+def fit_summary(result: FitResult) -> Summary:
+    """A finished run: where it is, ranks, parameters, γ, losses."""
+    plan, data = result.plan, result.data
+    value = {
+        "run": str(result.folder),
+        "parameters": plan.parameters,
+        "lora_parameters": plan.lora_parameters,
+        "gamma": result.gamma,
+        "losses": dict(result.losses),
+        "seconds": dict(result.seconds),
+        "data": data.summary(),
+        "ranks": dict(plan.ranks),
+    }
+    lines = [f"wrote {result.folder}", "base unchanged: files and memory hashed before and after"]
+    lines += _data_lines(data.summary())
+    if result.gamma is not None:
+        lines.append(f"gamma {result.gamma:.4g}")
+    lines += [f"loss on the evaluation rows, {name}: {loss:.4f}" for name, loss in result.losses.items()]
+    return Summary(value, lines, [rank_table(plan)])
+
+
+def _data_lines(data: Mapping[str, Any]) -> list[str]:
+    lines = [f"data: {data['used']} of {data['rows']} rows of {data['name']}"]
+    if data["cut"]:
+        lines.append(f"  {data['cut']} rows were cut to --max-length, and lost the end of their completion")
+    if data["left_out"]:
+        lines.append(f"  {data['left_out']} rows were left out: the prompt alone reaches --max-length")
+    return lines
+
+
+def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
+    """A probe: how much data, and the mean importance of each kind of module."""
+    value = {
+        "probe": str(folder), "steps": statistics.steps, "samples": statistics.samples, "tokens": statistics.tokens,
+        "loss": statistics.loss, "modules": len(statistics.modules),
+    }  # fmt: skip
+    metric = next(iter(next(iter(statistics.modules.values())).importance))
+    table = Table("module", "number", f"mean {metric}", "mean gradient norm")
+    for kind, paths in _kinds(list(statistics.modules)).items():
+        chosen = [statistics.modules[path] for path in paths]
+        mean = sum(module.importance[metric] for module in chosen) / len(chosen)
+        norm = sum(module.gradient_norm for module in chosen) / len(chosen)
+        table.add_row(kind, str(len(chosen)), f"{mean:.3e}", f"{norm:.3e}")
+    lines = [
+        f"wrote {folder}",
+        f"{statistics.steps} steps, {statistics.tokens} tokens, mean loss {statistics.loss:.4f}",
+    ]
+    return Summary(value, lines, [table])
+
+
+def ranks_summary(plan: RankPlan, output: Path | None, plot: Path | None) -> Summary:
+    """A rank allocation; as JSON it is ranks.json itself."""
+    from gora_serve.training.run_files import ranks_json
+
+    return Summary(ranks_json(plan), [f"wrote {path}" for path in (output, plot) if path], [rank_table(plan)])
+
+
+def _kinds(paths: list[str]) -> dict[str, list[str]]:
+    """Group module paths by their last part, in order of appearance."""
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        kinds.setdefault(path.rsplit(".", 1)[-1], []).append(path)
+    return kinds
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def rank_table(plan: RankPlan) -> Table:
+    """Ranks by kind of module, with a small curve over the layers."""
+    share = plan.parameters / plan.lora_parameters
+    title = f"{plan.parameters:,} parameters, {share:.1%} of LoRA's at rank {plan.rank}"
+    table = Table("module", "number", "least", "mean", "most", "first to last layer", title=title, title_justify="left")
+    highest = max(plan.ranks.values())
+    for kind, paths in _kinds(list(plan.ranks)).items():
+        ranks = [plan.ranks[path] for path in paths]
+        curve = "".join(BLOCKS[min(7, 8 * rank // (highest + 1))] for rank in ranks)
+        mean = f"{sum(ranks) / len(ranks):.1f}"
+        table.add_row(kind, str(len(ranks)), str(min(ranks)), mean, str(max(ranks)), curve)
+    return table
+
+
+def export_summary(done: Exported, form: str, dtype: str) -> Summary:
+    adapter: Adapter = done.adapter
+    ranks = list(adapter.ranks.values())
+    value = {
+        "adapter": str(done.folder), "adapter_root": done.root, "form": form, "dtype": dtype,
+        "modules": len(ranks), "parameters": adapter.parameters, "max_rank": max(ranks),
+    }  # fmt: skip
+    lines = [
+        f"wrote {done.folder}",
+        f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters, form {form}",
+        f"adapter root {done.root}",
+    ]
+    return Summary(value, lines)
+
+
+def hash_summary(base: Base, manifest: Manifest, output: Path | None) -> Summary:
+    roots = manifest.roots
+    lines = [
+        f"weights   {roots.weights}",
+        f"config    {roots.config or 'no config.json'}",
+        f"tokenizer {roots.tokenizer or 'no tokenizer'}",
+        f"{len(manifest.tensors)} tensors, {sum(record.nbytes for record in manifest.tensors.values()):,} bytes",
+    ]
+    lines += [f"wrote {output}"] if output else []
+    return Summary({"base": str(base.path), **manifest.to_json()}, lines)
+
+
+def verify_summary(done: Verified) -> Summary:
+    lines = [f"verified {done.path}: every byte hashed", f"root {done.root}"]
+    if done.base and not done.warnings:
+        lines.append(f"belongs to {done.base}")
+    elif not done.base and done.bound_to:
+        lines.append(f"bound to base {done.bound_to.weights}, which was not checked: give --base")
+    return Summary(done.to_json(), lines + [f"warning: {warning}" for warning in done.warnings])
+
+
+def plan_summary(plan: ServePlan) -> Summary:
+    """The engine's command line and environment, as a shell would take them."""
+    import shlex
+
+    value = {
+        "argv": list(plan.argv), "environment": dict(plan.environment), "removed": list(plan.removed),
+        "url": plan.url, "models": list(plan.models),
+    }  # fmt: skip
+    lines = [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
+    lines += [f"unset {name}" for name in plan.removed]
+    return Summary(value, [*lines, shlex.join(plan.argv)])

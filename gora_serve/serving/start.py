@@ -1,0 +1,42 @@
+"""From a base and adapter folders to a plan that may be run: everything is verified first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gora_serve.integrity.bases import locate_base
+from gora_serve.integrity.binding import SEAL
+from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.verify import verify_adapter
+from gora_serve.progress import Listener, silent
+from gora_serve.serving.engine import find_engine
+from gora_serve.serving.plan import ServeConfig, ServePlan, plan_server, read_served_adapters, with_device
+
+
+def prepare(
+    base: str,
+    adapters: Sequence[tuple[str, Path]],
+    config: ServeConfig,
+    extra: Sequence[str] = (),
+    *,
+    strict: bool = False,
+    listen: Listener = silent,
+) -> tuple[ServePlan, list[str]]:
+    """Return the plan to run, and the warnings to show.
+
+    adapters: (name, folder). Every adapter that gora-serve wrote is verified byte by byte and against the base;
+    one of another tool is served with a warning. Raises before any process is started.
+    """
+    located = locate_base(base)
+    served = read_served_adapters(adapters)
+    manifest = hash_model(located.path, listen=listen)
+    warnings = []
+    for name, folder in adapters:
+        if not (folder / SEAL).is_file():
+            warnings.append(f"{name}: made by another tool; nothing says which base it belongs to")
+            continue
+        done = verify_adapter(folder, base=located.path, base_manifest=manifest, strict=strict)
+        warnings += [f"{name}: {warning}" for warning in done.warnings]
+    settled = with_device(config, find_engine().device)
+    return plan_server(located.path, served, settled, extra), warnings
