@@ -105,7 +105,7 @@ def _rank_config(options: dict[str, Any]) -> RankConfig:
 def probe(base: str, data: str, output: Path, **options: Any) -> None:
     """Measure the gradients of the base on the data, without training: the statistics alone."""
     from gora_serve.cli.render import emit, probe_summary, watching
-    from gora_serve.training.fit import probe_only
+    from gora_serve.training.probe_run import probe_only
 
     config = FitConfig(
         model=ModelConfig(options["targets"], options["dtype"]),

@@ -38,7 +38,7 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     gora-serve serve BASE -a sql=adapters/sql -a chat=adapters/chat -- --max-num-seqs 16
     """
     from gora_serve.cli.render import emit, plan_summary, say, watching
-    from gora_serve.serving.engine import serve_forever
+    from gora_serve.serving.engine import Server, serve_forever
     from gora_serve.serving.plan import parse_adapter
     from gora_serve.serving.start import prepare
 
@@ -55,8 +55,8 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
         emit(plan_summary(plan), as_json=options["as_json"])
         return 0
     say("starting: " + json.dumps(plan.models))
-    return serve_forever(
-        plan,
-        log=options["log"],
-        announce=lambda server: say(f"ready: {server.url}/v1 serves {', '.join(server.models)}"),
-    )
+
+    def announce(server: Server) -> None:
+        say(f"ready: {server.url}/v1 serves {', '.join(server.models)}")
+
+    return serve_forever(plan, log=options["log"], announce=announce)

@@ -29,6 +29,8 @@ from gora_serve.serving.plan import ServePlan
 from gora_serve.serving.process import Child, start_child
 
 POLL = 0.25  # seconds
+MARGIN = 10.0  # seconds beyond the engine's own shutdown timeout, for its interpreters to end
+UNREADY = 3.0  # seconds for an engine that has no requests to finish: it does not listen to signals while it loads
 OLDEST_ENGINE = (
     0,
     32,
@@ -80,13 +82,14 @@ def running_server(plan: ServePlan, *, listen: Listener = silent, log: Path | No
     Output goes to `log`, or to standard error. RunError when the engine dies or does not get ready in time,
     also when it dies while the block runs. If this process is killed, Linux ends the engine.
     """
-    child = _start(plan, log)
+    child, patience = _start(plan, log), UNREADY
     try:
         _await_ready(plan, child, listen, lambda: False)
+        patience = plan.shutdown_timeout + MARGIN
         yield Server(plan.url, child.pid, plan.models)
         _require_alive(child, "while it was serving", "GS-785")
     finally:
-        child.stop(plan.shutdown_timeout)
+        child.stop(patience)
 
 
 def serve_forever(
@@ -103,16 +106,17 @@ def serve_forever(
     """
     stop = StopRequest()
     with _handling(stop):
-        child = _start(plan, log)
+        child, patience = _start(plan, log), UNREADY
         stop.child = child
         try:
             if _await_ready(plan, child, listen, stop.asked):
+                patience = plan.shutdown_timeout + MARGIN
                 announce(Server(plan.url, child.pid, plan.models))
             while not stop.asked():
                 _require_alive(child, "while it was serving", "GS-785")
                 time.sleep(POLL)
         finally:
-            child.stop(plan.shutdown_timeout)
+            child.stop(patience)
     return 128 + (stop.number or 0)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from gora_serve.errors import MachineError
 
-MARGIN = 10.0  # seconds beyond the engine's own shutdown timeout, for its interpreters to end
 TAIL_BYTES = 256 * 1024
 _REASON = re.compile(r"\b\w*(Error|Exception|OutOfMemory|Killed)\b:? ?.+")
 # Runs in the child, then becomes the engine. PR_SET_PDEATHSIG (1) survives exec: a killed parent takes the
@@ -89,7 +88,7 @@ class Child:
         else:
             self.send(signal.SIGTERM)
         try:
-            polite = self._wait_empty(timeout + MARGIN)
+            polite = self._wait_empty(timeout)
         except BaseException:  # a second Ctrl-C: no more waiting
             self.kill()
             raise

@@ -30,13 +30,13 @@ from gora_serve.training.data import Dataset, Example, load_data, schedule
 from gora_serve.training.loop import evaluate, train
 from gora_serve.training.models import weight_matrix
 from gora_serve.training.probe_files import write_probe
+from gora_serve.training.probe_run import probe_session
 from gora_serve.training.run_files import RUN_SCHEMA, ranks_json, read_ranks
 from gora_serve.training.session import (
     LazyBatch,
     Session,
     check_untouched,
     open_session,
-    probe_session,
     versions,
 )  # fmt: skip
 
@@ -107,40 +107,6 @@ def fit(
             raise
         run.note(status="complete", seconds=time.perf_counter() - started, result=_summary(result))
     return result
-
-
-def probe_only(
-    base: str,
-    data: str,
-    output: Path,
-    config: FitConfig,
-    *,
-    rank_max: int,
-    overwrite: bool = False,
-    listen: Listener = silent,
-) -> GradientStatistics:
-    """Run the gradient probe of `fit` alone and write probe.json and statistics.safetensors into `output`.
-
-    rank_max: how many rows A_max gets, and so the largest rank that B can be made for later. Raises as `fit`.
-    """
-    config.validate()
-    check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
-    session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
-    statistics = probe_session(session, session.data.examples, config.probe, rank_max=rank_max, listen=listen)
-    check_untouched(session, session.model, listen=listen)
-    if session.accelerator.is_main_process:
-        with staged_folder(output, overwrite=overwrite, protect=[session.base.path]) as folder:
-            write_probe(folder, statistics, session.base_record, config.probe.importance)
-            write_json(
-                folder / "run.json",
-                {
-                    "schema": "gora-serve/probe-run/1",
-                    "config": asdict(config),
-                    "data": session.data.summary(),
-                    "versions": versions(),
-                },
-            )
-    return statistics
 
 
 @contextmanager

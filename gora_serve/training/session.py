@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -13,16 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import gora_serve
-from gora_serve.config import DataConfig, ModelConfig, ProbeConfig, TrainConfig
+from gora_serve.config import DataConfig, ModelConfig, TrainConfig
 from gora_serve.errors import InputError, MismatchError, UsageError
-from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
-from gora_serve.training.data import Dataset, Example, collate, load_data, schedule
-from gora_serve.training.loop import mean_loss
+from gora_serve.training.data import Dataset, Example, collate, load_data
 from gora_serve.training.models import find_targets, is_transposed, load_model, load_tokenizer, memory_root
-from gora_serve.training.probe import probe
 
 LazyBatch = Callable[[], Mapping[str, Tensor]]
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
@@ -126,53 +122,12 @@ def _check_length(model: nn.Module, rows: DataConfig) -> None:
         )  # fmt: skip
 
 
-def probe_session(
-    session: Session, examples: Sequence[Example], config: ProbeConfig, *, rank_max: int, listen: Listener
-) -> GradientStatistics:
-    """Probe the session's targets over config.steps micro-batches in all, shared out over the processes."""
-    world = session.accelerator.num_processes
-    steps = -(-config.steps // world) * world
-    batches = session.batches(examples, schedule(len(examples), session.batch_size, batches=steps, seed=session.seed))
-    with _checkpointing_in_eval(session.model):
-        return probe(
-            session.model,
-            (batch() for batch in batches),
-            lambda model, batch: _loss(model, batch, session.accelerator),
-            modules=session.modules,
-            rank_max=rank_max,
-            generator=torch.Generator().manual_seed(session.seed),
-            config=replace(config, steps=len(batches)),
-            count_batch=lambda batch: (len(batch["labels"]), int(batch["attention_mask"].sum())),
-            reduce=lambda tensor: sum_over_processes(tensor, session.accelerator),
-            listen=listen,
-        )
-
-
-def _loss(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> Tensor:
-    with accelerator.autocast():
-        return mean_loss(model, batch)
-
-
 def sum_over_processes(tensor: Tensor, accelerator: Any) -> Tensor:
     """Return the sum over processes, on the tensor's own device and in its dtype."""
     if accelerator.num_processes == 1:
         return tensor
     summed: Tensor = accelerator.reduce(tensor.to(accelerator.device), "sum")
     return summed.to(tensor.device)
-
-
-@contextmanager
-def _checkpointing_in_eval(model: nn.Module) -> Iterator[None]:
-    """Let blocks with gradient checkpointing use it although the model is in eval mode, without dropout."""
-    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    before = [block.training for block in blocks]
-    for block in blocks:
-        block.training = True
-    try:
-        yield
-    finally:
-        for block, training in zip(blocks, before, strict=True):
-            block.training = training
 
 
 def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> None:

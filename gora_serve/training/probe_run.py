@@ -1,0 +1,94 @@
+"""The probe on a real base: micro-batches of a session in, statistics out, for `probe` and for `fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gora_serve.config import FitConfig, ProbeConfig
+from gora_serve.gora.statistics import GradientStatistics
+from gora_serve.integrity.bases import locate_base
+from gora_serve.integrity.files import staged_folder, write_json
+from gora_serve.integrity.staging import check_target
+from gora_serve.progress import Listener, silent
+from gora_serve.training.data import Example, schedule
+from gora_serve.training.loop import mean_loss
+from gora_serve.training.probe import probe
+from gora_serve.training.probe_files import write_probe
+from gora_serve.training.session import Session, check_untouched, open_session, sum_over_processes, versions
+
+PROBE_RUN_SCHEMA = "gora-serve/probe-run/1"
+
+
+def probe_session(
+    session: Session, examples: Sequence[Example], config: ProbeConfig, *, rank_max: int, listen: Listener
+) -> GradientStatistics:
+    """Probe the session's targets over config.steps micro-batches in all, shared out over the processes."""
+    world = session.accelerator.num_processes
+    steps = -(-config.steps // world) * world
+    batches = session.batches(examples, schedule(len(examples), session.batch_size, batches=steps, seed=session.seed))
+    with _checkpointing_in_eval(session.model):
+        return probe(
+            session.model,
+            (batch() for batch in batches),
+            lambda model, batch: _loss(model, batch, session.accelerator),
+            modules=session.modules,
+            rank_max=rank_max,
+            generator=torch.Generator().manual_seed(session.seed),
+            config=replace(config, steps=len(batches)),
+            count_batch=lambda batch: (len(batch["labels"]), int(batch["attention_mask"].sum())),
+            reduce=lambda tensor: sum_over_processes(tensor, session.accelerator),
+            listen=listen,
+        )
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> Tensor:
+    with accelerator.autocast():
+        return mean_loss(model, batch)
+
+
+@contextmanager
+def _checkpointing_in_eval(model: nn.Module) -> Iterator[None]:
+    """Let blocks with gradient checkpointing use it although the model is in eval mode, without dropout."""
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    before = [block.training for block in blocks]
+    for block in blocks:
+        block.training = True
+    try:
+        yield
+    finally:
+        for block, training in zip(blocks, before, strict=True):
+            block.training = training
+
+
+def probe_only(
+    base: str,
+    data: str,
+    output: Path,
+    config: FitConfig,
+    *,
+    rank_max: int,
+    overwrite: bool = False,
+    listen: Listener = silent,
+) -> GradientStatistics:
+    """Run the gradient probe of `fit` alone and write probe.json and statistics.safetensors into `output`.
+
+    rank_max: how many rows A_max gets, and so the largest rank that B can be made for later. Raises as `fit`.
+    """
+    config.validate()
+    check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
+    session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
+    statistics = probe_session(session, session.data.examples, config.probe, rank_max=rank_max, listen=listen)
+    check_untouched(session, session.model, listen=listen)
+    if session.accelerator.is_main_process:
+        with staged_folder(output, overwrite=overwrite, protect=[session.base.path]) as folder:
+            write_probe(folder, statistics, session.base_record, config.probe.importance)
+            record = {"config": asdict(config), "data": session.data.summary(), "versions": versions()}
+            write_json(folder / "run.json", {"schema": PROBE_RUN_SCHEMA, **record})
+    return statistics
