@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 LOWEST, HIGHEST = 1e-5, 3.0
 START = 0.05  # the paper's value at rank 8
-STRIDE = 4.0  # factor between the γs that bracket the minimum
+STRIDE = 8.0  # factor between the γs that bracket the minimum
 WIDTH = 0.15  # of the final bracket, in log γ
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -28,10 +28,10 @@ class GammaSearch:
 
 
 def search_gamma(loss_at: Callable[[float], float]) -> GammaSearch:
-    """Find the γ in [1e-5, 3] with the lowest loss: bracket by factors of 4, then golden section over log γ.
+    """Find the γ in [1e-5, 3] with the lowest loss: bracket by factors of 8, then golden section over log γ.
 
     loss_at(0) is the base's loss. A loss that is not finite counts as infinite. γ = 0 is returned when nothing
-    lowers the loss. About ten calls of loss_at.
+    lowers the loss. At most 15 calls of loss_at, mostly 12.
     """
     tried: dict[float, float] = {}
 
@@ -51,13 +51,14 @@ def search_gamma(loss_at: Callable[[float], float]) -> GammaSearch:
 def _bracket(loss: Callable[[float], float]) -> tuple[float, float]:
     """Walk from START towards lower loss until it rises; return the γs on both sides of the lowest."""
     best, step = START, STRIDE
-    if loss(_clip(START * STRIDE)) > loss(START):
+    if loss(_clip(START * STRIDE)) >= loss(START):  # equal where both are infinite: lower γs may not be
         step = 1 / STRIDE
+    before = START / step
     while True:
         following = _clip(best * step)
         if following == best or loss(following) > loss(best):
-            return _clip(best / STRIDE), _clip(best * STRIDE)
-        best = following
+            return min(before, following), max(before, following)
+        before, best = best, following
 
 
 def _clip(gamma: float) -> float:

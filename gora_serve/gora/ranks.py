@@ -85,11 +85,10 @@ def _checked_sum(importances: Mapping[str, float], shapes: Mapping[str, Shape]) 
                 "importance is not a finite number of 0 or more", code="GS-351", tensor=path, actual=value,
                 hint="probe again; a loss that is NaN on some row makes every gradient NaN",
             )  # fmt: skip
-    largest = max(importances.values(), default=0.0)
-    total = math.fsum(importances.values())
-    if largest > 0 and not math.isfinite(total):
-        raise InputError("the sum of the importances overflows", code="GS-351", actual=total)
-    return total
+    try:
+        return math.fsum(importances.values())
+    except OverflowError as err:
+        raise InputError("the sum of the importances overflows", code="GS-351") from err
 
 
 def _clip(value: int, bounds: tuple[int, int]) -> int:
