@@ -80,7 +80,7 @@ def running_server(plan: ServePlan, *, listen: Listener = silent, log: Path | No
     """Start the engine, yield when it serves every model, and end all of its processes on leaving.
 
     Output goes to `log`, or to standard error. RunError when the engine dies or does not get ready in time,
-    also when it dies while the block runs. If this process is killed, Linux ends the engine.
+    also when it dies while the block runs. If this process is killed, the engine is ended too.
     """
     child, patience = _start(plan, log), UNREADY
     try:

@@ -21,24 +21,51 @@ from gora_serve.errors import MachineError
 
 TAIL_BYTES = 256 * 1024
 _REASON = re.compile(r"\b\w*(Error|Exception|OutOfMemory|Killed)\b:? ?.+")
-# Runs in the child, then becomes the engine. PR_SET_PDEATHSIG (1) survives exec: a killed parent takes the
-# engine with it. The parent may have died before the call; then its number is no longer our parent's.
+ORPHAN_GRACE = 10.0  # seconds that an engine gets to end by itself after our own process was killed
+# Runs in the child, then becomes the engine. Before that it leaves a watcher behind, in a session of its own, that
+# reads a pipe which only we can write to. End of file means that we were killed: the watcher then ends the whole group.
+# PR_SET_PDEATHSIG does not do: it reaches one process, and vLLM's does not listen while it loads.
 _LAUNCH = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit(143)
-os.execvp(sys.argv[2], sys.argv[2:])
+import os, signal, sys, time
+pipe, grace, leader = int(sys.argv[1]), float(sys.argv[2]), os.getpid()
+
+def send(act, number):
+    try:
+        act(leader, number)
+    except OSError:
+        os._exit(0)
+
+if os.fork() == 0:
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    if os.read(pipe, 1):
+        os._exit(0)
+    try:
+        os.kill(leader, signal.SIGTERM)
+    except OSError:
+        pass
+    end = time.monotonic() + grace
+    while time.monotonic() < end:
+        send(os.killpg, 0)
+        time.sleep(0.1)
+    send(os.killpg, signal.SIGKILL)
+    os._exit(0)
+os.wait()
+os.close(pipe)
+os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 
 class Child:
     """A running command and its descendants."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path | None, log_start: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, log: Path | None, log_start: int) -> None:
         self._process = process
+        self._lifeline: int | None = lifeline
         self.log = log
         self._log_start = log_start
 
@@ -96,7 +123,15 @@ class Child:
             self.kill()
             self._wait_empty(1.0)
         self._process.wait()
+        self._dismiss_watcher()
         return polite
+
+    def _dismiss_watcher(self) -> None:
+        if self._lifeline is not None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._lifeline, b"x")
+            os.close(self._lifeline)
+            self._lifeline = None
 
     def _wait_empty(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
@@ -111,21 +146,25 @@ class Child:
 def start_child(argv: Sequence[str], environment: Mapping[str, str], log: Path | None) -> Child:
     """Start `argv` in a new session with exactly this environment, standard input closed.
 
-    Its output is appended to `log`, or passed through to our standard error, so that standard output stays
-    ours. Call this from a thread that outlives the child: on Linux the child ends when the thread does.
+    Its output is appended to `log`, or passed through to our standard error, so that standard output stays ours. If
+    this process is killed, the child and its descendants are ended too.
     """
-    launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *argv]
+    pipe, lifeline = os.pipe()
+    launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(pipe), str(ORPHAN_GRACE), *argv]
     try:
         with contextlib.ExitStack() as stack:
             stream = 2 if log is None else stack.enter_context(log.open("ab"))
             start = 0 if log is None else log.stat().st_size
             process = subprocess.Popen(
-                launch, env=dict(environment), stdin=subprocess.DEVNULL, stdout=stream,
+                launch, env=dict(environment), stdin=subprocess.DEVNULL, stdout=stream, pass_fds=(pipe,),
                 stderr=subprocess.STDOUT if log else None, start_new_session=True,
             )  # fmt: skip
     except OSError as err:
+        os.close(lifeline)
         raise MachineError(f"cannot start the engine: {err.strerror}", code="GS-584", file=log) from err
-    return Child(process, log, start)
+    finally:
+        os.close(pipe)
+    return Child(process, lifeline, log, start)
 
 
 def session_members(session: int) -> tuple[int, ...]:

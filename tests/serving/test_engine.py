@@ -144,7 +144,7 @@ def test_nothing_is_left_behind_after_an_error_in_the_block(log: Path) -> None:
 
 
 def test_an_engine_that_ignores_the_request_is_killed(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "MARGIN", 0.2)
+    monkeypatch.setattr(engine, "MARGIN", 0.2)
     with running_server(make_plan("stubborn", stop=0.2), log=log) as server:
         assert len(session_members(server.pid)) == 2
     assert session_members(server.pid) == ()
@@ -265,9 +265,9 @@ def test_a_second_signal_kills_at_once(log: Path) -> None:
         assert session_members(pid) == ()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the parent's death is signaled on Linux only")
-def test_a_killed_parent_leaves_no_orphan(log: Path) -> None:
-    with driver("polite", log) as (running, pid):
+@pytest.mark.parametrize("manners", ["polite", "stubborn"])
+def test_a_killed_parent_leaves_no_orphan(log: Path, manners: str) -> None:
+    with driver(manners, log) as (running, pid):
         running.kill()
         running.wait()
         assert eventually(lambda: session_members(pid) == ())
