@@ -32,7 +32,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, Y: Tensor, X: Tensor, anchor: Tensor, receive: Receiver) -> Tensor:
         ctx.save_for_backward(X)
         ctx.receive = receive
-        return Y.view_as(Y)
+        return Y.clone()  # not a view: some models go on to change a layer's output in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
