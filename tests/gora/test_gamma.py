@@ -30,7 +30,7 @@ class Counted:
 def search(loss: Callable[[float], float]) -> tuple[GammaSearch, Counted]:
     counted = Counted(loss)
     found = search_gamma(counted)
-    assert len(set(counted.calls)) == len(counted.calls), "a γ was evaluated twice"
+    assert len(set(counted.calls)) == len(counted.calls), "a gamma was evaluated twice"
     assert len(counted.calls) <= MOST_CALLS
     assert [gamma for gamma, _ in found.tried] == counted.calls
     assert all(gamma == 0 or 0.99e-5 <= gamma <= 3.01 for gamma in counted.calls)
