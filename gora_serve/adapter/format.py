@@ -23,7 +23,7 @@ from gora_serve.config import Form
 from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import canonical_json, read_json
 from gora_serve.integrity.files import write_bytes, write_json
-from gora_serve.integrity.headers import encode_header, read_header
+from gora_serve.integrity.headers import TensorEntry, encode_header, read_header
 from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
 from gora_serve.integrity.record import RECORD_SCHEMA, WEIGHTS, bound_roots, read_record
 
@@ -144,7 +144,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not isinstance(config, dict):
         raise InputError("adapter_config.json is not an object", code="GS-360", file=config_file)
     header = read_header(weights)
-    pairs = _pairs(list(header.entries), weights)
+    pairs = _pairs(header.entries, weights)
     tensors = load_file(weights)
     ranks = {path: tensors[tensor_key(path, "A")].shape[0] for path in pairs}
     scales = read_scales(config, ranks, file=config_file)
@@ -162,12 +162,12 @@ def read_adapter(folder: Path) -> Adapter:
     )
 
 
-def _pairs(keys: list[str], file: Path) -> list[str]:
+def _pairs(entries: Mapping[str, TensorEntry], file: Path) -> list[str]:
     """Return the module paths, in order. Raises InputError for a tensor that is no factor, or lacks its twin."""
     parts: dict[str, set[str]] = {}
-    for key in keys:
+    for key, entry in entries.items():
         parsed = parse_key(key)
-        if parsed is None:
+        if parsed is None or len(entry.shape) != 2 or entry.dtype not in DTYPES.values():
             raise InputError(
                 "a tensor that is no LoRA factor", code="GS-361", file=file, tensor=key,
                 hint="gora-serve convert reads adapters of other tools",

@@ -16,7 +16,7 @@ def tensor_key(path: str, part: str) -> str:
 def parse_key(key: str) -> tuple[str, str] | None:
     """Return (module path, "A" or "B"), or None for a tensor that is no LoRA factor. Inverse of tensor_key."""
     found = PART.search(key)
-    if not found or not key.startswith(PREFIX):
+    if not found or not key.startswith(PREFIX) or found.start() <= len(PREFIX):
         return None
     return key[len(PREFIX) : found.start()], found.group(1)
 

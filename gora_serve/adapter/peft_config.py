@@ -14,6 +14,8 @@ from typing import Any
 from gora_serve.adapter.names import pattern_key
 from gora_serve.errors import InputError
 
+LARGEST = 1e30  # alpha: anything above is no scale, and would overflow in float32
+
 
 def make_config(
     ranks: Mapping[str, int],
@@ -89,10 +91,10 @@ def read_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file: Pa
     patterns: dict[str, dict[str, Any]] = {}
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
-        foreign = [key for key in pattern if key not in keys]
-        if foreign:
+        foreign = [key for key in pattern if key not in keys] if isinstance(pattern, dict) else pattern
+        if foreign or not isinstance(pattern, dict):
             raise InputError(
-                f"{name} is not one that gora-serve wrote", code="GS-353", file=file, actual=foreign[0],
+                f"{name} is not one that gora-serve wrote", code="GS-353", file=file, actual=foreign,
                 hint="gora-serve convert reads adapters of other tools",
             )  # fmt: skip
         patterns[name] = {keys[key]: value for key, value in pattern.items()}
@@ -105,7 +107,7 @@ def read_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file: Pa
                 expected=declared, actual=rank, hint="export the adapter again",
             )  # fmt: skip
         alpha = patterns["alpha_pattern"].get(path, config.get("lora_alpha"))
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
             raise InputError("alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=alpha)
         scales[path] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return scales
@@ -117,6 +119,7 @@ def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:
         "init_lora_weights": (True, None),
         "bias": ("none", None),
         "use_dora": (False, None),
+        "use_rslora": (False, True, None),
         "modules_to_save": (None, []),
     }
     for key, allowed in expected.items():
