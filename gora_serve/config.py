@@ -160,6 +160,19 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class DemoConfig:
+    """The demo: settings that two cores can run in minutes on a model of 135M parameters."""
+
+    rank: int = 4
+    probe_steps: int = 8
+    steps: int = 16
+    lr: float = 4e-4
+    search_batches: int = 2
+    prompts: int = 8
+    max_tokens: int = 64
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """The form of the exported adapter and the dtype of its tensors."""
 

@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from gora_serve.errors import printable
 from gora_serve.progress import Listener, Progress, silent
 
 if TYPE_CHECKING:
     from gora_serve.adapter.factors import Adapter
+    from gora_serve.demo import DemoResult
     from gora_serve.gora.ranks import RankPlan
     from gora_serve.gora.statistics import GradientStatistics
     from gora_serve.integrity.bases import Base
@@ -246,3 +248,23 @@ def plan_summary(plan: ServePlan) -> Summary:
     lines = [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
     lines += [f"unset {name}" for name in plan.removed]
     return Summary(value, [*lines, shlex.join(plan.argv)])
+
+
+def demo_summary(result: DemoResult) -> Summary:
+    """The answers side by side, and exact match before and after."""
+    models = list(result.answers[0].answers)
+    table = Table("task", "unseen prompt", "right answer", *(f"{model} says" for model in models), show_lines=True)
+    for answer in result.answers:
+        prompt = answer.prompt.split("\n\n")[0]
+        cells = [answer.task, prompt, answer.expected, *(answer.answers[model] for model in models)]
+        table.add_row(*(_shortened(cell) for cell in cells))
+    scores = Table("task", "exact match, base", "exact match, adapter")
+    for task, (before, after) in result.exact.items():
+        scores.add_row(task, f"{before:.2f}", f"{after:.2f}")
+    total = sum(seconds for name, seconds in result.seconds.items() if name != "ask")
+    lines = [f"wrote {result.folder}: base, runs, adapters, demo.json", f"{total:.0f} seconds; base unchanged"]
+    return Summary({"demo": str(result.folder), **result.to_json()}, lines, [table, scores])
+
+
+def _shortened(text: str, limit: int = 160) -> Text:
+    return Text(printable(text if len(text) <= limit else text[: limit - 1] + "…"))

@@ -110,6 +110,6 @@ def find_adapter(path: Path) -> Path:
     if is_adapter(path / "adapter"):
         return path / "adapter"
     raise InputError(
-        "neither an adapter nor a finished run", code="GS-386", file=path,
+        "neither an adapter nor a finished run", code="GS-346", file=path,
         hint="give the folder that export wrote, a run folder of fit, or a base with --manifest FILE",
     )  # fmt: skip

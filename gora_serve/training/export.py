@@ -35,7 +35,7 @@ def export(source: Path, output: Path, config: ExportConfig | None = None, *, ov
     """
     config = config or ExportConfig()
     if source.name.endswith(".partial") and not (source / "adapter").exists():
-        raise InputError("the run is not finished", code="GS-387", file=source, hint="its run.json says how it stands")
+        raise InputError("the run is not finished", code="GS-347", file=source, hint="its run.json says how it stands")
     folder = find_adapter(source)
     check_folder(folder)
     trained = read_adapter(folder)

@@ -332,4 +332,4 @@ def _gamma_json(found: GammaSearch, rows: int) -> dict[str, Any]:
 def _check_adapter_finite(adapter: Adapter) -> None:
     for path, factors in adapter.modules.items():
         if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
-            raise InputError("the trained adapter holds NaN or infinite values", code="GS-384", tensor=path)
+            raise InputError("the trained adapter holds NaN or infinite values", code="GS-344", tensor=path)

@@ -37,7 +37,7 @@ def load_model(base: Base, config: ModelConfig) -> nn.Module:
             actual=str(err).strip().splitlines()[0], hint="see the whole message with --debug",
         ) from err  # fmt: skip
     if not settings.is_encoder_decoder and "logits_to_keep" not in signature(model.forward).parameters:
-        raise InputError("not a causal language model", code="GS-385", file=base.path, actual=type(model).__name__)
+        raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
     model.requires_grad_(False)
     return model.eval()
 

@@ -34,11 +34,11 @@ def read_probe(folder: Path) -> dict[str, Any]:
     value = read_object(path, PROBE_SCHEMA)
     modules = value.get("modules")
     if not isinstance(modules, dict) or not modules:
-        raise InputError("the probe names no module", code="GS-380", file=path)
+        raise InputError("the probe names no module", code="GS-340", file=path)
     for name, module in modules.items():
         shape = module.get("shape") if isinstance(module, dict) else None
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-            raise InputError("not a shape", code="GS-380", file=path, tensor=name, expected="[out, in]", actual=shape)
+            raise InputError("not a shape", code="GS-340", file=path, tensor=name, expected="[out, in]", actual=shape)
     return value
 
 
@@ -50,7 +50,7 @@ def probe_importances(probe: Mapping[str, Any], metric: str | None) -> dict[str,
         found = module.get("importance") if metric == probe["metric"] else module.get("others", {}).get(metric)
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise InputError(
-                f"the probe did not measure {metric}", code="GS-381", tensor=name,
+                f"the probe did not measure {metric}", code="GS-341", tensor=name,
                 hint=f"probe again with --importance {probe['metric']},{metric}",
             )  # fmt: skip
         values[name] = float(found)
@@ -84,7 +84,7 @@ def read_ranks(path: Path, shapes: Mapping[str, Shape]) -> RankPlan:
     value = read_object(path, RANKS_SCHEMA)
     ranks = value.get("ranks")
     if not isinstance(ranks, dict):
-        raise InputError("ranks is not an object", code="GS-382", file=path)
+        raise InputError("ranks is not an object", code="GS-342", file=path)
     for name, rank in ranks.items():
         if name not in shapes:
             raise BindingError(
@@ -93,12 +93,12 @@ def read_ranks(path: Path, shapes: Mapping[str, Shape]) -> RankPlan:
             )  # fmt: skip
         if type(rank) is not int or not 0 <= rank <= min(shapes[name]):
             raise InputError(
-                "not a rank", code="GS-382", file=path, tensor=name, expected=f"0 to {min(shapes[name])}",
+                "not a rank", code="GS-342", file=path, tensor=name, expected=f"0 to {min(shapes[name])}",
                 actual=rank,
             )  # fmt: skip
     full = {name: ranks.get(name, 0) for name in shapes}
     if not any(full.values()):
-        raise InputError("every rank is 0: nothing would be trained", code="GS-382", file=path)
+        raise InputError("every rank is 0: nothing would be trained", code="GS-342", file=path)
     reference = value.get("rank")
     highest = max(full.values())
     rank = reference if type(reference) is int and reference > 0 else highest

@@ -90,7 +90,7 @@ def open_session(
     loaded = load_model(located, model)
     if loaded.config.is_encoder_decoder:  # type: ignore[union-attr]
         raise InputError(
-            "the base is an encoder-decoder model, which the command line cannot fit yet", code="GS-383",
+            "the base is an encoder-decoder model, which the command line cannot fit yet", code="GS-343",
             file=located.path, hint="call gora_serve.training.probe.probe from Python with your own loss",
         )  # fmt: skip
     modules = find_targets(loaded, model.targets)
