@@ -18,9 +18,11 @@ from torch import Tensor
 
 from gora_serve.config import DataConfig
 from gora_serve.errors import InputError, MachineError
+from gora_serve.integrity.canonical import is_unicode
 from gora_serve.integrity.files import sha256_file
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+AS_TEXT = dict.fromkeys(("prompt", "completion", "text"), str)  # columns in which "1" and "None" of a CSV stay text
 IGNORED = -100  # label of a token without loss, as transformers has it
 
 
@@ -108,8 +110,9 @@ def _load(builder: str, path: Path) -> list[Mapping[str, Any]]:
     from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
+    options: dict[str, Any] = {"converters": AS_TEXT, "keep_default_na": False} if builder == "csv" else {}
     try:
-        loaded = datasets.load_dataset(builder, data_files=str(path.resolve()), split="train")
+        loaded = datasets.load_dataset(builder, data_files=str(path.resolve()), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError) as err:
         cause = err.__cause__ or err
         raise InputError(
@@ -125,7 +128,7 @@ def _json_lines(path: Path) -> list[_Row]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as err:
-        place = path.read_bytes()[: err.start].count(b"\n") + 1
+        place = err.object[: err.start].count(b"\n") + 1
         raise InputError("not UTF-8", code="GS-376", file=f"{path}:{place}") from err
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -166,7 +169,8 @@ def _tokenize(row: _Row, tokenizer: Any, template: bool, source: str) -> Example
         segments = _conversation(_messages(values["messages"], row, source), tokenizer, row, source, template)
     elif "prompt" in values and "completion" in values:
         segments = _prompt_completion(values, tokenizer, template, row, source)
-    elif isinstance(values.get("text"), str):
+    elif values.get("text") and isinstance(values["text"], str):
+        _check_unicode(values["text"], row, source)
         return _plain_text(values["text"], tokenizer)
     else:
         raise _bad_row(
@@ -175,6 +179,7 @@ def _tokenize(row: _Row, tokenizer: Any, template: bool, source: str) -> Example
             "the row lacks the needed fields",
             f"prompt and completion, messages, or text; got {sorted(values)}",
         )
+    _check_unicode("".join(text for text, _ in segments), row, source)
     example = _encode(segments, tokenizer)
     if all(label == IGNORED for label in example.labels):
         raise _bad_row(row, source, "no token of the row carries loss", "a completion that is not empty")
@@ -183,6 +188,11 @@ def _tokenize(row: _Row, tokenizer: Any, template: bool, source: str) -> Example
 
 def _bad_row(row: _Row, source: str, what: str, expected: str) -> InputError:
     return InputError(what, code="GS-378", file=f"{source}:{row.place}", expected=expected)
+
+
+def _check_unicode(text: str, row: _Row, source: str) -> None:
+    if not is_unicode(text):  # JSON can spell half of a surrogate pair; no tokenizer takes it
+        raise _bad_row(row, source, "the text is not Unicode", "no lone surrogate such as \\ud800")
 
 
 def _messages(value: Any, row: _Row, source: str) -> list[dict[str, Any]]:
@@ -204,6 +214,8 @@ def _prompt_completion(
         return _conversation(turns[0] + turns[1], tokenizer, row, source, template, first=len(turns[0]))
     if not (isinstance(prompt, str) and isinstance(completion, str)):
         raise _bad_row(row, source, "prompt and completion are not both text", "two strings, or two lists of turns")
+    if not completion:
+        raise _bad_row(row, source, "the completion is empty", "a completion that is not empty")
     if template:
         turns_ = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         return _conversation(turns_, tokenizer, row, source, template)
