@@ -128,7 +128,9 @@ def test_read_of_write_is_the_same_adapter(
     ranks = {path: value[0] for path, value in values.items()}
     scales = {path: 16 / rank**0.5 if rslora else values[path][1] for path, rank in ranks.items()}
     base = BaseId("org/name", "abc", Roots("gb1:sha256:" + "0" * 64, None, "gt1:sha256:" + "1" * 64))
-    adapter = make_adapter(ranks, scales=scales, base=base, origin={"method": "gora", "γ": "0.3"}, fan_in_fan_out=fan)
+    adapter = make_adapter(
+        ranks, scales=scales, base=base, origin={"method": "gora", "data": "größe"}, fan_in_fan_out=fan
+    )
     back = read_adapter(write(tmp_path_factory.mktemp("round") / "adapter", adapter, form))
     assert (back.base, back.origin, back.fan_in_fan_out) == (base, adapter.origin, fan)
     assert back.task_type == "CAUSAL_LM"
