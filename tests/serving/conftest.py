@@ -51,11 +51,3 @@ def write_adapter(tmp_path: Path) -> WriteAdapter:
         return folder
 
     return write
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct, made once for the session."""
-    from gora_serve.training.demo_base import make_smollm2
-
-    return make_smollm2(tmp_path_factory.mktemp("bases") / "SmolLM2-135M-Instruct")
