@@ -33,9 +33,11 @@ def gora_factors(
 
 
 def lora_factors(plan: RankPlan, *, alpha: float, generator: torch.Generator) -> dict[str, LoraFactors]:
-    """Return the starting adapter of plain LoRA: A Kaiming uniform, B zero, forward scale alpha / r."""
+    """Return the starting adapter of plain LoRA: A Kaiming uniform, B zero, scale alpha / r. Rank 0 means no entry."""
     factors = {}
     for path, rank in plan.ranks.items():
+        if rank == 0:
+            continue
         shape = plan.shapes[path]
         A = draw_A(shape, rank, generator)  # (r, in)
         factors[path] = LoraFactors(A, torch.zeros(shape[0], rank), alpha / rank)
