@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import nn
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
 from gora_serve.config import FitConfig
-from gora_serve.errors import GoraError, InputError
+from gora_serve.errors import GoraError, InputError, RunError
 from gora_serve.gora.gamma import GammaSearch, search_gamma
 from gora_serve.gora.ranks import RankPlan, allocate_ranks, uniform_ranks
 from gora_serve.gora.statistics import GradientStatistics
@@ -226,6 +227,7 @@ class _Run:
 
         with self.timed("gamma"):
             found = search_gamma(loss_at)
+        _check_loss(found.base_loss, "the base's loss on the rows of the gamma search", code="GS-703")
         inject.multiply_B(model, found.gamma)
         self.folder.json("gamma.json", _gamma_json(found, len(rows)))
         return found.gamma
@@ -265,8 +267,10 @@ class _Run:
         if name == "start":
             with inject.scaled(model, 0.0):
                 self.losses["base"] = evaluate(model, batches, accelerator=accelerator)
+            _check_loss(self.losses["base"], "the base's loss on the evaluation data", code="GS-704")
             self.folder.line("metrics.jsonl", {"step": step, "base_eval_loss": self.losses["base"]})
         self.losses[name] = evaluate(model, batches, accelerator=accelerator)
+        _check_loss(self.losses[name], f"the loss on the evaluation data at step {step}", code="GS-704")
         self.folder.line("metrics.jsonl", {"step": step, "eval_loss": self.losses[name]})
 
     def origin(self, gamma: float) -> dict[str, str]:
@@ -316,6 +320,14 @@ def split_rows(rows: tuple[Example, ...], config: FitConfig) -> tuple[tuple[Exam
         tuple(row for i, row in enumerate(rows) if i not in chosen),
         tuple(row for i, row in enumerate(rows) if i in chosen),
     )
+
+
+def _check_loss(loss: float, what: str, *, code: str) -> None:
+    if not math.isfinite(loss):
+        raise RunError(
+            f"{what} is {loss}", code=code, kept="no adapter was written",
+            hint="look at the rows of that file, or load the base with --dtype float32",
+        )  # fmt: skip
 
 
 def _gamma_json(found: GammaSearch, rows: int) -> dict[str, Any]:
