@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeAdapter, build_gpt2, build_llama, llama_shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import MakeAdapter, build_gpt2, build_llama, llama_shapes
 
 from gora_serve.adapter.factors import Adapter, BaseId
 from gora_serve.adapter.format import ENGINE_RANKS, cast, read_adapter, to_form, write_adapter

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import LLAMA_PATHS
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
+from tiny_models import LLAMA_PATHS
 
 from gora_serve.adapter.names import parse_key, pattern_key, tensor_key
 

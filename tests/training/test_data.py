@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import build_tokenizer, write_jsonl
 
 from gora_serve.config import DataConfig
 from gora_serve.errors import GoraError, InputError, MachineError

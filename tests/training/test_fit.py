@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA_PATHS, color_rows, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import LLAMA_PATHS, color_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from gora_serve.adapter.format import read_adapter

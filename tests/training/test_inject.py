@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeAdapter, build_gpt2, build_llama, llama_shapes
+from tiny_models import MakeAdapter, build_gpt2, build_llama, llama_shapes
 
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.config import RankConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import MakeAdapter, build_gpt2, build_llama
+from tiny_models import MakeAdapter, build_gpt2, build_llama
 from torch import Tensor, nn
 
 from gora_serve.config import TrainConfig

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_gpt2, build_llama, build_t5
+from tiny_models import build_gpt2, build_llama, build_t5
 from torch import Tensor, nn
 
 from gora_serve.config import IMPORTANCES, ProbeConfig
