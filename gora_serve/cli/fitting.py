@@ -97,8 +97,9 @@ def _rank_config(options: dict[str, Any]) -> RankConfig:
 @data_options
 @probe_options
 @click.option(
-    "--rank-max", default=RankConfig().highest, show_default=True, help="Largest rank that B can be made for later."
-)
+    "--rank-max", default=RankConfig().highest, show_default=True, type=click.IntRange(min=1),
+    help="Largest rank that B can be made for later.",
+)  # fmt: skip
 @seed_option
 @overwrite_option
 @json_option
@@ -123,7 +124,10 @@ def probe(base: str, data: str, output: Path, **options: Any) -> None:
 @click.command()
 @click.argument("probe", type=FOLDER)
 @rank_options
-@click.option("--importance", type=Metrics(), default=None, help="Metric to allocate by.  [default: the probe's]")
+@click.option(
+    "--importance", type=Metrics(), default=None, metavar=Metrics.name,
+    help="Metric to allocate by.  [default: the probe's]",
+)  # fmt: skip
 @click.option("--output", type=FILE, help="Write ranks.json, to edit and give to fit --ranks.")
 @click.option("--plot", type=FILE, help="Draw the ranks by layer and module as a picture (figure 3a of the paper).")
 @overwrite_option

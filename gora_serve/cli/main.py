@@ -53,12 +53,10 @@ def main(argv: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except GoraError as err:
         return _report(err, as_json="--json" in argv, debug=debug)
-    except click.exceptions.Abort:
-        return 130
     except click.ClickException as err:
         err.show()
         return err.exit_code
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:

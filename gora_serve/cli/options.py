@@ -103,6 +103,7 @@ probe_options = together(
     ),
     click.option(
         "--importance", default=",".join(ProbeConfig.importance), show_default=True, type=Metrics(),
+        metavar=Metrics.name,
         help="How important a module is (paper, table 6). Several with commas: the first decides.",
     ),
 )  # fmt: skip
@@ -124,7 +125,7 @@ train_options = together(
         "--alpha", default=InitConfig.alpha, show_default=True, help="Forward scale: alpha / sqrt(rank); LoRA: / rank."
     ),
     click.option(
-        "--gamma", default=str(InitConfig.gamma), show_default=True, type=Gamma(),
+        "--gamma", default=str(InitConfig.gamma), show_default=True, type=Gamma(), metavar=Gamma.name,
         help="Size of the first step; auto: searched by forward passes on rows kept from the probe.",
     ),
     click.option("--steps", type=int, default=TrainConfig.steps, help="Optimiser steps.  [default: one epoch]"),

@@ -161,7 +161,7 @@ def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
         chosen = [statistics.modules[path] for path in paths]
         mean = sum(module.importance[metric] for module in chosen) / len(chosen)
         norm = sum(module.gradient_norm for module in chosen) / len(chosen)
-        table.add_row(kind, str(len(chosen)), f"{mean:.3e}", f"{norm:.3e}")
+        table.add_row(Text(printable(kind)), str(len(chosen)), f"{mean:.3e}", f"{norm:.3e}")
     lines = [
         f"wrote {folder}",
         f"{statistics.steps} steps, {statistics.tokens} tokens, mean loss {statistics.loss:.4f}",
@@ -197,7 +197,7 @@ def rank_table(plan: RankPlan) -> Table:
         ranks = [plan.ranks[path] for path in paths]
         curve = "".join(BLOCKS[min(7, 8 * rank // (highest + 1))] for rank in ranks)
         mean = f"{sum(ranks) / len(ranks):.1f}"
-        table.add_row(kind, str(len(ranks)), str(min(ranks)), mean, str(max(ranks)), curve)
+        table.add_row(Text(printable(kind)), str(len(ranks)), str(min(ranks)), mean, str(max(ranks)), curve)
     return table
 
 
