@@ -47,16 +47,37 @@ class Summary:
 
 def emit(summary: Summary, *, as_json: bool) -> None:
     """Print a result on standard output. Only the first of several processes speaks."""
-    if not _speaks():
-        return
+    if _speaks():
+        with _reader_may_go():
+            _print(summary, as_json=as_json)
+
+
+def _print(summary: Summary, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary.value, indent=2))
         return
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = _Output(width=None if sys.stdout.isatty() else 120, highlight=False)
     for line in summary.lines:
         console.print(printable(line), markup=False, soft_wrap=True)
     for table in summary.tables:
         console.print(table)
+
+
+class _Output(Console):
+    """Rich's console, without its exit code 1 when the reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+@contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """Let output that nobody reads any more (`| head`) vanish. It is no error: 1 means that bytes differ."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str) -> None:
