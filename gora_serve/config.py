@@ -98,8 +98,9 @@ class InitConfig:
 
     def validate(self) -> None:
         _require(0 < self.alpha < float("inf"), "--alpha must be positive and finite", actual=self.alpha)
-        finite = self.gamma == "auto" or 0 <= self.gamma < float("inf")
+        finite = self.gamma == "auto" or (not isinstance(self.gamma, str) and 0 <= self.gamma < float("inf"))
         _require(finite, "--gamma must be 'auto' or a number that is not negative", actual=self.gamma)
+        _require(self.search_batches >= 1, "search_batches must be at least 1", actual=self.search_batches)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,12 @@ class TrainConfig:
         _require(self.grad_accum >= 1, "--grad-accum must be at least 1", actual=self.grad_accum)
         _require(0 <= self.lr < float("inf"), "--lr must be finite and not negative", actual=self.lr)
         _require(0 < self.ratio < float("inf"), "--lr-ratio must be positive", actual=self.ratio)
+        _require(0 <= self.warmup <= 1, "--warmup must be between 0 and 1", actual=self.warmup)
+        _require(0 <= self.floor <= 1, "floor must be between 0 and 1", actual=self.floor)
+        _require(0 <= self.weight_decay < float("inf"), "--weight-decay must not be negative", actual=self.weight_decay)
+        norm, every = self.max_grad_norm, self.eval_every
+        _require(norm is None or norm > 0, "--max-grad-norm must be positive", actual=norm)
+        _require(every is None or every >= 1, "--eval-every must be at least 1", actual=every)
         _require(0 <= self.seed < 2**32, "--seed must be between 0 and 2^32 - 1", actual=self.seed)
 
 
@@ -165,11 +172,11 @@ class DemoConfig:
 
     rank: int = 4
     probe_steps: int = 8
-    steps: int = 16
+    steps: int = 24
     lr: float = 4e-4
     search_batches: int = 2
     prompts: int = 8
-    max_tokens: int = 64
+    max_tokens: int = 32
 
 
 @dataclass(frozen=True)

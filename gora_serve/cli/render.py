@@ -287,5 +287,6 @@ def demo_summary(result: DemoResult) -> Summary:
     return Summary({"demo": str(result.folder), **result.to_json()}, lines, [table, scores])
 
 
-def _shortened(text: str, limit: int = 160) -> Text:
+def _shortened(text: str, limit: int = 100) -> Text:
+    text = " ".join(text.split())
     return Text(printable(text if len(text) <= limit else text[: limit - 1] + "…"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,7 @@ def attach(
         fan_in_fan_out=fan_in_fan_out,
     )
     config = {key: value for key, value in config.items() if key not in ("auto_mapping", "inference_mode")}
+    config["target_modules"] = "|".join(map(re.escape, factors))  # whole paths; in a list PEFT takes endings too
     peft_model: nn.Module = get_peft_model(model, LoraConfig(**config))
     with torch.no_grad():
         for path, layer in lora_layers(peft_model).items():
