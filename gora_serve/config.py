@@ -13,7 +13,8 @@ from gora_serve.errors import UsageError
 RankRule = Literal["paper", "exact"]
 Importance = Literal["sensitivity", "sensitivity-nuclear", "gradient-nuclear"]
 Method = Literal["gora", "lora"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+ExportDtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["unit", "padded", "native"]
 
 IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
@@ -184,4 +185,4 @@ class ExportConfig:
     """The form of the exported adapter and the dtype of its tensors."""
 
     form: Form = "unit"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: ExportDtype = "float32"

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gora_serve.cli.options import FILE, FOLDER, json_option, overwrite_option
-from gora_serve.config import Dtype, ExportConfig, Form
+from gora_serve.config import ExportConfig, ExportDtype, Form
 from gora_serve.errors import UsageError
 
 
@@ -23,7 +23,7 @@ from gora_serve.errors import UsageError
 )
 @overwrite_option
 @json_option
-def export(run: Path, output: Path, form: Form, dtype: Dtype, overwrite: bool, as_json: bool) -> None:
+def export(run: Path, output: Path, form: Form, dtype: ExportDtype, overwrite: bool, as_json: bool) -> None:
     """Write the adapter of a finished run as standard LoRA safetensors, which PEFT and vLLM load.
 
     RUN may also be an adapter that gora-serve exported before, to write it in another form.
@@ -31,7 +31,6 @@ def export(run: Path, output: Path, form: Form, dtype: Dtype, overwrite: bool, a
     from gora_serve.cli.render import emit, export_summary
     from gora_serve.training.export import export as export_adapter
 
-    assert dtype != "auto"
     done = export_adapter(run, output, ExportConfig(form, dtype), overwrite=overwrite)
     emit(export_summary(done, form, dtype), as_json=as_json)
 

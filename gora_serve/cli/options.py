@@ -77,7 +77,7 @@ model_options = together(
     ),
     click.option(
         "--dtype", default=ModelConfig.dtype, show_default=True,
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        type=click.Choice(["auto", "float32", "bfloat16"]),
         help="Of the base's weights in memory; auto: as stored. LoRA factors are float32.",
     ),
 )  # fmt: skip

@@ -40,6 +40,11 @@ def locate_base(name: str) -> Base:
 def _check_model_folder(path: Path) -> None:
     if not path.is_dir():
         raise InputError("not a model: BASE is a file", code="GS-365", file=path, hint="give the model's folder")
+    if (path / "adapter_config.json").exists():  # transformers would load it on top of the weights
+        raise InputError(
+            "the base's folder also holds an adapter, which would be loaded with it", code="GS-348",
+            file=path / "adapter_config.json", hint="move the adapter out of the base's folder",
+        )  # fmt: skip
     if not (path / "config.json").is_file():
         raise InputError(
             "not a model: no config.json", code="GS-366", file=path,

@@ -1,6 +1,6 @@
-"""From files to token batches, in TRL's conventions: prompt + completion, messages, or text.
+"""From files to token batches: JSONL, JSON, CSV, Parquet, or a hub dataset. Rows become tokens in encode.py.
 
-Loss is on the completion, on the assistant's turns, or on the whole text. Every row that is refused is named by
+Every row that is refused is named by
 file and line; every row that is cut or left out is counted and reported.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +19,11 @@ from torch import Tensor
 
 from gora_serve.config import DataConfig
 from gora_serve.errors import InputError, MachineError
-from gora_serve.integrity.canonical import is_unicode
 from gora_serve.integrity.files import sha256_file
+from gora_serve.training.encode import IGNORED, Example, Row, encode_row, predicts
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 AS_TEXT = dict.fromkeys(("prompt", "completion", "text"), str)  # columns in which "1" and "None" of a CSV stay text
-IGNORED = -100  # label of a token without loss, as transformers has it
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as tokens. labels[i] is input_ids[i], or IGNORED where the token carries no loss."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -57,12 +49,6 @@ class Dataset:
         }
 
 
-@dataclass(frozen=True)
-class _Row:
-    values: Mapping[str, Any]
-    place: str  # "line 3" or "row 3", for messages
-
-
 def load_data(source: str, tokenizer: Any, config: DataConfig) -> Dataset:
     """Read and tokenise a JSONL, JSON, CSV or Parquet file, or a hub dataset's train split.
 
@@ -77,7 +63,7 @@ def load_data(source: str, tokenizer: Any, config: DataConfig) -> Dataset:
     template = config.chat_template and bool(getattr(tokenizer, "chat_template", None))
     examples, cut, left_out = [], 0, 0
     for row in rows:
-        example = _tokenize(row, tokenizer, template, source)
+        example = encode_row(row, tokenizer, template=template)
         shorter = _fit_length(example, config.max_length)
         left_out += shorter is None
         if shorter is not None:
@@ -91,7 +77,7 @@ def load_data(source: str, tokenizer: Any, config: DataConfig) -> Dataset:
     return Dataset(path.name if path.exists() else source, tuple(examples), digest, len(rows), cut, left_out)
 
 
-def _read_file(path: Path) -> tuple[list[_Row], str]:
+def _read_file(path: Path) -> tuple[list[Row], str]:
     if not path.is_file():
         raise MachineError("no such data file", code="GS-522", file=path, hint="check --data")
     builder = BUILDERS.get(path.suffix)
@@ -102,7 +88,7 @@ def _read_file(path: Path) -> tuple[list[_Row], str]:
         raise InputError("the data file is empty", code="GS-372", file=path)
     if path.suffix == ".jsonl":
         return _json_lines(path), digest
-    return _numbered(_load(builder, path)), digest
+    return _numbered(_load(builder, path), str(path)), digest
 
 
 def _load(builder: str, path: Path) -> list[Mapping[str, Any]]:
@@ -111,18 +97,19 @@ def _load(builder: str, path: Path) -> list[Mapping[str, Any]]:
 
     datasets.disable_progress_bars()
     options: dict[str, Any] = {"converters": AS_TEXT, "keep_default_na": False} if builder == "csv" else {}
+    files = str(path.resolve())
     try:
-        loaded = datasets.load_dataset(builder, data_files=str(path.resolve()), split="train", **options)
+        with tempfile.TemporaryDirectory() as cache:  # the usual cache goes by time stamps, and keeps copies of data
+            return list(datasets.load_dataset(builder, data_files=files, split="train", cache_dir=cache, **options))
     except (DatasetGenerationError, ValueError, OSError) as err:
         cause = err.__cause__ or err
         raise InputError(
             f"cannot be read as {path.suffix[1:]}", code="GS-375", file=path,
             actual=str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__,
         ) from err  # fmt: skip
-    return list(loaded)
 
 
-def _json_lines(path: Path) -> list[_Row]:
+def _json_lines(path: Path) -> list[Row]:
     """Parse line by line, so that a fault has a line number; blank lines are skipped."""
     rows = []
     try:
@@ -139,15 +126,15 @@ def _json_lines(path: Path) -> list[_Row]:
             raise InputError("not JSON", code="GS-377", file=f"{path}:{number}", actual=str(err)) from err
         if not isinstance(value, dict):
             raise InputError("not a JSON object", code="GS-377", file=f"{path}:{number}", actual=line[:60])
-        rows.append(_Row(value, str(number)))
+        rows.append(Row(value, f"{path}:{number}"))
     return rows
 
 
-def _numbered(values: Sequence[Mapping[str, Any]]) -> list[_Row]:
-    return [_Row(value, f"row {number}") for number, value in enumerate(values, start=1)]
+def _numbered(values: Sequence[Mapping[str, Any]], source: str) -> list[Row]:
+    return [Row(value, f"{source}:row {number}") for number, value in enumerate(values, start=1)]
 
 
-def _read_hub(source: str) -> tuple[list[_Row], str]:
+def _read_hub(source: str) -> tuple[list[Row], str]:
     import datasets
 
     try:
@@ -157,122 +144,9 @@ def _read_hub(source: str) -> tuple[list[_Row], str]:
             "no such data file, and the hub could not give it as a dataset", code="GS-523", file=source,
             hint="check --data, the network and HF_TOKEN",
         ) from err  # fmt: skip
-    rows = _numbered(list(loaded))
+    rows = _numbered(list(loaded), source)
     lines = (json.dumps(row.values, sort_keys=True, default=str) for row in rows)
     return rows, hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _tokenize(row: _Row, tokenizer: Any, template: bool, source: str) -> Example:
-    """Turn a row into segments of text with and without loss, and those into tokens, segment by segment."""
-    values = {key: value for key, value in row.values.items() if value is not None}
-    if "messages" in values:
-        segments = _conversation(_messages(values["messages"], row, source), tokenizer, row, source, template)
-    elif "prompt" in values and "completion" in values:
-        segments = _prompt_completion(values, tokenizer, template, row, source)
-    elif values.get("text") and isinstance(values["text"], str):
-        _check_unicode(values["text"], row, source)
-        return _plain_text(values["text"], tokenizer)
-    else:
-        raise _bad_row(
-            row,
-            source,
-            "the row lacks the needed fields",
-            f"prompt and completion, messages, or text; got {sorted(values)}",
-        )
-    _check_unicode("".join(text for text, _ in segments), row, source)
-    example = _encode(segments, tokenizer)
-    if all(label == IGNORED for label in example.labels):
-        raise _bad_row(row, source, "no token of the row carries loss", "a completion that is not empty")
-    return example
-
-
-def _bad_row(row: _Row, source: str, what: str, expected: str) -> InputError:
-    return InputError(what, code="GS-378", file=f"{source}:{row.place}", expected=expected)
-
-
-def _check_unicode(text: str, row: _Row, source: str) -> None:
-    if not is_unicode(text):  # JSON can spell half of a surrogate pair; no tokenizer takes it
-        raise _bad_row(row, source, "the text is not Unicode", "no lone surrogate such as \\ud800")
-
-
-def _messages(value: Any, row: _Row, source: str) -> list[dict[str, Any]]:
-    fine = isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    )
-    if not fine or not value:
-        raise _bad_row(row, source, "messages is not a list of turns", "a list of {role, content}, both text")
-    return value  # type: ignore[no-any-return]
-
-
-def _prompt_completion(
-    values: Mapping[str, Any], tokenizer: Any, template: bool, row: _Row, source: str
-) -> list[tuple[str, bool]]:
-    prompt, completion = values["prompt"], values["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        turns = _messages(prompt, row, source), _messages(completion, row, source)
-        return _conversation(turns[0] + turns[1], tokenizer, row, source, template, first=len(turns[0]))
-    if not (isinstance(prompt, str) and isinstance(completion, str)):
-        raise _bad_row(row, source, "prompt and completion are not both text", "two strings, or two lists of turns")
-    if not completion:
-        raise _bad_row(row, source, "the completion is empty", "a completion that is not empty")
-    if template:
-        turns_ = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _conversation(turns_, tokenizer, row, source, template)
-    return [(tokenizer.bos_token or "", False)] * _adds_bos(tokenizer) + [
-        (prompt, False),
-        (completion + tokenizer.eos_token, True),
-    ]
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    return bool(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
-
-
-def _conversation(
-    turns: list[dict[str, Any]], tokenizer: Any, row: _Row, source: str, template: bool, first: int = 0
-) -> list[tuple[str, bool]]:
-    """Render the turns; the assistant's from turn `first` on carry loss, end-of-turn mark included.
-
-    The text before each such turn is what the server renders for a request, so both see the same tokens.
-    """
-    if not template:
-        raise _bad_row(row, source, "messages need a chat template", "a tokenizer with one, or prompt and completion")
-    segments: list[tuple[str, bool]] = []
-    done = ""
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant" or index < first:
-            continue
-        before = tokenizer.apply_chat_template(turns[:index], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(turns[: index + 1], tokenize=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise _bad_row(
-                row,
-                source,
-                "the chat template rewrites earlier turns",
-                "one assistant turn at the end of a row",
-            )
-        segments += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
-    return segments
-
-
-def _encode(segments: Sequence[tuple[str, bool]], tokenizer: Any) -> Example:
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for text, has_loss in segments:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        input_ids += ids
-        labels += ids if has_loss else [IGNORED] * len(ids)
-    return Example(input_ids, labels)
-
-
-def _plain_text(text: str, tokenizer: Any) -> Example:
-    ids = tokenizer(text, add_special_tokens=True)["input_ids"]
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        ids = [*ids, tokenizer.eos_token_id]
-    return Example(list(ids), list(ids))
 
 
 def _fit_length(example: Example, limit: int) -> Example | None:
@@ -280,7 +154,7 @@ def _fit_length(example: Example, limit: int) -> Example | None:
     if len(example.input_ids) <= limit:
         return example
     shorter = Example(example.input_ids[:limit], example.labels[:limit])
-    return None if all(label == IGNORED for label in shorter.labels) else shorter
+    return shorter if predicts(shorter.labels) else None
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

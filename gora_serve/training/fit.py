@@ -27,7 +27,8 @@ from gora_serve.integrity.files import staged_folder, write_json
 from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training import inject
-from gora_serve.training.data import Dataset, Example, load_data, schedule
+from gora_serve.training.data import Dataset, load_data, schedule
+from gora_serve.training.encode import Example
 from gora_serve.training.loop import evaluate, train
 from gora_serve.training.models import weight_matrix
 from gora_serve.training.probe_files import write_probe

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gora_serve.config import TrainConfig
 from gora_serve.errors import RunError
 from gora_serve.progress import Listener, Progress
-from gora_serve.training.data import IGNORED
+from gora_serve.training.encode import IGNORED
 
 Batch = Mapping[str, Tensor]
 Record = Callable[[Mapping[str, float]], None]

@@ -15,12 +15,6 @@ from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
 
-SAFETENSORS_NAME = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-
 
 def load_model(base: Base, config: ModelConfig) -> nn.Module:
     """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be."""
@@ -30,16 +24,36 @@ def load_model(base: Base, config: ModelConfig) -> nn.Module:
     try:
         settings = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         kind = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
-        model: nn.Module = kind.from_pretrained(base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model, loaded = kind.from_pretrained(
+            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as err:
         raise InputError(
             "not a model that transformers can load", code="GS-367", file=base.path,
             actual=str(err).strip().splitlines()[0], hint="see the whole message with --debug",
         ) from err  # fmt: skip
+    _check_loaded(model, loaded, base)
     if not settings.is_encoder_decoder and "logits_to_keep" not in signature(model.forward).parameters:
         raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
     model.requires_grad_(False)
-    return model.eval()
+    frozen: nn.Module = model.eval()
+    return frozen
+
+
+def _check_loaded(model: nn.Module, loaded: Mapping[str, Any], base: Base) -> None:
+    """Refuse a base with holes, which transformers would fill at random, and one in float16."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        if loaded[kind]:
+            first = sorted(map(str, loaded[kind]))[0]
+            raise InputError(
+                f"the base lacks weights that {type(model).__name__} needs: {len(loaded[kind])} tensors",
+                code="GS-345", file=base.path, tensor=first, hint="download the base again, or give another folder",
+            )  # fmt: skip
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise UsageError(
+            "gradients of a base in float16 underflow", code="GS-207", file=base.path,
+            hint="--dtype bfloat16, or float32",
+        )  # fmt: skip
 
 
 def load_tokenizer(base: Base) -> Any:
@@ -144,6 +158,10 @@ def _storages(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.detach()
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def memory_root(model: nn.Module) -> str:
     """Return one digest of all weights as they lie in memory, by name, dtype, shape and bytes.
 
@@ -154,5 +172,5 @@ def memory_root(model: nn.Module) -> str:
     for name, tensor in _storages(model):
         data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = tensor_digest([memoryview(data)])  # type: ignore[arg-type]
-        records[name] = TensorRecord(SAFETENSORS_NAME[tensor.dtype], tuple(tensor.shape), data.nbytes, digest)
+        records[name] = TensorRecord(_dtype_name(tensor.dtype), tuple(tensor.shape), data.nbytes, digest)
     return weights_root(records)

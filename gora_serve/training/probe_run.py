@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.files import staged_folder, write_json
 from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Listener, silent
-from gora_serve.training.data import Example, schedule
+from gora_serve.training.data import schedule
+from gora_serve.training.encode import Example
 from gora_serve.training.loop import mean_loss
 from gora_serve.training.probe import probe
 from gora_serve.training.probe_files import write_probe
@@ -49,7 +50,8 @@ def probe_session(
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> Tensor:
-    with accelerator.autocast():
+    # float16 gradients underflow without loss scaling: the probe then runs in the weights' own dtype
+    with nullcontext() if accelerator.mixed_precision == "fp16" else accelerator.autocast():
         return mean_loss(model, batch)
 
 

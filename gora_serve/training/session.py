@@ -17,7 +17,8 @@ from gora_serve.errors import InputError, MismatchError, UsageError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
-from gora_serve.training.data import Dataset, Example, collate, load_data
+from gora_serve.training.data import Dataset, collate, load_data
+from gora_serve.training.encode import Example
 from gora_serve.training.models import find_targets, is_transposed, load_model, load_tokenizer, memory_root
 
 LazyBatch = Callable[[], Mapping[str, Tensor]]
@@ -108,9 +109,11 @@ def _make_accelerator(train: TrainConfig) -> Any:
     from accelerate import Accelerator
 
     try:
-        return Accelerator(mixed_precision=train.mixed_precision, gradient_accumulation_steps=train.grad_accum)
+        accelerator = Accelerator(mixed_precision=train.mixed_precision)
     except ValueError as err:
         raise UsageError("Accelerate refuses these settings", code="GS-204", actual=str(err)) from err
+    accelerator.gradient_accumulation_steps = train.grad_accum  # the environment would win over the constructor
+    return accelerator
 
 
 def _check_length(model: nn.Module, rows: DataConfig) -> None:
