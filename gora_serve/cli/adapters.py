@@ -57,7 +57,7 @@ def hash_(base: str, output: Path | None, overwrite: bool, as_json: bool) -> Non
         located = locate_base(base)
         if output and output.resolve().is_relative_to(located.path.resolve()):
             hint = "choose a place outside of it"
-            raise UsageError("the manifest is never written into the base", code="GS-207", file=output, hint=hint)
+            raise UsageError("the manifest is never written into the base", code="GS-208", file=output, hint=hint)
         manifest = hash_model(located.path, listen=listen)
     if output:
         write_json(output, manifest.to_json())

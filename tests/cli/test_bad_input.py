@@ -276,7 +276,7 @@ def test_hash_output_exists(space: Space) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "config.json"])
 def test_hash_never_writes_into_the_base(space: Space, name: str) -> None:
     words = ("hash", space.base, "--output", space.base / name, "--overwrite")
-    space.refuses(words, 2, "GS-207", space.base / name)
+    space.refuses(words, 2, "GS-208", space.base / name)
 
 
 def test_leftover_of_an_unfinished_run(space: Space) -> None:
