@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import MachineError
 from gora_serve.gora.ranks import RankPlan
 from gora_serve.integrity.files import write_bytes
@@ -34,14 +34,9 @@ def plot_ranks(plan: RankPlan, file: Path) -> None:
 
 
 def _grid(plan: RankPlan) -> tuple[list[str], list[str], list[list[float]]]:
-    """Return kinds, layers and ranks[kind][layer]; NaN where a layer has no such module.
-
-    The layer is the path's first number; the kind is the path without it.
-    """
-    cells: dict[tuple[str, str], int] = {}
-    for path, rank in plan.ranks.items():
-        number = re.search(r"\.(\d+)\.", path)
-        cells[path.rsplit(".", 1)[-1], number.group(1) if number else "-"] = rank
+    """Return kinds, layers and ranks[kind][layer]; NaN where a layer has no such module."""
+    named = kinds_and_layers(plan.ranks)
+    cells = {named[path]: rank for path, rank in plan.ranks.items()}
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     layers = list(dict.fromkeys(layer for _, layer in cells))
     return kinds, layers, [[cells.get((kind, layer), float("nan")) for layer in layers] for kind in kinds]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 
 from gora_serve.adapter.factors import Adapter
+from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.config import Form
 
 USE = {
@@ -53,7 +54,7 @@ def model_card(adapter: Adapter, form: Form) -> str:
         "```python",
         "from peft import PeftModel",
         "",
-        f"model = PeftModel.from_pretrained(base_model, {json.dumps('this folder')})",
+        'model = PeftModel.from_pretrained(base_model, "this folder")',
         "```",
         "",
         "`gora-serve verify FOLDER --base BASE` proves that the files are whole and belong to the base.",
@@ -90,8 +91,8 @@ def _rank_text(adapter: Adapter) -> str:
 
 def _rank_rows(adapter: Adapter) -> list[str]:
     kinds: dict[str, list[int]] = {}
-    for path, rank in adapter.ranks.items():
-        kinds.setdefault(path.rsplit(".", 1)[-1], []).append(rank)
+    for path, (kind, _) in kinds_and_layers(adapter.modules).items():
+        kinds.setdefault(kind, []).append(adapter.modules[path].rank)
     return [
         f"| {kind} | {len(ranks)} | {min(ranks)} | {sum(ranks) / len(ranks):.2f} | {max(ranks)} |"
         for kind, ranks in sorted(kinds.items())

@@ -25,7 +25,7 @@ from gora_serve.integrity.canonical import canonical_json, read_json
 from gora_serve.integrity.files import write_bytes, write_json
 from gora_serve.integrity.headers import TensorEntry, encode_header, read_header
 from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
-from gora_serve.integrity.record import RECORD_SCHEMA, WEIGHTS, bound_roots, read_record
+from gora_serve.integrity.record import RECORD_SCHEMA, WEIGHTS, binding_json, bound_roots, read_record
 
 CONFIG = "adapter_config.json"
 ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that every engine reading PEFT LoRA can hold
@@ -118,17 +118,10 @@ def _little_endian(tensor: Tensor) -> bytes:
 
 def _record(adapter: Adapter, root: str) -> dict[str, Any]:
     """The binding that travels inside the weights file: which base, by its roots, and which adapter."""
-    roots = adapter.base.roots
     return {
         "schema": RECORD_SCHEMA,
         "adapter_root": root,
-        "base": {
-            "repo_id": adapter.base.name,
-            "revision": adapter.base.revision,
-            "weights_root": roots.weights if roots else None,
-            "config_root": roots.config if roots else None,
-            "tokenizer_root": roots.tokenizer if roots else None,
-        },
+        "base": binding_json(adapter.base.name, adapter.base.revision, adapter.base.roots),
         "origin": dict(adapter.origin),
         "tool": f"gora-serve {gora_serve.__version__}",
     }

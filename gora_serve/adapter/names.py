@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 PREFIX = "base_model.model."
 PART = re.compile(r"\.lora_([AB])\.weight$")
@@ -27,3 +28,21 @@ def pattern_key(path: str) -> str:
     PEFT and vLLM read a key as the regular expression `(.*\\.)?(key)$`; so it is anchored and escaped.
     """
     return "^" + re.escape(path)
+
+
+def kinds_and_layers(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return (kind, layer) of each path, for tables: model.layers.3.mlp.up_proj is ("mlp.up_proj", "3").
+
+    The layer is the first number in the path. What stands before it belongs to the kind only where paths differ
+    in it (encoder and decoder). A path without a number is its own kind, on layer "-".
+    """
+    split = {path: re.fullmatch(r"(.*?)\.?\b(\d+)\.(.*)", path) for path in paths}
+    prefixes = {found.group(1) for found in split.values() if found}
+    kinds = {}
+    for path, found in split.items():
+        if found is None:
+            kinds[path] = (path, "-")
+            continue
+        prefix, layer, rest = found.groups()
+        kinds[path] = (f"{prefix}.{rest}" if len(prefixes) > 1 and prefix else rest, layer)
+    return kinds

@@ -46,13 +46,15 @@ def run() -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command line and return its exit code. Only errors that nobody foresaw are bugs (70)."""
-    debug = "--debug" in argv
+    ours = argv[: argv.index("--")] if "--" in argv else argv
+    debug = "--debug" in ours
+    argv = [word for word in ours if word != "--debug"] + argv[len(ours) :]  # it may stand anywhere
     signal.signal(signal.SIGTERM, _terminate)
     try:
         result = cli.main(argv, prog_name="gora-serve", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except GoraError as err:
-        return _report(err, as_json="--json" in argv, debug=debug)
+        return _report(err, as_json="--json" in ours, debug=debug)
     except click.ClickException as err:
         err.show()
         return err.exit_code

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import printable
 from gora_serve.progress import Listener, Progress, silent
 
@@ -178,7 +179,7 @@ def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
     }  # fmt: skip
     metric = next(iter(next(iter(statistics.modules.values())).importance))
     table = Table("module", "number", f"mean {metric}", "mean gradient norm")
-    for kind, paths in _kinds(list(statistics.modules)).items():
+    for kind, paths in _kinds(statistics.modules).items():
         chosen = [statistics.modules[path] for path in paths]
         mean = sum(module.importance[metric] for module in chosen) / len(chosen)
         norm = sum(module.gradient_norm for module in chosen) / len(chosen)
@@ -197,11 +198,11 @@ def ranks_summary(plan: RankPlan, output: Path | None, plot: Path | None) -> Sum
     return Summary(ranks_json(plan), [f"wrote {path}" for path in (output, plot) if path], [rank_table(plan)])
 
 
-def _kinds(paths: list[str]) -> dict[str, list[str]]:
-    """Group module paths by their last part, in order of appearance."""
+def _kinds(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Group module paths by kind, in order of appearance."""
     kinds: dict[str, list[str]] = {}
-    for path in paths:
-        kinds.setdefault(path.rsplit(".", 1)[-1], []).append(path)
+    for path, (kind, _) in kinds_and_layers(paths).items():
+        kinds.setdefault(kind, []).append(path)
     return kinds
 
 
@@ -214,7 +215,7 @@ def rank_table(plan: RankPlan) -> Table:
     title = f"{plan.parameters:,} parameters, {share:.1%} of LoRA's at rank {plan.rank}"
     table = Table("module", "number", "least", "mean", "most", "first to last layer", title=title, title_justify="left")
     highest = max(plan.ranks.values())
-    for kind, paths in _kinds(list(plan.ranks)).items():
+    for kind, paths in _kinds(plan.ranks).items():
         ranks = [plan.ranks[path] for path in paths]
         curve = "".join(BLOCKS[min(7, 8 * rank // (highest + 1))] for rank in ranks)
         mean = f"{sum(ranks) / len(ranks):.1f}"
@@ -266,9 +267,11 @@ def plan_summary(plan: ServePlan) -> Summary:
         "argv": list(plan.argv), "environment": dict(plan.environment), "removed": list(plan.removed),
         "url": plan.url, "models": list(plan.models),
     }  # fmt: skip
-    lines = [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
-    lines += [f"unset {name}" for name in plan.removed]
-    return Summary(value, [*lines, shlex.join(plan.argv)])
+    words = [f"-u {name}" for name in plan.removed if "*" not in name]
+    words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
+    patterns = [name for name in plan.removed if "*" in name]
+    lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
+    return Summary(value, [*lines, " ".join(["env", *words, shlex.join(plan.argv)])])
 
 
 def demo_summary(result: DemoResult) -> Summary:

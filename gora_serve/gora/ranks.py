@@ -38,8 +38,8 @@ class RankPlan:
 
 
 def lora_parameters(shapes: Mapping[str, Shape], rank: int) -> int:
-    """Return Σ rank (in + out): the parameter count of LoRA with one rank for every module."""
-    return sum(rank * sum(shape) for shape in shapes.values())
+    """Return Σ rank (in + out): LoRA with one rank for every module, or min(in, out) where a module has no more."""
+    return sum(min(rank, *shape) * sum(shape) for shape in shapes.values())
 
 
 def uniform_ranks(shapes: Mapping[str, Shape], config: RankConfig) -> RankPlan:

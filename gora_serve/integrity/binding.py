@@ -11,8 +11,8 @@ from gora_serve.errors import BindingError, InputError, MachineError, MismatchEr
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.files import sha256_file, write_json
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, TensorRecord, differences
+from gora_serve.integrity.staging import SEAL
 
-SEAL = "gora_manifest.json"
 SCHEMA = "gora-serve/output-manifest/1"
 _RESERVED = {"schema", "files", "status"}
 _SEAL_LIMIT = 64 << 20  # bytes

@@ -33,6 +33,17 @@ def read_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     return record
 
 
+def binding_json(name: str, revision: str | None, roots: Roots | None) -> dict[str, str | None]:
+    """Return what binds an adapter to its base, for the weights file's metadata and for the seal."""
+    return {
+        "repo_id": name,
+        "revision": revision,
+        "weights_root": roots.weights if roots else None,
+        "config_root": roots.config if roots else None,
+        "tokenizer_root": roots.tokenizer if roots else None,
+    }
+
+
 def bound_roots(record: Mapping[str, Any]) -> Roots | None:
     """Return the roots of the base that the record binds its adapter to, if it binds it."""
     base = record.get("base", {})

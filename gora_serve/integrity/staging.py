@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 UNCHANGED = "nothing was changed"
+SEAL = "gora_manifest.json"  # what a finished output folder of ours holds
 
 
 @contextmanager
@@ -83,6 +84,9 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
     if not overwrite:
         hint = "choose another output, or pass --overwrite"
         raise OutputError("the output exists", code="GS-601", file=target, kept=UNCHANGED, hint=hint)
+    if (target / "config.json").exists() and not (target / SEAL).exists():
+        hint = "choose another output; a model folder is not overwritten"
+        raise UsageError("the output is a model folder", code="GS-256", file=target, kept=UNCHANGED, hint=hint)
     for place in (Path.cwd(), Path.home()):
         if _relation(target, place) in ("is", "contains"):
             what = f"the output to be replaced is or contains {place}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gora_serve.errors import InputError, MismatchError
+from gora_serve.errors import BindingError, InputError, MismatchError
 from gora_serve.integrity.binding import check_binding, check_folder
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import read_header
@@ -52,24 +52,53 @@ def verify_adapter(
     differ from the manifest, BindingError (exit 4) for another base, InputError where the folder has no manifest.
     """
     sealed = check_folder(folder)
-    file = folder / WEIGHTS
+    record, root = _checked_record(folder / WEIGHTS)
+    for key, inside in (("adapter_root", root), ("binding", record.get("base"))):
+        if sealed.get(key) != inside:
+            raise MismatchError(
+                f"gora_manifest.json and the weights file disagree on the {key}", code="GS-112", file=folder,
+                expected=inside, actual=sealed.get(key), hint="export the adapter again",
+            )  # fmt: skip
+    warnings: tuple[str, ...] = ()
+    if base is not None:
+        warnings = _check_base(record, base_manifest or hash_model(base, listen=listen), base, strict=strict)
+    return Verified(folder, root, bound_roots(record), base, warnings)
+
+
+def verify_unsealed(folder: Path, *, base: Path, base_manifest: Manifest, strict: bool = False) -> Verified:
+    """Check an adapter folder without gora_manifest.json as far as its weights file allows.
+
+    One that gora-serve wrote still names its own root and its base in the file, and is held to both; for one of
+    another tool there is a warning, or a BindingError where `strict` is set.
+    """
+    record, root = _checked_record(folder / WEIGHTS)
+    missing = "no gora_manifest.json: its other files cannot be checked"
+    warnings = _check_base(record, base_manifest, base, strict=strict)
+    return Verified(folder, root, bound_roots(record), base, (missing, *warnings) if record else warnings)
+
+
+def _checked_record(file: Path) -> tuple[dict[str, Any], str]:
+    """Return the weights file's record and its root, hashed; the two must agree."""
     record = read_record(read_header(file).metadata, file)
     root, _ = hash_adapter(file)
-    for source, claimed in (("gora_manifest.json", sealed.get("adapter_root")), (WEIGHTS, record.get("adapter_root"))):
-        if claimed != root:
-            raise MismatchError(
-                f"the tensors are not those that {source} names", code="GS-112", file=file, expected=claimed,
-                actual=root, hint="export the adapter again",
-            )  # fmt: skip
+    if record and record.get("adapter_root") != root:
+        raise MismatchError(
+            "the tensors are not those that the file names", code="GS-115", file=file,
+            expected=record.get("adapter_root"), actual=root, hint="export the adapter again",
+        )  # fmt: skip
+    return record, root
+
+
+def _check_base(record: Mapping[str, Any], manifest: Manifest, base: Path, *, strict: bool) -> tuple[str, ...]:
     bound = bound_roots(record)
-    warnings: list[str] = []
-    if base is not None:
-        if bound is None:
-            warnings.append("the adapter names no base roots: it is not bound to any base")
-        else:
-            manifest = base_manifest or hash_model(base, listen=listen)
-            warnings += check_binding(bound, manifest, strict=strict, base=base)
-    return Verified(folder, root, bound, base, tuple(warnings))
+    if bound is not None:
+        return tuple(check_binding(bound, manifest, strict=strict, base=base))
+    if strict:
+        raise BindingError(
+            "the adapter does not say which base it belongs to", code="GS-403", file=base,
+            hint="leave --strict away to take it as it is",
+        )  # fmt: skip
+    return ("nothing says which base the adapter belongs to",)
 
 
 def verify_base(folder: Path, manifest_file: Path, *, listen: Listener = silent) -> Verified:

@@ -6,7 +6,6 @@ names are those that PEFT writes, and no tensor data is read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from gora_serve.adapter.names import parse_key
 from gora_serve.errors import InputError, MachineError
+from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry, read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -79,17 +79,7 @@ def read_adapter_dir(name: str, path: Path) -> AdapterDir:
 
 
 def _read_config(file: Path) -> Mapping[str, object]:
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(CONFIG_BYTES + 1)
-    except OSError as err:
-        raise MachineError(f"cannot read: {err.strerror}", code="GS-583", file=file) from err
-    if len(raw) > CONFIG_BYTES:
-        raise InputError("the file is too large to be an adapter configuration", code="GS-381", file=file)
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as err:
-        raise InputError(f"not valid JSON: {err}", code="GS-381", file=file) from err
+    config = read_json(file, limit=CONFIG_BYTES)
     if not isinstance(config, dict):
         raise InputError("not a JSON object", code="GS-381", file=file, actual=type(config).__name__)
     return config

@@ -27,7 +27,7 @@ Device = Literal["auto", "cpu", "cuda"]
 RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Each opens a way to load adapters, code or debug routes that nobody checked. A name may end in "*".
-SCRUBBED = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*", "VLLM_PLUGINS")
+SCRUBBED = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*")
 # vLLM's packed layers and the projections that adapters name (packed_modules_mapping of the classes below).
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -103,11 +103,6 @@ def check_name(name: str) -> None:
         raise UsageError("not a usable adapter name", code="GS-281", expected=expected, actual=name)
 
 
-def read_served_adapter(name: str, path: Path) -> ServedAdapter:
-    """Read and check one adapter folder."""
-    return read_served_adapters([(name, path)])[0]
-
-
 def read_served_adapters(named: Sequence[tuple[str, Path]]) -> tuple[ServedAdapter, ...]:
     """Read and check all adapters; the faults of all of them come in one InputError."""
     for name, path in named:
@@ -160,7 +155,10 @@ def plan_server(
     flags = _server_flags(config, served) | _lora_flags(adapters, config, options, _architecture(base))
     check_options(options, tuple(flags))
     _check_lora_options(options, adapters, config)
-    host, port = single(options, "--host") or config.host, whole_number(options, "--port") or config.port
+    host, wanted = single(options, "--host") or config.host, whole_number(options, "--port")
+    port = config.port if wanted is None else wanted
+    if not 1 <= port <= 65535:
+        raise UsageError("not a port", code="GS-288", expected="1 to 65535", actual=port)
     _check_exposure(host, os.environ if environ is None else environ)
     ours = {flag: values for flag, values in flags.items() if flag not in options}
     return ServePlan(
@@ -330,6 +328,7 @@ def _check_lora_options(
 
 def _environment(config: ServeConfig, options: Mapping[str, Sequence[str]]) -> dict[str, str]:
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_PLUGINS"] = ""  # no plugin at all; where it is not set, vLLM loads every one that is installed
     if config.device == "cpu" and "--kv-cache-memory-bytes" not in options:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
     return environment

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gora_serve.integrity.bases import locate_base
-from gora_serve.integrity.binding import SEAL
 from gora_serve.integrity.manifest import hash_model
-from gora_serve.integrity.verify import verify_adapter
+from gora_serve.integrity.staging import SEAL
+from gora_serve.integrity.verify import verify_adapter, verify_unsealed
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.engine import find_engine
 from gora_serve.serving.plan import ServeConfig, ServePlan, plan_server, read_served_adapters, with_device
@@ -26,17 +26,17 @@ def prepare(
     """Return the plan to run, and the warnings to show.
 
     adapters: (name, folder). Every adapter that gora-serve wrote is verified byte by byte and against the base;
-    one of another tool is served with a warning. Raises before any process is started.
+    one of another tool is served with a warning, or refused where `strict` is set. Raises before any process starts.
     """
     located = locate_base(base)
     served = read_served_adapters(adapters)
     manifest = hash_model(located.path, listen=listen)
     warnings = []
     for name, folder in adapters:
-        if not (folder / SEAL).is_file():
-            warnings.append(f"{name}: made by another tool; nothing says which base it belongs to")
-            continue
-        done = verify_adapter(folder, base=located.path, base_manifest=manifest, strict=strict)
+        if (folder / SEAL).is_file():
+            done = verify_adapter(folder, base=located.path, base_manifest=manifest, strict=strict)
+        else:
+            done = verify_unsealed(folder, base=located.path, base_manifest=manifest, strict=strict)
         warnings += [f"{name}: {warning}" for warning in done.warnings]
     settled = with_device(config, find_engine().device)
     return plan_server(located.path, served, settled, extra), warnings

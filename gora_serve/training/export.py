@@ -15,6 +15,7 @@ from gora_serve.config import ExportConfig
 from gora_serve.errors import InputError
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_text
+from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.verify import find_adapter
 
 
@@ -39,7 +40,9 @@ def export(source: Path, output: Path, config: ExportConfig | None = None, *, ov
     folder = find_adapter(source)
     check_folder(folder)
     trained = read_adapter(folder)
-    with staged_folder(output, overwrite=overwrite, protect=[source]) as stage:
+    base = Path(trained.base.name)
+    protected = [source, *([base] if base.exists() else [])]
+    with staged_folder(output, overwrite=overwrite, protect=protected) as stage:
         root = write_adapter(stage, trained, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(trained, config.form))
         seal_folder(stage, _record(trained, root, config))
@@ -47,18 +50,11 @@ def export(source: Path, output: Path, config: ExportConfig | None = None, *, ov
 
 
 def _record(adapter: Adapter, root: str, config: ExportConfig) -> dict[str, object]:
-    roots = adapter.base.roots
     return {
         "adapter_root": root,
         "form": config.form,
         "dtype": config.dtype,
-        "binding": {
-            "base": adapter.base.name,
-            "revision": adapter.base.revision,
-            "weights_root": roots.weights if roots else None,
-            "config_root": roots.config if roots else None,
-            "tokenizer_root": roots.tokenizer if roots else None,
-        },
+        "binding": binding_json(adapter.base.name, adapter.base.revision, adapter.base.roots),
         "training": dict(adapter.origin),
         "tool": f"gora-serve {gora_serve.__version__}",
     }

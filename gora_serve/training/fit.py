@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
+import gora_serve
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
 from gora_serve.config import FitConfig
-from gora_serve.errors import GoraError, InputError, RunError
+from gora_serve.errors import GoraError, RunError
 from gora_serve.gora.gamma import GammaSearch, search_gamma
 from gora_serve.gora.ranks import RankPlan, allocate_ranks, uniform_ranks
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.files import staged_folder, write_json
+from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training import inject
@@ -38,6 +40,7 @@ from gora_serve.training.session import (
     LazyBatch,
     Session,
     check_untouched,
+    naming_memory,
     open_session,
     versions,
 )  # fmt: skip
@@ -69,7 +72,8 @@ class _Folder:
     def line(self, name: str, value: Mapping[str, Any]) -> None:
         if self.path:
             with (self.path / name).open("a") as file:
-                file.write(json.dumps(value) + "\n")
+                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+                file.write(json.dumps(finite) + "\n")
 
 
 def fit(
@@ -103,9 +107,10 @@ def fit(
         run = _Run(session, config, folder, held_out, listen)
         run.note(status="running")
         try:
-            result = run.stages(shapes, given, output)
-        except GoraError as err:
-            run.note(status="failed", error=err.to_json()["error"], seconds=time.perf_counter() - started)
+            with naming_memory():
+                result = run.stages(shapes, given, output)
+        except BaseException as err:  # whatever ends the run, run.json says so; the error goes on
+            run.note(status="failed", error=_error_json(err), seconds=time.perf_counter() - started)
             raise
         run.note(status="complete", seconds=time.perf_counter() - started, result=_summary(result))
     return result
@@ -118,6 +123,12 @@ def _run_folder(output: Path, session: Session, overwrite: bool) -> Iterator[_Fo
         return
     with staged_folder(output, overwrite=overwrite, protect=[session.base.path], visible=True) as path:
         yield _Folder(path)
+
+
+def _error_json(err: BaseException) -> object:
+    if isinstance(err, GoraError):
+        return err.to_json()["error"]
+    return {"what": "interrupted" if isinstance(err, KeyboardInterrupt | SystemExit) else type(err).__name__}
 
 
 def _summary(result: FitResult) -> dict[str, Any]:
@@ -180,7 +191,7 @@ class _Run:
         adapter = inject.extract(
             model,
             base=BaseId(self.session.base.name, self.session.base.revision, self.session.manifest.roots),
-            origin=self.origin(gamma),
+            origin=self.origin(gamma, plan),
             task_type="CAUSAL_LM",
             fan_in_fan_out=self.session.fan_in_fan_out,
         )
@@ -274,22 +285,27 @@ class _Run:
         _check_loss(self.losses[name], f"the loss on the evaluation data at step {step}", code="GS-704")
         self.folder.line("metrics.jsonl", {"step": step, "eval_loss": self.losses[name]})
 
-    def origin(self, gamma: float) -> dict[str, str]:
+    def origin(self, gamma: float, plan: RankPlan) -> dict[str, str]:
         """What the adapter says of itself: enough to know how it was made. Equal runs give equal text."""
-        train_config = asdict(self.config.train)
+        config = self.config
         settings = {
-            "alpha": self.config.init.alpha,
+            "alpha": config.init.alpha,
             "gamma": gamma,
-            "rank": self.config.ranks.rank,
-            "rank_rule": self.config.ranks.rule,
-            "targets": self.config.model.targets,
-            "batch_size": self.config.data.batch_size,
-            "max_length": self.config.data.max_length,
-            **{key: train_config[key] for key in ("steps", "epochs", "grad_accum", "lr", "seed")},
-            "lr_ratio": self.config.train.ratio,
+            "rank": plan.rank,
+            "rank_min": plan.rank_min,
+            "rank_max": plan.rank_max,
+            "rank_rule": plan.rule,
+            **asdict(config.model),
+            **asdict(config.data),
+            "probe_steps": config.probe.steps,
+            "importance": config.probe.importance[0],
+            **asdict(config.train),
+            "lr_ratio": config.train.ratio,
         }
         return {
-            "method": self.config.train.method,
+            "method": config.train.method,
+            "parameters": str(plan.parameters),
+            "tool": f"gora-serve {gora_serve.__version__}",
             "data": self.session.data.name,
             "data_sha256": self.session.data.digest,
             "settings": json.dumps(settings, sort_keys=True),
@@ -302,7 +318,9 @@ class _Run:
         _check_adapter_finite(adapter)
         with staged_folder(self.folder.path / "adapter") as stage:
             root = write_adapter(stage, adapter, "native")
-            seal_folder(stage, {"adapter_root": root, "base": self.session.base_record})
+            base = adapter.base
+            binding = binding_json(base.name, base.revision, base.roots)
+            seal_folder(stage, {"adapter_root": root, "binding": binding})
 
 
 def split_rows(rows: tuple[Example, ...], config: FitConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -345,4 +363,6 @@ def _gamma_json(found: GammaSearch, rows: int) -> dict[str, Any]:
 def _check_adapter_finite(adapter: Adapter) -> None:
     for path, factors in adapter.modules.items():
         if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
-            raise InputError("the trained adapter holds NaN or infinite values", code="GS-344", tensor=path)
+            raise RunError(
+                "the trained adapter holds NaN or infinite values", code="GS-705", tensor=path, hint="lower --lr"
+            )

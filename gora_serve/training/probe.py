@@ -87,8 +87,8 @@ def probe(
     used. count_batch says how many samples and tokens a batch holds. `reduce` sums a tensor over processes; with
     several processes each gives its own batches and all get the same statistics. `generator` draws A_max
     (rank_max rows), module by module in the order of `modules`. Weights, requires_grad flags and training mode
-    are left as they were. Raises InputError without batches or for a module that no loss reaches, RunError for
-    a loss that is not finite.
+    are left as they were. Raises InputError without batches or where no loss reaches any module, RunError for a
+    loss that is not finite.
     """
     config = config or ProbeConfig()
     gradients = {path: _accumulator(module) for path, module in modules.items()}
@@ -96,7 +96,8 @@ def probe(
     losses = torch.zeros(1, dtype=torch.float64)
     with tapped(modules, {path: gradient.add for path, gradient in gradients.items()}), torch.enable_grad():
         for step, batch in enumerate(_first(batches, config.steps), start=1):
-            loss = _checked_loss(loss_fn(model, batch), step)
+            loss = loss_fn(model, batch)
+            _check_loss(loss, reduce, step)
             loss.backward()  # type: ignore[no-untyped-call]
             losses += float(loss.detach())
             counts += torch.tensor([1, *count_batch(batch)], dtype=torch.float64)
@@ -126,13 +127,13 @@ def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
         yield batch
 
 
-def _checked_loss(loss: Tensor, step: int) -> Tensor:
-    if not torch.isfinite(loss):
+def _check_loss(loss: Tensor, reduce: Reduce, step: int) -> None:
+    """Stop all processes at once where the loss of one of them is not finite."""
+    if reduce(torch.isfinite(loss.detach()).logical_not().to(torch.float32).cpu()) > 0:
         raise RunError(
             f"the loss of probe step {step} is {float(loss.detach())}", code="GS-701", kept="nothing was written",
             hint="look at the data of that step; try --dtype float32",
         )  # fmt: skip
-    return loss
 
 
 def _check_reached(results: Mapping[str, Any]) -> None:

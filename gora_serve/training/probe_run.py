@@ -22,7 +22,14 @@ from gora_serve.training.encode import Example
 from gora_serve.training.loop import mean_loss
 from gora_serve.training.probe import probe
 from gora_serve.training.probe_files import write_probe
-from gora_serve.training.session import Session, check_untouched, open_session, sum_over_processes, versions
+from gora_serve.training.session import (
+    Session,
+    check_untouched,
+    naming_memory,
+    open_session,
+    sum_over_processes,
+    versions,
+)
 
 PROBE_RUN_SCHEMA = "gora-serve/probe-run/1"
 
@@ -86,7 +93,8 @@ def probe_only(
     config.validate()
     check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
-    statistics = probe_session(session, session.data.examples, config.probe, rank_max=rank_max, listen=listen)
+    with naming_memory():
+        statistics = probe_session(session, session.data.examples, config.probe, rank_max=rank_max, listen=listen)
     check_untouched(session, session.model, listen=listen)
     if session.accelerator.is_main_process:
         with staged_folder(output, overwrite=overwrite, protect=[session.base.path]) as folder:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gora_serve.config import IMPORTANCES
 from gora_serve.errors import BindingError, InputError
 from gora_serve.gora.ranks import RankPlan, Shape
 from gora_serve.integrity.canonical import read_json
@@ -44,14 +45,15 @@ def read_probe(folder: Path) -> dict[str, Any]:
 
 def probe_importances(probe: Mapping[str, Any], metric: str | None) -> dict[str, float]:
     """Return the importance of each module by `metric`; None means the one that the probe was run for."""
-    metric = metric or probe["metric"]
+    decisive = probe.get("metric", IMPORTANCES[0])
+    metric = metric or decisive
     values = {}
     for name, module in probe["modules"].items():
-        found = module.get("importance") if metric == probe["metric"] else module.get("others", {}).get(metric)
+        found = module.get("importance") if metric == decisive else module.get("others", {}).get(metric)
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise InputError(
                 f"the probe did not measure {metric}", code="GS-341", tensor=name,
-                hint=f"probe again with --importance {probe['metric']},{metric}",
+                hint=f"probe again with --importance {decisive},{metric}",
             )  # fmt: skip
         values[name] = float(found)
     return values

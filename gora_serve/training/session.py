@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import gora_serve
 from gora_serve.config import DataConfig, ModelConfig, TrainConfig
-from gora_serve.errors import InputError, MismatchError, UsageError
+from gora_serve.errors import InputError, MachineError, MismatchError, UsageError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
@@ -123,6 +124,18 @@ def _check_length(model: nn.Module, rows: DataConfig) -> None:
             "--max-length is more than the base has positions", code="GS-205", expected=f"at most {limit}",
             actual=rows.max_length,
         )  # fmt: skip
+
+
+@contextmanager
+def naming_memory() -> Iterator[None]:
+    """Turn a device that ran out of memory into an error that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as err:
+        raise MachineError(
+            "the device ran out of memory", code="GS-526", actual=str(err).splitlines()[0],
+            hint="a smaller --batch-size or --max-length, or --gradient-checkpointing",
+        ) from err  # fmt: skip
 
 
 def sum_over_processes(tensor: Tensor, accelerator: Any) -> Tensor:

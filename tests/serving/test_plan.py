@@ -19,7 +19,7 @@ from gora_serve.serving.plan import (
     parse_adapter,
     plan_server,
     rank_bucket,
-    read_served_adapter,
+    read_served_adapters,
     target_modules,
     with_device,
 )
@@ -43,14 +43,14 @@ def values(argv: Sequence[str], flag: str) -> list[str]:
 
 
 def test_ranks_are_those_of_the_tensors(write_adapter: Callable[..., Path]) -> None:
-    read = read_served_adapter("a", write_adapter("a", {Q: 3, DOWN: 17}))
+    (read,) = read_served_adapters([("a", write_adapter("a", {Q: 3, DOWN: 17}))])
     assert (read.max_rank, read.modules) == (17, (Q, DOWN))
 
 
 def test_ranks_that_disagree_with_the_configuration_are_refused(write_adapter: Callable[..., Path]) -> None:
     folder = write_adapter("a", {Q: 3, DOWN: 17}, config={"rank_pattern": {}})
     with pytest.raises(InputError) as caught:
-        read_served_adapter("a", folder)
+        read_served_adapters([("a", folder)])
     assert caught.value.code == "GS-388"
     assert (caught.value.fields["expected"], caught.value.fields["actual"]) == (17, 3)
     assert Q in caught.value.what
