@@ -445,12 +445,13 @@ def make_adapter_folder(space: Space) -> Path:
     from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
     from gora_serve.adapter.format import write_adapter
     from gora_serve.integrity.binding import seal_folder
+    from gora_serve.integrity.record import binding_json
 
     folder = space.folder / "adapter"
     folder.mkdir()
     factors = LoraFactors(torch.ones(2, 32), torch.ones(32, 2), 1.0)
     root = write_adapter(folder, Adapter({"model.layers.0.self_attn.q_proj": factors}, BaseId("tiny")), "unit")
-    seal_folder(folder, {"adapter_root": root})
+    seal_folder(folder, {"adapter_root": root, "binding": binding_json("tiny", None, None)})
     return folder
 
 
@@ -536,3 +537,11 @@ def test_errors_as_json(space: Space) -> None:
     assert told["exit_code"] == answer.code == 5
     assert told["error"]["code"] == answer.gs == "GS-522"
     assert told["error"]["file"] == str(space.folder / "no.jsonl")
+
+
+def test_a_model_folder_is_never_overwritten(space: Space) -> None:
+    """Not even one that this run does not read."""
+    model = space.folder / "model"
+    shutil.copytree(space.base, model)
+    answer = space.refuses(space.fit("--overwrite", output=model), 2, "GS-256")
+    assert answer.field("file") == str(model)

@@ -96,7 +96,10 @@ def test_every_command_and_option_is_explained(name: str) -> None:
 
 def parsed(name: str, *words: str) -> dict[str, Any]:
     """The parameters of a command after Click has read them: these words, and defaults for the rest."""
-    with cli.commands[name].make_context(name, list(words)) as context:
+    with (
+        click.Context(cli, **cli.context_settings) as parent,
+        cli.commands[name].make_context(name, list(words), parent=parent) as context,
+    ):
         return context.params
 
 
