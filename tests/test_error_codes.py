@@ -136,7 +136,6 @@ def strings_of(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
-@pytest.mark.xfail(strict=True, reason="hints name the command convert, which is not there yet")
 def test_messages_name_commands_that_exist() -> None:
     wrong = [
         f"{path.relative_to(REPOSITORY)}:{line}: gora-serve {word}"

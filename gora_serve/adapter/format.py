@@ -163,7 +163,7 @@ def _pairs(entries: Mapping[str, TensorEntry], file: Path) -> list[str]:
         if parsed is None or len(entry.shape) != 2 or entry.dtype not in DTYPES.values():
             raise InputError(
                 "a tensor that is no LoRA factor", code="GS-361", file=file, tensor=key,
-                hint="gora-serve convert reads adapters of other tools",
+                hint="only exports of this tool are read here; export the run again",
             )  # fmt: skip
         parts.setdefault(parsed[0], set()).add(parsed[1])
     for path, found in parts.items():

@@ -57,7 +57,7 @@ def check_folder(folder: Path) -> dict[str, object]:
         raise MachineError("there is no such folder", code="GS-503", file=folder)
     seal = folder / SEAL
     if not seal.exists():
-        hint = "the folder was not finished, or gora-serve did not write it"
+        hint = "the folder was not finished, or another tool wrote it"
         raise InputError(f"there is no {SEAL}", code="GS-332", file=folder, hint=hint)
     value = _read_seal(seal)
     files = value["files"]
@@ -129,7 +129,7 @@ def check_binding(
         raise BindingError(
             "this adapter belongs to a base with other weights" + _examples(diff), code="GS-401", file=base,
             expected=bound.weights, actual=actual.weights,
-            hint="use the base that the adapter was made for, or convert the adapter to this one",
+            hint="use the base that the adapter was made for, or fit an adapter on this one",
         )  # fmt: skip
     pairs = [("configuration", bound.config, actual.config), ("tokenizer", bound.tokenizer, actual.tokenizer)]
     different = [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]

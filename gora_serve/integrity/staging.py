@@ -191,14 +191,20 @@ def _new_stage(target: Path) -> Path:
     return stage
 
 
-def _new_partial(target: Path, *, overwrite: bool) -> Path:
+def check_partial(target: Path, *, overwrite: bool) -> Path:
+    """Return the partial folder of `target`; raise as `staged_folder` would if it is in the way. Changes nothing."""
     stage = target.with_name(f"{target.name}.partial")
     if stage.is_symlink():
         raise UsageError("the partial output is a symlink", code="GS-252", file=stage)
+    if stage.exists() and not overwrite:
+        hint = "look at it and remove it, or pass --overwrite"
+        raise OutputError("an unfinished output exists", code="GS-603", file=stage, kept=UNCHANGED, hint=hint)
+    return stage
+
+
+def _new_partial(target: Path, *, overwrite: bool) -> Path:
+    stage = check_partial(target, overwrite=overwrite)
     if stage.exists():
-        if not overwrite:
-            hint = "look at it and remove it, or pass --overwrite"
-            raise OutputError("an unfinished output exists", code="GS-603", file=stage, kept=UNCHANGED, hint=hint)
         shutil.rmtree(stage)
     stage.mkdir()
     return stage

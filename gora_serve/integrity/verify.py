@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gora_serve.errors import BindingError, InputError, MismatchError
+from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
 from gora_serve.integrity.binding import check_binding, check_folder
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import read_header
@@ -138,7 +138,9 @@ def find_adapter(path: Path) -> Path:
         return path
     if is_adapter(path / "adapter"):
         return path / "adapter"
+    if not path.is_dir():
+        raise MachineError("there is no such folder", code="GS-503", file=path)
     raise InputError(
         "neither an adapter nor a finished run", code="GS-346", file=path,
-        hint="give the folder that export wrote, a run folder of fit, or a base with --manifest FILE",
+        hint="give what export or fit wrote; verify also takes a base with --manifest FILE",
     )  # fmt: skip

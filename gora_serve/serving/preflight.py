@@ -55,7 +55,7 @@ def refuse(faults: Sequence[Fault]) -> None:
     if not faults:
         return
     first = faults[0]
-    hint = "gora-serve convert rewrites most adapters as plain LoRA on the untouched base"
+    hint = "have the tool that wrote it save plain LoRA on the untouched base"
     if len(faults) == 1:
         raise InputError(
             f"{first.key}: {first.what}" if first.key else first.what,

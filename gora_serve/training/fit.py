@@ -26,7 +26,7 @@ from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.files import staged_folder, write_json
 from gora_serve.integrity.record import binding_json
-from gora_serve.integrity.staging import check_target
+from gora_serve.integrity.staging import check_partial, check_target
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training import inject
 from gora_serve.training.data import Dataset, load_data, schedule
@@ -99,6 +99,7 @@ def fit(
     config.validate()
     started = time.perf_counter()
     check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
+    check_partial(output, overwrite=overwrite)
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
     held_out = load_data(eval_data, session.tokenizer, config.data) if eval_data else None
     shapes = {path: (weight_matrix(m).shape[0], weight_matrix(m).shape[1]) for path, m in session.modules.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -16,28 +17,47 @@ from gora_serve.integrity.bases import Base
 from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
 
 
+def load_settings(base: Base) -> Any:
+    """Read the base's config.json through transformers. Raises InputError for a model that cannot be fitted."""
+    from transformers import AutoConfig
+
+    with _loading(base):
+        settings = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    if settings.is_encoder_decoder:
+        raise InputError(
+            "the base is an encoder-decoder model, which the command line cannot fit yet", code="GS-343",
+            file=base.path, hint="call gora_serve.training.probe.probe from Python with your own loss",
+        )  # fmt: skip
+    return settings
+
+
 def load_model(base: Base, config: ModelConfig) -> nn.Module:
     """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM
 
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        settings = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-        kind = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
-        model, loaded = kind.from_pretrained(
+    with _loading(base):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+    _check_loaded(model, loaded, base)
+    if "logits_to_keep" not in signature(model.forward).parameters:
+        raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
+    model.requires_grad_(False)
+    frozen: nn.Module = model.eval()
+    return frozen
+
+
+@contextmanager
+def _loading(base: Base) -> Iterator[None]:
+    """Say in our words that transformers cannot load a base."""
+    try:
+        yield
     except (OSError, ValueError, KeyError) as err:
         raise InputError(
             "not a model that transformers can load", code="GS-367", file=base.path,
             actual=str(err).strip().splitlines()[0], hint="see the whole message with --debug",
         ) from err  # fmt: skip
-    _check_loaded(model, loaded, base)
-    if not settings.is_encoder_decoder and "logits_to_keep" not in signature(model.forward).parameters:
-        raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
-    model.requires_grad_(False)
-    frozen: nn.Module = model.eval()
-    return frozen
 
 
 def _check_loaded(model: nn.Module, loaded: Mapping[str, Any], base: Base) -> None:
@@ -47,7 +67,7 @@ def _check_loaded(model: nn.Module, loaded: Mapping[str, Any], base: Base) -> No
             first = sorted(map(str, loaded[kind]))[0]
             raise InputError(
                 f"the base lacks weights that {type(model).__name__} needs: {len(loaded[kind])} tensors",
-                code="GS-345", file=base.path, tensor=first, hint="download the base again, or give another folder",
+                code="GS-349", file=base.path, tensor=first, hint="download the base again, or give another folder",
             )  # fmt: skip
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise UsageError(

@@ -131,7 +131,7 @@ def _check_loss(loss: Tensor, reduce: Reduce, step: int) -> None:
     """Stop all processes at once where the loss of one of them is not finite."""
     if reduce(torch.isfinite(loss.detach()).logical_not().to(torch.float32).cpu()) > 0:
         raise RunError(
-            f"the loss of probe step {step} is {float(loss.detach())}", code="GS-701", kept="nothing was written",
+            f"the loss of probe step {step} is {float(loss.detach())}", code="GS-701", kept="no adapter was written",
             hint="look at the data of that step; try --dtype float32",
         )  # fmt: skip
 

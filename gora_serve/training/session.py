@@ -14,13 +14,21 @@ from torch import Tensor, nn
 
 import gora_serve
 from gora_serve.config import DataConfig, ModelConfig, TrainConfig
-from gora_serve.errors import InputError, MachineError, MismatchError, UsageError
+from gora_serve.errors import MachineError, MismatchError, UsageError
 from gora_serve.integrity.bases import Base, locate_base
+from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
 from gora_serve.training.data import Dataset, collate, load_data
 from gora_serve.training.encode import Example
-from gora_serve.training.models import find_targets, is_transposed, load_model, load_tokenizer, memory_root
+from gora_serve.training.models import (
+    find_targets,
+    is_transposed,
+    load_model,
+    load_settings,
+    load_tokenizer,
+    memory_root,
+)  # fmt: skip
 
 LazyBatch = Callable[[], Mapping[str, Tensor]]
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
@@ -84,17 +92,14 @@ def open_session(
 ) -> Session:
     """Locate and hash the base, read the data, load the model onto the device. Raises before anything is written."""
     located = locate_base(base)
+    find_model(located.path)
+    load_settings(located)
     tokenizer = load_tokenizer(located)
     dataset = load_data(data, tokenizer, rows)
     manifest = hash_model(located.path, listen=listen)
     accelerator = _make_accelerator(train)
     torch.manual_seed(train.seed)
     loaded = load_model(located, model)
-    if loaded.config.is_encoder_decoder:  # type: ignore[union-attr]
-        raise InputError(
-            "the base is an encoder-decoder model, which the command line cannot fit yet", code="GS-343",
-            file=located.path, hint="call gora_serve.training.probe.probe from Python with your own loss",
-        )  # fmt: skip
     modules = find_targets(loaded, model.targets)
     _check_length(loaded, rows)
     memory = memory_root(loaded)

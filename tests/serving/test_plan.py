@@ -100,6 +100,7 @@ def test_environment(base: Path) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_PLUGINS": "",
         "VLLM_CPU_KVCACHE_SPACE": "3",
     }
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in made.removed
