@@ -80,7 +80,7 @@ def test_peft_computes_what_the_edited_weights_compute(
     build: Callable[[], Any] = build_llama if family == "llama" else build_gpt2
     expected = reference_logits(build(), adapter)
     model = load_with_peft(build(), write(tmp_path / "adapter", adapter, form))
-    assert (logits(model) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert (logits(model) - expected).abs().max() < 1e-5
     assert (expected - logits(build())).abs().max() > 0.1, "the update must matter for the test to mean anything"
 
 
