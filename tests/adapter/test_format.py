@@ -55,12 +55,13 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def reference_logits(model: Any, adapter: Adapter) -> torch.Tensor:
-    """Logits with W + scale B A, computed in float64, written into the weights; no LoRA code takes part."""
+    """Logits with W + scale B A written into the weights, all in float64; no LoRA code takes part."""
+    model.double()
     for path, factors in adapter.modules.items():
         weight = model.get_submodule(path).weight
         delta = factors.scale * (factors.B.double().numpy() @ factors.A.double().numpy())
         delta = delta.T if adapter.fan_in_fan_out else delta
-        weight.data = (weight.double() + torch.from_numpy(np.ascontiguousarray(delta))).float()
+        weight.data = weight + torch.from_numpy(np.ascontiguousarray(delta))
     return logits(model)
 
 
@@ -71,16 +72,25 @@ def load_with_peft(model: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, folder).eval()
 
 
+def weaker(adapter: Adapter, factor: float) -> Adapter:
+    """The same adapter with a smaller update: a large one makes float32 noise of the base's own layers grow."""
+    modules = {path: replace(factors, B=factors.B * factor) for path, factors in adapter.modules.items()}
+    return replace(adapter, modules=modules)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_peft_computes_what_the_edited_weights_compute(
     tmp_path: Path, tiny_adapter: Adapter, make_adapter: MakeAdapter, form: Form, family: str
 ) -> None:
-    adapter = tiny_adapter if family == "llama" else gpt2_adapter(make_adapter)
+    adapter = weaker(tiny_adapter if family == "llama" else gpt2_adapter(make_adapter), 0.2)
     build: Callable[[], Any] = build_llama if family == "llama" else build_gpt2
     expected = reference_logits(build(), adapter)
     model = load_with_peft(build(), write(tmp_path / "adapter", adapter, form))
-    assert (logits(model) - expected).abs().max() < 1e-5
+    single = logits(model)  # float32
+    assert (logits(model.double()) - expected).abs().max() < 1e-5
+    native = load_with_peft(build(), write(tmp_path / "native", adapter, "native"))
+    assert (single - logits(native)).abs().max() < 1e-5, "in float32 too, the form changes nothing"
     assert (expected - logits(build())).abs().max() > 0.1, "the update must matter for the test to mean anything"
 
 
