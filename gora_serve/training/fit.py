@@ -57,6 +57,7 @@ class FitResult:
     losses: Mapping[str, float]
     seconds: Mapping[str, float]
     data: Dataset
+    base_after: Mapping[str, Any]
 
 
 class _Folder:
@@ -113,7 +114,8 @@ def fit(
         except BaseException as err:  # whatever ends the run, run.json says so; the error goes on
             run.note(status="failed", error=_error_json(err), seconds=time.perf_counter() - started)
             raise
-        run.note(status="complete", seconds=time.perf_counter() - started, result=_summary(result))
+        seconds = time.perf_counter() - started
+        run.note(status="complete", seconds=seconds, result=_summary(result), base_after=result.base_after)
     return result
 
 
@@ -197,10 +199,10 @@ class _Run:
             fan_in_fan_out=self.session.fan_in_fan_out,
         )
         with self.timed("verify"):
-            check_untouched(self.session, inject.detach(model), listen=self.listen)
+            base_after = check_untouched(self.session, inject.detach(model), listen=self.listen)
         self.publish(adapter)
         used = gamma if self.config.train.method == "gora" else None
-        return FitResult(output, adapter, plan, used, self.losses, self.seconds, self.session.data)
+        return FitResult(output, adapter, plan, used, self.losses, self.seconds, self.session.data, base_after)
 
     def prepare(
         self, shapes: Mapping[str, tuple[int, int]], given: RankPlan | None

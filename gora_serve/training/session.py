@@ -151,20 +151,22 @@ def sum_over_processes(tensor: Tensor, accelerator: Any) -> Tensor:
     return summed.to(tensor.device)
 
 
-def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> None:
+def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> dict[str, Any]:
     """Prove that the base is what it was: its files, and its weights in memory without LoRA layers.
 
-    Raises MismatchError (exit 1) naming the first tensor whose bytes changed.
+    Returns the digests of afterwards, for run.json. Raises MismatchError (exit 1) naming the first tensor whose
+    bytes changed.
     """
-    if memory_root(model) != session.memory:
+    memory = memory_root(model)
+    if memory != session.memory:
         raise MismatchError(
             "the base's weights in memory changed during the run", code="GS-110", file=session.base.path,
-            expected=session.memory, kept="no adapter was published",
+            expected=session.memory, actual=memory, kept="no adapter was published",
             hint="some code wrote to a frozen weight; report it with the run's run.json",
         )  # fmt: skip
     after = hash_model(session.base.path, listen=listen)
     if after.roots == session.manifest.roots:
-        return
+        return {"roots": roots_json(after.roots), "memory_root": memory}
     changed = differences(session.manifest.tensors, after.tensors)
     first = next(iter((*changed.changed, *changed.missing, *changed.extra)), None)
     raise MismatchError(

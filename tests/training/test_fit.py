@@ -106,6 +106,7 @@ def test_run_json(finished: Any, tiny_base: Path, tiny_data: Path, held_out: Pat
     assert run_json["base"]["name"] == str(tiny_base)
     assert set(run_json["base"]["roots"]) == {"weights", "config", "tokenizer"}
     assert all(root for root in run_json["base"]["roots"].values())
+    assert run_json["base_after"] == {"roots": run_json["base"]["roots"], "memory_root": run_json["memory_root"]}
     assert run_json["data"] == {
         "name": "colors.jsonl", "sha256": hashlib.sha256(tiny_data.read_bytes()).hexdigest(),
         "rows": 40, "used": 40, "cut": 0, "left_out": 0,
