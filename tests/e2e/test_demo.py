@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,23 @@ def test_runs_record_the_same_base_before_and_after(demo: Path) -> None:
         assert gamma["loss"] < gamma["base_loss"]
 
 
-def test_every_form_gives_the_logits_of_the_trained_adapter(demo: Path, tmp_path: Path) -> None:
+def in_float64(model: Any) -> Any:
+    """The model in float64 throughout: transformers' RMSNorm goes through float32 whatever its input is."""
+    import torch
+
+    def norm(module: Any, x: Any) -> Any:
+        return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+    model.double()
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
+            module.forward = partial(norm, module)
+    return model
+
+
+def test_every_form_gives_the_logits_of_the_trained_adapter(
+    demo: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """PEFT loads each form without a warning; its logits are those of W + delta, added to the weights here.
 
     In float64, so that what differs is the adapter and not the order of float32 sums.
@@ -82,7 +100,7 @@ def test_every_form_gives_the_logits_of_the_trained_adapter(demo: Path, tmp_path
         for path, factors in read_adapter(run / "adapter").modules.items():
             weight = reference.get_submodule(path).weight
             weight += factors.delta()
-        expected = reference(tokens).logits
+        expected = in_float64(reference)(tokens).logits
     del reference
     for form in ("unit", "padded", "native"):
         folder = export(run, tmp_path / form, ExportConfig(form)).folder  # type: ignore[arg-type]
@@ -91,11 +109,14 @@ def test_every_form_gives_the_logits_of_the_trained_adapter(demo: Path, tmp_path
             warnings.simplefilter("error")
             model = PeftModel.from_pretrained(base, folder)
         with torch.no_grad():
-            difference = float((model.double()(tokens).logits - expected).abs().max())
+            difference = float((in_float64(model)(tokens).logits - expected).abs().max())
+        record_property(form, difference)
         assert difference < 1e-5, form
 
 
-def test_v_proj_gets_the_highest_mean_rank_and_q_proj_the_lowest(smollm2: Path, tmp_path: Path) -> None:
+def test_v_proj_gets_the_highest_mean_rank_and_q_proj_the_lowest(
+    smollm2: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """The paper's figure 3a, on 64 rows of GSM8K: among attention modules, v_proj first and q_proj last."""
     from gora_serve.gora.ranks import allocate_ranks
     from gora_serve.training.probe_run import probe_only
@@ -115,5 +136,6 @@ def test_v_proj_gets_the_highest_mean_rank_and_q_proj_the_lowest(smollm2: Path, 
     for path, rank in plan.ranks.items():
         kinds.setdefault(path.rsplit(".", 1)[-1], []).append(rank)
     means = {kind: sum(ranks) / len(ranks) for kind, ranks in kinds.items()}
+    record_property("mean ranks", means)
     assert max(means, key=lambda kind: means[kind]) == "v_proj", means
     assert min(means, key=lambda kind: means[kind]) == "q_proj", means
