@@ -1,0 +1,66 @@
+"""Adapters that must not pass: a seal that disagrees with the file, a lost seal on another base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
+from gora_serve.adapter.format import write_adapter
+from gora_serve.errors import BindingError, MismatchError
+from gora_serve.integrity.binding import seal_folder
+from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.record import binding_json
+from gora_serve.integrity.verify import verify_adapter, verify_unsealed
+
+PATH = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def bound(tiny_base: Path, tmp_path: Path) -> Path:
+    """An adapter folder bound to tiny_base, sealed."""
+    base = BaseId("tiny", None, hash_model(tiny_base).roots)
+    adapter = Adapter({PATH: LoraFactors(torch.ones(2, 32), torch.ones(32, 2), 1.0)}, base)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    root = write_adapter(folder, adapter, "native")
+    seal_folder(folder, {"adapter_root": root, "binding": binding_json("tiny", None, base.roots)})
+    return folder
+
+
+@pytest.fixture
+def other_base(tiny_base: Path, tmp_path: Path) -> Path:
+    """The same shapes, one byte of one weight changed."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    return folder
+
+
+def test_the_right_base_passes_and_the_twin_does_not(bound: Path, tiny_base: Path, other_base: Path) -> None:
+    assert verify_adapter(bound, base=tiny_base).warnings == ()
+    with pytest.raises(BindingError):
+        verify_adapter(bound, base=other_base)
+
+
+def test_without_its_seal_an_adapter_is_still_held_to_its_base(bound: Path, tiny_base: Path, other_base: Path) -> None:
+    (bound / "gora_manifest.json").unlink()
+    assert len(verify_unsealed(bound, base=tiny_base, base_manifest=hash_model(tiny_base)).warnings) == 1
+    with pytest.raises(BindingError):
+        verify_unsealed(bound, base=other_base, base_manifest=hash_model(other_base))
+
+
+def test_a_seal_that_names_another_base_than_the_file_is_refused(bound: Path, tiny_base: Path) -> None:
+    seal = bound / "gora_manifest.json"
+    value = json.loads(seal.read_text())
+    value["binding"]["weights_root"] = "gb1:sha256:" + "0" * 64
+    seal.write_text(json.dumps(value))
+    with pytest.raises(MismatchError) as caught:
+        verify_adapter(bound, base=tiny_base)
+    assert caught.value.code == "GS-112"
