@@ -224,6 +224,7 @@ def rank_table(plan: RankPlan) -> Table:
 
 
 def export_summary(done: Exported, form: str, dtype: str) -> Summary:
+    """An export: where it is, its root, ranks and parameters."""
     adapter: Adapter = done.adapter
     ranks = list(adapter.ranks.values())
     value = {
@@ -239,6 +240,7 @@ def export_summary(done: Exported, form: str, dtype: str) -> Summary:
 
 
 def hash_summary(base: Base, manifest: Manifest, output: Path | None) -> Summary:
+    """The roots of a base; as JSON, the whole manifest."""
     roots = manifest.roots
     lines = [
         f"weights   {roots.weights}",

@@ -27,6 +27,7 @@ class Verified:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return what `verify --json` prints."""
         return {
             "path": str(self.path),
             "verified": True,
