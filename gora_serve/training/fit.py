@@ -32,7 +32,6 @@ from gora_serve.training import inject
 from gora_serve.training.data import Dataset, load_data, schedule
 from gora_serve.training.encode import Example
 from gora_serve.training.loop import evaluate, train
-from gora_serve.training.models import weight_matrix
 from gora_serve.training.probe_files import write_probe
 from gora_serve.training.probe_run import probe_session
 from gora_serve.training.run_files import RUN_SCHEMA, ranks_json, read_ranks
@@ -44,6 +43,7 @@ from gora_serve.training.session import (
     open_session,
     versions,
 )  # fmt: skip
+from gora_serve.training.weights import weight_matrix
 
 
 @dataclass(frozen=True)

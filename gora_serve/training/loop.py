@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from gora_serve.config import TrainConfig
 from gora_serve.errors import RunError
 from gora_serve.progress import Listener, Progress
-from gora_serve.training.encode import IGNORED
+from gora_serve.training.loss import Batch, loss_tokens, mean_loss
 
-Batch = Mapping[str, Tensor]
 Record = Callable[[Mapping[str, float]], None]
 
 
@@ -42,27 +41,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": B, "lr": config.lr * config.ratio, "peak": config.lr * config.ratio},
     ]
     return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
-
-
-def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss per token with loss, in float32.
-
-    Logits are asked for only at positions where some row of the batch predicts a token with loss: over a large
-    vocabulary they are much of the time and most of the memory. The value is that of transformers' own loss.
-    """
-    labels = batch["labels"][:, 1:]
-    positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)  # (kept,)
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits  # (batch, kept, vocabulary)
-    labels = labels[:, positions]
-    carries = labels != IGNORED
-    loss: Tensor = nn.functional.cross_entropy(logits[carries].float(), labels[carries])
-    return loss
-
-
-def loss_tokens(batch: Batch) -> int:
-    """Return how many tokens carry loss: labels shifted by one, as causal models do."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def train(

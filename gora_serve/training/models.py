@@ -1,20 +1,18 @@
-"""A base in memory: the loaded model, its tokenizer, its adaptable modules and the digest of its weights."""
+"""A base from its folder into memory: the model, frozen, and its tokenizer."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gora_serve.config import ModelConfig
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
-from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
 
 
 def load_settings(base: Base) -> Any:
@@ -92,105 +90,3 @@ def load_tokenizer(base: Base) -> Any:
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token", code="GS-369", file=base.path)
     return tokenizer
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether the module keeps its weight as (in, out): GPT-2's Conv1D."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def weight_matrix(module: nn.Module) -> Tensor:
-    """Return the weight as (out, in), whichever way the module keeps it."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if is_transposed(module) else weight.detach()
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer by path, in the model's order, without the output head (as PEFT's all-linear)."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head and path
-    }
-
-
-def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """Return the modules to adapt, by path, in the model's order.
-
-    targets: "all-linear"; "attention" (linear layers inside a module whose class name says Attention); names
-    such as "q_proj,v_proj" (the end of a path); or a regular expression that matches a whole path.
-    Raises UsageError when nothing matches, naming what there is.
-    """
-    linear = linear_modules(model)
-    if targets == "all-linear":
-        chosen = set(linear)
-    elif targets == "attention":
-        inside = [path for path, module in model.named_modules() if "Attention" in type(module).__name__]
-        chosen = {path for path in linear if any(path.startswith(f"{parent}.") for parent in inside)}
-    elif re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)*", targets):
-        chosen = _by_name(linear, [name.strip() for name in targets.split(",")])
-    else:
-        chosen = _by_pattern(linear, targets)
-    if not chosen:
-        raise _no_target(linear, targets)
-    return {path: module for path, module in linear.items() if path in chosen}
-
-
-def _by_name(linear: Mapping[str, nn.Module], names: list[str]) -> set[str]:
-    chosen: set[str] = set()
-    for name in names:
-        found = {path for path in linear if path == name or path.endswith(f".{name}")}
-        if not found:
-            raise _no_target(linear, name)
-        chosen |= found
-    return chosen
-
-
-def _by_pattern(linear: Mapping[str, nn.Module], pattern: str) -> set[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as err:
-        raise UsageError(
-            "--targets is neither names nor a regular expression", code="GS-202", actual=f"{pattern}: {err}"
-        ) from err
-    return {path for path in linear if compiled.fullmatch(path)}
-
-
-def _no_target(linear: Mapping[str, nn.Module], targets: str) -> UsageError:
-    names = sorted({path.rsplit(".", 1)[-1] for path in linear})
-    return UsageError(
-        "no module matches --targets", code="GS-203", expected=f"some of {', '.join(names)}", actual=targets,
-        hint="--targets all-linear",
-    )  # fmt: skip
-
-
-def _storages(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter and persistent buffer once, by its first name: tied weights share one storage."""
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        yield name, tensor.detach()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def memory_root(model: nn.Module) -> str:
-    """Return one digest of all weights as they lie in memory, by name, dtype, shape and bytes.
-
-    The scheme is that of the file manifest; the names are the loaded model's, so compare it only with itself.
-    Take it before LoRA layers are attached and after they are removed.
-    """
-    records = {}
-    for name, tensor in _storages(model):
-        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest = tensor_digest([memoryview(data)])  # type: ignore[arg-type]
-        records[name] = TensorRecord(_dtype_name(tensor.dtype), tuple(tensor.shape), data.nbytes, digest)
-    return weights_root(records)

@@ -19,7 +19,7 @@ from gora_serve.errors import InputError, RunError
 from gora_serve.gora.initialize import draw_A
 from gora_serve.gora.statistics import ExactGradient, GradientStatistics, finish
 from gora_serve.progress import Listener, Progress, silent
-from gora_serve.training.models import weight_matrix
+from gora_serve.training.weights import weight_matrix
 
 Receiver = Callable[[Tensor, Tensor], None]
 Reduce = Callable[[Tensor], Tensor]

@@ -19,7 +19,7 @@ from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Listener, silent
 from gora_serve.training.data import schedule
 from gora_serve.training.encode import Example
-from gora_serve.training.loop import mean_loss
+from gora_serve.training.loss import mean_loss
 from gora_serve.training.probe import probe
 from gora_serve.training.probe_files import write_probe
 from gora_serve.training.session import (

@@ -21,14 +21,9 @@ from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_mod
 from gora_serve.progress import Listener
 from gora_serve.training.data import Dataset, collate, load_data
 from gora_serve.training.encode import Example
-from gora_serve.training.models import (
-    find_targets,
-    is_transposed,
-    load_model,
-    load_settings,
-    load_tokenizer,
-    memory_root,
-)  # fmt: skip
+from gora_serve.training.models import load_model, load_settings, load_tokenizer
+from gora_serve.training.targets import find_targets
+from gora_serve.training.weights import is_transposed, memory_root
 
 LazyBatch = Callable[[], Mapping[str, Tensor]]
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets")

@@ -17,7 +17,8 @@ from gora_serve.config import TrainConfig
 from gora_serve.errors import RunError
 from gora_serve.progress import Progress, silent
 from gora_serve.training import inject
-from gora_serve.training.loop import cosine_with_floor, evaluate, loss_tokens, make_optimizer, mean_loss, train
+from gora_serve.training.loop import cosine_with_floor, evaluate, make_optimizer, train
+from gora_serve.training.loss import loss_tokens, mean_loss
 
 Batch = dict[str, Tensor]
 

@@ -16,9 +16,9 @@ from gora_serve.config import IMPORTANCES, ProbeConfig
 from gora_serve.errors import InputError, RunError
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.progress import Progress
-from gora_serve.training.loop import mean_loss
-from gora_serve.training.models import linear_modules
+from gora_serve.training.loss import mean_loss
 from gora_serve.training.probe import probe, tapped
+from gora_serve.training.targets import linear_modules
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]

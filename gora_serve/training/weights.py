@@ -1,0 +1,51 @@
+"""The weights of a loaded base: one module's as (out, in), and one digest of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether the module keeps its weight as (in, out): GPT-2's Conv1D."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """Return the weight as (out, in), whichever way the module keeps it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if is_transposed(module) else weight.detach()
+
+
+def _storages(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter and persistent buffer once, by its first name: tied weights share one storage."""
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        yield name, tensor.detach()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def memory_root(model: nn.Module) -> str:
+    """Return one digest of all weights as they lie in memory, by name, dtype, shape and bytes.
+
+    The scheme is that of the file manifest; the names are the loaded model's, so compare it only with itself.
+    Take it before LoRA layers are attached and after they are removed.
+    """
+    records = {}
+    for name, tensor in _storages(model):
+        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = tensor_digest([memoryview(data)])  # type: ignore[arg-type]
+        records[name] = TensorRecord(_dtype_name(tensor.dtype), tuple(tensor.shape), data.nbytes, digest)
+    return weights_root(records)
