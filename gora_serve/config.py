@@ -12,6 +12,7 @@ from gora_serve.errors import UsageError
 
 RankRule = Literal["paper", "exact"]
 Importance = Literal["sensitivity", "sensitivity-nuclear", "gradient-nuclear"]
+ProbeMode = Literal["exact", "sketch", "auto"]
 Method = Literal["gora", "lora"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
@@ -50,18 +51,42 @@ class DataConfig:
 class ProbeConfig:
     """The gradient probe: `steps` micro-batches (N of the paper's algorithm 1), and the importance metrics.
 
-    The first metric of `importance` decides the ranks; the others are recorded beside it.
+    steps "auto" stops before `longest` once the rank plan stands still. The first metric of `importance` decides the
+    ranks; the others are recorded beside it. mode "exact" keeps whole gradients, "sketch" what B needs of them and
+    a sample of rows, "auto" exact while the gradients fit `memory` (GiB; None: half of what is free). error: the
+    relative standard error of a sketch's importances, which sets how many rows are sampled. lr above 0 is GoRA-pro:
+    the weights take a step of SGD after each micro-batch, and are put back afterwards.
     """
 
-    steps: int = 64
-    mode: Literal["exact"] = "exact"
+    steps: int | Literal["auto"] = 64
+    mode: ProbeMode = "auto"
     importance: tuple[Importance, ...] = ("sensitivity",)
+    memory: float | None = None
+    error: float = 0.01
+    lr: float = 0.0
+    longest: int = 64
+
+    @property
+    def most_steps(self) -> int:
+        return self.longest if self.steps == "auto" else self.steps
+
+    @property
+    def needs_exact(self) -> bool:
+        """Whether something is asked for that a sketch cannot give."""
+        return self.lr > 0 or any(name != "sensitivity" for name in self.importance)
 
     def validate(self) -> None:
-        _require(self.steps >= 1, "--probe-steps must be at least 1", actual=self.steps)
+        _require(self.steps == "auto" or self.steps >= 1, "--probe-steps must be at least 1", actual=self.steps)
         unknown = [name for name in self.importance if name not in IMPORTANCES]
         known = ", ".join(IMPORTANCES)
         _require(bool(self.importance) and not unknown, "unknown --importance", expected=known, actual=unknown)
+        _require(self.memory is None or self.memory >= 0, "--probe-memory must not be negative", actual=self.memory)
+        _require(0 < self.error < 1, "--probe-error must be between 0 and 1", actual=self.error)
+        _require(0 <= self.lr < float("inf"), "--probe-lr must be finite and not negative", actual=self.lr)
+        _require(
+            self.mode != "sketch" or not self.needs_exact,
+            "--probe sketch cannot give nuclear norms or GoRA-pro (--probe-lr)", hint="--probe exact",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

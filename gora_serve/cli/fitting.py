@@ -78,10 +78,21 @@ def _fit_config(options: dict[str, Any]) -> FitConfig:
     return FitConfig(
         model=ModelConfig(options["targets"], options["dtype"]),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
-        probe=ProbeConfig(options["probe_steps"], options["probe_mode"], options["importance"]),
+        probe=_probe_config(options),
         ranks=_rank_config(options),
         init=InitConfig(options["alpha"], options["gamma"]),
         train=TrainConfig(**{name: options[name] for name in train}),
+    )
+
+
+def _probe_config(options: dict[str, Any]) -> ProbeConfig:
+    return ProbeConfig(
+        steps=options["probe_steps"],
+        mode=options["probe_mode"],
+        importance=options["importance"],
+        memory=options["probe_memory"],
+        error=options["probe_error"],
+        lr=options["probe_lr"],
     )
 
 
@@ -111,7 +122,7 @@ def probe(base: str, data: str, output: Path, **options: Any) -> None:
     config = FitConfig(
         model=ModelConfig(options["targets"], options["dtype"]),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
-        probe=ProbeConfig(options["probe_steps"], options["probe_mode"], options["importance"]),
+        probe=_probe_config(options),
         train=TrainConfig(seed=options["seed"]),
     )
     with watching() as listen:

@@ -49,6 +49,20 @@ class Gamma(click.ParamType[float | Literal["auto"]]):
             self.fail(f"{value!r} is neither a number nor 'auto'", param, ctx)
 
 
+class Steps(click.ParamType[int | Literal["auto"]]):
+    """A number of steps, or the word auto."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
+        if value == "auto":
+            return "auto"
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor 'auto'", param, ctx)
+
+
 class Metrics(click.ParamType[tuple[Importance, ...]]):
     """One importance metric, or several with commas: the first decides the ranks."""
 
@@ -94,12 +108,27 @@ data_options = together(
 )  # fmt: skip
 probe_options = together(
     click.option(
-        "--probe-steps", default=ProbeConfig.steps, show_default=True,
-        help="Micro-batches of the gradient probe, over all processes.",
+        "--probe-steps", default=str(ProbeConfig.steps), show_default=True, type=Steps(), metavar=Steps.name,
+        help="Micro-batches of the gradient probe, over all processes; auto: stop once the ranks stand still, "
+        f"at {ProbeConfig.longest} at the latest.",
     ),
     click.option(
-        "--probe", "probe_mode", default=ProbeConfig.mode, show_default=True, type=click.Choice(["exact"]),
-        help="How gradients are measured; exact: whole gradients in float32.",
+        "--probe", "probe_mode", default=ProbeConfig.mode, show_default=True,
+        type=click.Choice(["exact", "sketch", "auto"]),
+        help="exact: whole gradients in float32. sketch: only what B needs of them and a sample of rows, in a "
+        "fraction of the memory. auto: exact while they fit --probe-memory.",
+    ),
+    click.option(
+        "--probe-memory", type=float, default=ProbeConfig.memory, metavar="GIB", show_default="half of what is free",
+        help="Most memory for whole gradients.",
+    ),
+    click.option(
+        "--probe-error", default=ProbeConfig.error, show_default=True,
+        help="Relative standard error of a sketch's importances: sets how many rows are sampled.",
+    ),
+    click.option(
+        "--probe-lr", default=ProbeConfig.lr, show_default=True,
+        help="GoRA-pro: between micro-batches the weights take SGD steps of this size, undone after the probe.",
     ),
     click.option(
         "--importance", default=",".join(ProbeConfig.importance), show_default=True, type=Metrics(),

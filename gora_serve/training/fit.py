@@ -222,7 +222,10 @@ class _Run:
         return plan, factors, gamma, search_rows
 
     def probe(self, rows: tuple[Example, ...], rank_max: int) -> GradientStatistics:
-        statistics = probe_session(self.session, rows, self.config.probe, rank_max=rank_max, listen=self.listen)
+        config = self.config
+        statistics = probe_session(
+            self.session, rows, config.probe, config.ranks, rank_max=rank_max, listen=self.listen
+        )
         if self.folder.path:
             (self.folder.path / "probe").mkdir()
             write_probe(self.folder.path / "probe", statistics, self.session.base_record, self.config.probe.importance)

@@ -1,123 +1,193 @@
-"""Gradients of frozen weights, without asking autograd for one: hooks see each layer's input and output gradient.
+"""The gradient probe: micro-batches through the frozen model, statistics of every target out.
 
-The gradient of W is Σ dYᵀ X. `tapped` puts an identity behind every target's output whose backward pass hands
-(dY, X) to the module's statistic. X is kept by autograd's own saved tensors, so gradient checkpointing recomputes
-it like any activation, and no weight ever needs `requires_grad`.
+Works on any `nn.Module` with linear layers; knows nothing of files, tokenizers or Accelerate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gora_serve.config import ProbeConfig
+from gora_serve.config import ProbeConfig, RankConfig
 from gora_serve.errors import InputError, RunError
 from gora_serve.gora.initialize import draw_A
-from gora_serve.gora.statistics import ExactGradient, GradientStatistics, finish
+from gora_serve.gora.settle import has_settled
+from gora_serve.gora.sketch import PILOT_ROWS, SketchedGradient, draw_rows
+from gora_serve.gora.statistics import ExactGradient, Gradient, GradientStatistics, ModuleStatistics, Reduce, alone
 from gora_serve.progress import Listener, Progress, silent
-from gora_serve.training.weights import weight_matrix
+from gora_serve.training.explore import Explorer, exploring
+from gora_serve.training.taps import tapped
+from gora_serve.training.targets import linear_modules
+from gora_serve.training.weights import weight_matrix, weight_shape
 
-Receiver = Callable[[Tensor, Tensor], None]
-Reduce = Callable[[Tensor], Tensor]
+CHECK_EVERY = 4  # micro-batches between two looks at whether the ranks stand still
 
-
-class _Tap(torch.autograd.Function):
-    """Identity on Y. Its backward pass hands (dY, X) to the receiver."""
-
-    @staticmethod
-    def forward(ctx: Any, Y: Tensor, X: Tensor, anchor: Tensor, receive: Receiver) -> Tensor:
-        ctx.save_for_backward(X)
-        ctx.receive = receive
-        return Y.clone()  # not a view: some models go on to change a layer's output in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (dY,) = grads
-        (X,) = ctx.saved_tensors
-        ctx.receive(dY, X)
-        return dY, None, None, None
-
-
-@contextmanager
-def tapped(modules: Mapping[str, nn.Module], receivers: Mapping[str, Receiver]) -> Iterator[None]:
-    """While open, each backward pass calls receivers[path](dY, X) for every use of modules[path].
-
-    X: (..., in), dY: (..., out), in the dtype of the forward pass. The anchor makes gradients flow from the
-    first target on although everything is frozen; layers before it cost nothing.
-    """
-
-    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def tap(_module: nn.Module, inputs: tuple[Any, ...], Y: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return Y
-            anchor = torch.zeros((), device=Y.device, requires_grad=True)
-            tapped_output: Tensor = _Tap.apply(Y, inputs[0].detach(), anchor, receivers[path])  # type: ignore[no-untyped-call]
-            return tapped_output
-
-        return tap
-
-    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Count = Callable[[Any], tuple[int, int]]
 
 
 def probe(
     model: nn.Module,
     batches: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: LossFunction,
     *,
-    modules: Mapping[str, nn.Module],
-    rank_max: int,
-    generator: torch.Generator,
+    modules: Mapping[str, nn.Module] | None = None,
+    rank_max: int | None = None,
+    generator: torch.Generator | None = None,
     config: ProbeConfig | None = None,
-    count_batch: Callable[[Any], tuple[int, int]] = lambda batch: (0, 0),
-    reduce: Reduce = lambda tensor: tensor,
+    ranks: RankConfig | None = None,
+    count_batch: Count = lambda batch: (0, 0),
+    reduce: Reduce = alone,
+    processes: int = 1,
+    device: torch.device | None = None,
     listen: Listener = silent,
 ) -> GradientStatistics:
-    """Measure the mean gradient of each module over micro-batches (algorithm 1, lines 2 to 8), mode exact.
+    """Measure the mean gradient of each module over micro-batches (algorithm 1, lines 2 to 8).
 
-    loss_fn(model, batch) returns a scalar loss, already a mean over the batch. At most config.steps batches are
-    used. count_batch says how many samples and tokens a batch holds. `reduce` sums a tensor over processes; with
-    several processes each gives its own batches and all get the same statistics. `generator` draws A_max
-    (rank_max rows), module by module in the order of `modules`. Weights, requires_grad flags and training mode
-    are left as they were. Raises InputError without batches or where no loss reaches any module, RunError for a
-    loss that is not finite.
+    loss_fn(model, batch) returns a scalar loss, already a mean over the batch. modules: by path, what to measure
+    (every linear layer but the output head). rank_max: how many rows A_max gets, the largest rank that B can be
+    made for. generator draws A_max, module by module, and the rows of a sketch. config.steps batches are used at
+    most; "auto" stops at config.most_steps or once the ranks that `ranks` would give stand still. count_batch says
+    how many samples and tokens a batch holds. `reduce` sums a tensor over `processes`; each gives its own batches
+    and all get the same statistics. device: where sums are kept (where the weights are).
+
+    Mode "exact" (and "auto") keeps one (out, in) float32 matrix a module; "sketch" keeps (rank_max, out) numbers
+    and a sample of rows, and runs the first batch twice. Weights, requires_grad flags and training mode are left
+    as they were. Raises InputError without batches or where no loss reaches any module, RunError for a loss that
+    is not finite.
     """
-    config = config or ProbeConfig()
-    gradients = {path: _accumulator(module) for path, module in modules.items()}
-    counts = torch.zeros(3, dtype=torch.float64)  # steps, samples, tokens
-    losses = torch.zeros(1, dtype=torch.float64)
-    with tapped(modules, {path: gradient.add for path, gradient in gradients.items()}), torch.enable_grad():
-        for step, batch in enumerate(_first(batches, config.steps), start=1):
-            loss = loss_fn(model, batch)
-            _check_loss(loss, reduce, step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses += float(loss.detach())
-            counts += torch.tensor([1, *count_batch(batch)], dtype=torch.float64)
-            listen(Progress("probe", step, config.steps, {"loss": float(loss.detach())}))
-    counts, losses = reduce(counts), reduce(losses)
-    if not counts[0]:
-        raise InputError("the probe got no batch", code="GS-370", hint="give more data or a smaller --batch-size")
-    results = {}
-    for path, module in modules.items():
-        A = draw_A(tuple(weight_matrix(module).shape), rank_max, generator)  # type: ignore[arg-type]
-        total = reduce(gradients.pop(path).total)
-        results[path] = finish(total, weight_matrix(module), A, count=int(counts[0]), metrics=config.importance)
-    _check_reached(results)
-    steps, samples, tokens = (int(value) for value in counts)
-    return GradientStatistics(config.mode, results, steps, samples, tokens, float(losses[0]) / steps)
+    config, ranks = config or ProbeConfig(), ranks or RankConfig()
+    modules = linear_modules(model) if modules is None else modules
+    generator = generator or torch.Generator().manual_seed(0)
+    matrices = {path: draw_A(weight_shape(m), rank_max or ranks.highest, generator) for path, m in modules.items()}
+    run = _Probe(model, loss_fn, modules, matrices, config, ranks, count_batch, reduce, processes, device, listen)
+    if config.mode == "sketch":
+        first, batches = _first_and_all(batches)
+        return run.measure(batches, run.sketches(first, generator))
+    return run.measure(batches, run.exact())
 
 
-def _accumulator(module: nn.Module) -> ExactGradient:
-    weight = weight_matrix(module)
-    return ExactGradient((weight.shape[0], weight.shape[1]), weight.device)
+def _first_and_all(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise _no_batch()
+    return first, chain([first], rest)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One call of `probe`."""
+
+    model: nn.Module
+    loss_fn: LossFunction
+    modules: Mapping[str, nn.Module]
+    matrices: Mapping[str, Tensor]  # A_max by path, (k, in)
+    config: ProbeConfig
+    ranks: RankConfig
+    count_batch: Count
+    reduce: Reduce
+    processes: int
+    device: torch.device | None
+    listen: Listener
+
+    def exact(self) -> dict[str, Gradient]:
+        return {
+            path: ExactGradient(weight_shape(module), self.matrices[path], self.place(module))
+            for path, module in self.modules.items()
+        }
+
+    def sketches(self, first: Any, generator: torch.Generator) -> dict[str, Gradient]:
+        """Return sketches with rows chosen by what the first micro-batch shows."""
+        pilots = {}
+        for path, module in self.modules.items():
+            shape = weight_shape(module)
+            rows = draw_rows(torch.ones(shape[0]), PILOT_ROWS, generator)
+            pilots[path] = SketchedGradient(shape, self.matrices[path], rows, self.place(module))
+        with tapped(self.modules, {path: pilot.add for path, pilot in pilots.items()}), torch.enable_grad():
+            self.backward(first, step=1)
+        sketches: dict[str, Gradient] = {}
+        for path, module in self.modules.items():
+            pilot = pilots.pop(path)
+            rows = pilot.choose_rows(
+                weight_matrix(module), error=self.config.error, generator=generator, reduce=self.reduce
+            )
+            sketches[path] = SketchedGradient(pilot.shape, pilot.A, rows, self.place(module))
+        return sketches
+
+    def place(self, module: nn.Module) -> torch.device:
+        if self.device is not None:
+            return self.device
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    def measure(self, batches: Iterable[Any], gradients: dict[str, Gradient]) -> GradientStatistics:
+        """Run the batches and turn what the gradients saw into statistics."""
+        sums = torch.zeros(4, dtype=torch.float64)  # steps, samples, tokens, loss
+        checks: list[Mapping[str, float]] = []  # importances at each look
+        stopped = False
+        receivers = {path: gradient.add for path, gradient in gradients.items()}
+        most = self.config.most_steps
+        with self.explorer(gradients) as explorer:
+            for step, batch in enumerate(_first(batches, most), start=1):
+                with tapped(self.modules, receivers), torch.enable_grad():
+                    loss = self.backward(batch, step=step)
+                sums += torch.tensor([1, *self.count_batch(batch), loss], dtype=torch.float64)
+                self.listen(Progress("probe", step, most, {"loss": loss}))
+                if explorer:
+                    explorer.step(self.reduce, processes=self.processes)
+                if self.looks(step):
+                    checks.append(self.importances(gradients, step * self.processes))
+                    stopped = has_settled(checks, self.shapes, self.ranks)
+                if stopped:
+                    break
+        steps, samples, tokens, loss = (float(value) for value in self.reduce(sums))
+        if not steps:
+            raise _no_batch()
+        results = {}
+        for path, module in self.modules.items():
+            gradient = gradients.pop(path)
+            results[path] = gradient.finish(
+                weight_matrix(module), self.config.importance, count=int(steps), reduce=self.reduce
+            )
+        _check_reached(results)
+        mode = "sketch" if self.config.mode == "sketch" else "exact"
+        return GradientStatistics(mode, results, int(steps), int(samples), int(tokens), loss / steps, stopped)
+
+    def backward(self, batch: Any, *, step: int) -> float:
+        loss = self.loss_fn(self.model, batch)
+        _check_loss(loss, self.reduce, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def explorer(self, gradients: Mapping[str, Gradient]) -> AbstractContextManager[Explorer | None]:
+        if not self.config.lr:
+            return nullcontext()
+        totals = {path: g.total for path, g in gradients.items() if isinstance(g, ExactGradient)}
+        return exploring(self.modules, totals, lr=self.config.lr)
+
+    def looks(self, step: int) -> bool:
+        """Return whether after this step a probe that may stop early looks at its importances."""
+        may_stop = self.config.steps == "auto" and step < self.config.most_steps
+        return may_stop and (step * self.processes) % CHECK_EVERY < self.processes
+
+    def importances(self, gradients: Mapping[str, Gradient], count: int) -> dict[str, float]:
+        metric = self.config.importance[0]
+        return {
+            path: gradients[path].importance(weight_matrix(module), metric, count=count, reduce=self.reduce)
+            for path, module in self.modules.items()
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {path: weight_shape(module) for path, module in self.modules.items()}
 
 
 def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
@@ -125,6 +195,10 @@ def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
         if index == count:
             return
         yield batch
+
+
+def _no_batch() -> InputError:
+    return InputError("the probe got no batch", code="GS-370", hint="give more data or a smaller --batch-size")
 
 
 def _check_loss(loss: Tensor, reduce: Reduce, step: int) -> None:
@@ -136,8 +210,8 @@ def _check_loss(loss: Tensor, reduce: Reduce, step: int) -> None:
         )  # fmt: skip
 
 
-def _check_reached(results: Mapping[str, Any]) -> None:
-    unreached = [path for path, module in results.items() if module.gradient_norm == 0.0]
+def _check_reached(results: Mapping[str, ModuleStatistics]) -> None:
+    unreached = [path for path, module in results.items() if not module.compressed.any()]
     if len(unreached) == len(results):
         raise InputError(
             "no gradient reached any target", code="GS-371", tensor=unreached[0],

@@ -26,6 +26,8 @@ def probe_json(
         if others:
             entry["others"] = {name: module.importance[name] for name in others}
         modules[path] = entry | {"gradient_norm": module.gradient_norm}
+        if statistics.mode == "sketch":
+            modules[path] |= {"importance_error": module.importance_error, "rows": module.rows}
     return {
         "schema": PROBE_SCHEMA,
         "base": dict(base),
@@ -35,7 +37,7 @@ def probe_json(
         "samples": statistics.samples,
         "tokens": statistics.tokens,
         "loss": statistics.loss,
-        "stopped_early": False,
+        "stopped_early": statistics.stopped_early,
         "modules": modules,
     }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from gora_serve.config import FitConfig, ProbeConfig
+from gora_serve.config import FitConfig, ProbeConfig, RankConfig
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.files import staged_folder, write_json
@@ -24,36 +27,80 @@ from gora_serve.training.probe import probe
 from gora_serve.training.probe_files import write_probe
 from gora_serve.training.session import (
     Session,
+    check_memory,
     check_untouched,
     naming_memory,
     open_session,
     sum_over_processes,
     versions,
 )
+from gora_serve.training.weights import weight_shape
 
 PROBE_RUN_SCHEMA = "gora-serve/probe-run/1"
 
 
 def probe_session(
-    session: Session, examples: Sequence[Example], config: ProbeConfig, *, rank_max: int, listen: Listener
+    session: Session,
+    examples: Sequence[Example],
+    config: ProbeConfig,
+    ranks: RankConfig,
+    *,
+    rank_max: int,
+    listen: Listener,
 ) -> GradientStatistics:
-    """Probe the session's targets over config.steps micro-batches in all, shared out over the processes."""
+    """Probe the session's targets over config.most_steps micro-batches in all, shared out over the processes.
+
+    After exploratory steps (GoRA-pro) the weights in memory are hashed: MismatchError if one is not what it was.
+    """
     world = session.accelerator.num_processes
-    steps = -(-config.steps // world) * world
+    steps = -(-config.most_steps // world) * world
     batches = session.batches(examples, schedule(len(examples), session.batch_size, batches=steps, seed=session.seed))
+    chosen, device = choose_mode(session, config)
+    local = len(batches)
+    chosen = replace(chosen, longest=local) if config.steps == "auto" else replace(chosen, steps=local)
     with _checkpointing_in_eval(session.model):
-        return probe(
+        statistics = probe(
             session.model,
             (batch() for batch in batches),
             lambda model, batch: _loss(model, batch, session.accelerator),
             modules=session.modules,
             rank_max=rank_max,
             generator=torch.Generator().manual_seed(session.seed),
-            config=replace(config, steps=len(batches)),
+            config=chosen,
+            ranks=ranks,
             count_batch=lambda batch: (len(batch["labels"]), int(batch["attention_mask"].sum())),
             reduce=lambda tensor: sum_over_processes(tensor, session.accelerator),
+            processes=world,
+            device=device,
             listen=listen,
         )
+    if config.lr:
+        check_memory(session, session.model)
+    return statistics
+
+
+def choose_mode(session: Session, config: ProbeConfig) -> tuple[ProbeConfig, torch.device]:
+    """Return the settings with "auto" decided, the same on every process, and where the sums are to be kept.
+
+    Whole gradients stay on the device while they fit config.memory; else "auto" takes a sketch, and "exact" keeps
+    them in the host's memory.
+    """
+    accelerator = session.accelerator
+    needed = sum(4 * math.prod(weight_shape(module)) for module in session.modules.values())
+    limit = config.memory * 2**30 if config.memory is not None else _free_bytes(accelerator) / 2
+    too_small = sum_over_processes(torch.tensor(float(needed > limit)), accelerator)
+    if config.mode == "sketch" or not too_small:
+        return replace(config, mode="sketch" if config.mode == "sketch" else "exact"), accelerator.device
+    if config.mode == "auto" and not config.needs_exact:
+        return replace(config, mode="sketch"), accelerator.device
+    return replace(config, mode="exact"), torch.device("cpu")
+
+
+def _free_bytes(accelerator: Any) -> float:
+    """The free memory of the device; of the host, this process's share."""
+    if accelerator.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(accelerator.device)[0])
+    return float(psutil.virtual_memory().available) / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> Tensor:
@@ -94,7 +141,8 @@ def probe_only(
     check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
     with naming_memory():
-        statistics = probe_session(session, session.data.examples, config.probe, rank_max=rank_max, listen=listen)
+        rows, probing = session.data.examples, config.probe
+        statistics = probe_session(session, rows, probing, config.ranks, rank_max=rank_max, listen=listen)
     check_untouched(session, session.model, listen=listen)
     if session.accelerator.is_main_process:
         with staged_folder(output, overwrite=overwrite, protect=[session.base.path]) as folder:

@@ -146,12 +146,8 @@ def sum_over_processes(tensor: Tensor, accelerator: Any) -> Tensor:
     return summed.to(tensor.device)
 
 
-def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> dict[str, Any]:
-    """Prove that the base is what it was: its files, and its weights in memory without LoRA layers.
-
-    Returns the digests of afterwards, for run.json. Raises MismatchError (exit 1) naming the first tensor whose
-    bytes changed.
-    """
+def check_memory(session: Session, model: nn.Module) -> str:
+    """Return the digest of the base's weights in memory. Raises MismatchError if it is not what it was."""
     memory = memory_root(model)
     if memory != session.memory:
         raise MismatchError(
@@ -159,6 +155,16 @@ def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> 
             expected=session.memory, actual=memory, kept="no adapter was published",
             hint="some code wrote to a frozen weight; report it with the run's run.json",
         )  # fmt: skip
+    return memory
+
+
+def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> dict[str, Any]:
+    """Prove that the base is what it was: its files, and its weights in memory without LoRA layers.
+
+    Returns the digests of afterwards, for run.json. Raises MismatchError (exit 1) naming the first tensor whose
+    bytes changed.
+    """
+    memory = check_memory(session, model)
     after = hash_model(session.base.path, listen=listen)
     if after.roots == session.manifest.roots:
         return {"roots": roots_json(after.roots), "memory_root": memory}

@@ -15,6 +15,14 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (out, in) of a linear module, whichever way and wherever its weight is kept."""
+    if is_transposed(module):
+        nf, nx = module.nf, module.nx
+        return int(nf), int(nx)  # type: ignore[arg-type]
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
 def weight_matrix(module: nn.Module) -> Tensor:
     """Return the weight as (out, in), whichever way the module keeps it."""
     weight = module.weight

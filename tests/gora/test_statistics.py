@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gora_serve.gora.statistics import (
     ExactGradient,
-    finish,
+    alone,
     gradient_nuclear,
     sensitivity,
     sensitivity_nuclear,
@@ -51,7 +51,7 @@ def test_sensitivity_of_bfloat16_weights_is_computed_in_the_gradients_dtype() ->
 @given(parts=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_exact_gradient_is_the_sum_over_all_tokens(parts: list[tuple[int, int]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    gradient = ExactGradient((5, 3), torch.device("cpu"))
+    gradient = ExactGradient((5, 3), torch.zeros(1, 3), torch.device("cpu"))
     expected = np.zeros((5, 3))
     for batch, length in parts:
         dY = torch.randn(batch, length, 5, generator=generator)
@@ -63,7 +63,7 @@ def test_exact_gradient_is_the_sum_over_all_tokens(parts: list[tuple[int, int]],
 
 def test_exact_gradient_adds_bfloat16_in_float32() -> None:
     """1 + 2^-9 is not a bfloat16, so a sum in that dtype would lose the second term."""
-    gradient = ExactGradient((1, 1), torch.device("cpu"))
+    gradient = ExactGradient((1, 1), torch.zeros(1, 1), torch.device("cpu"))
     for value in (1.0, 2.0**-9):
         gradient.add(torch.tensor([[value]], dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16))
     assert gradient.total.item() == 1 + 2.0**-9
@@ -73,7 +73,12 @@ def test_finish_takes_the_mean_and_compresses_it() -> None:
     W, total = pair((6, 10), seed=7)
     A = torch.randn(4, 10, generator=torch.Generator().manual_seed(8))
     G = total.double().numpy() / 5
-    module = finish(total.clone(), W, A, count=5, metrics=("sensitivity", "gradient-nuclear"))
+    gradient = ExactGradient((6, 10), A, torch.device("cpu"))
+    gradient.total += total
+    module = gradient.finish(W, ("sensitivity", "gradient-nuclear"), count=5)
+    assert torch.equal(gradient.total, total)
+    early = gradient.importance(W, "sensitivity", count=5, reduce=alone)
+    assert early == pytest.approx(module.importance["sensitivity"], rel=1e-6)
     assert module.shape == (6, 10)
     assert module.importance["sensitivity"] == pytest.approx(np.abs(W.double().numpy() * G).mean(), rel=1e-6)
     assert module.importance["gradient-nuclear"] == pytest.approx(np.linalg.norm(G, "nuc"), rel=1e-5)

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from gora_serve.config import IMPORTANCES, ProbeConfig
 from gora_serve.errors import InputError, RunError
+from gora_serve.gora.initialize import initialize
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.progress import Progress
 from gora_serve.training.loss import mean_loss
-from gora_serve.training.probe import probe, tapped
+from gora_serve.training.probe import probe
+from gora_serve.training.taps import tapped
 from gora_serve.training.targets import linear_modules
+from gora_serve.training.weights import memory_root
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -74,7 +77,9 @@ def autograd_gradients(
 
 def run_probe(model: nn.Module, batches: Sequence[Batch], loss_fn: Loss, **options: Any) -> GradientStatistics:
     steps = options.pop("steps", None) or len(batches)
-    config = ProbeConfig(steps=steps, importance=options.pop("metrics", IMPORTANCES))
+    settings = options.pop("settings", {"mode": "exact"})
+    metrics = options.pop("metrics", ("sensitivity",) if settings["mode"] == "sketch" else IMPORTANCES)
+    config = ProbeConfig(steps=steps, importance=metrics, **settings)
     modules = options.pop("modules", None) or linear_modules(model)
     return probe(
         model, batches, loss_fn, modules=modules, rank_max=RANK_MAX, generator=torch.Generator().manual_seed(0),
@@ -328,3 +333,122 @@ def test_one_module_out_of_reach_has_importance_0() -> None:
     statistics = run_probe(model, causal_batches(1), mean_loss, modules=modules, metrics=("sensitivity",))
     assert statistics.modules["idle"].importance["sensitivity"] == 0.0
     assert not statistics.modules["idle"].compressed.any()
+
+
+SKETCH = {"mode": "sketch"}
+
+
+@pytest.mark.parametrize(("build", "make_batches", "loss_fn", "count"), MODELS)
+def test_a_sketch_of_all_rows_is_the_exact_probe(
+    build: Callable[[], nn.Module], make_batches: Callable[[], list[Batch]], loss_fn: Loss, count: int
+) -> None:
+    """A tiny model's modules have few rows, so an error as small as this takes them all."""
+    model, batches = build(), make_batches()
+    exact = run_probe(model, batches, loss_fn)
+    sketch = run_probe(model, batches, loss_fn, settings=SKETCH | {"error": 1e-6})
+    assert (sketch.mode, exact.mode, len(sketch.modules)) == ("sketch", "exact", count)
+    assert (sketch.steps, sketch.loss) == (exact.steps, exact.loss)
+    for path, module in sketch.modules.items():
+        other = exact.modules[path]
+        assert module.rows == module.shape[0]
+        assert module.importance_error == 0.0
+        assert torch.equal(module.A, other.A)
+        assert relative(module.compressed, other.compressed.double().numpy()) < 1e-5
+        assert module.importance["sensitivity"] == pytest.approx(other.importance["sensitivity"], rel=1e-5)
+        assert module.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-5)
+
+
+def test_a_sketch_gives_the_b_of_the_exact_gradient() -> None:
+    model, batches = build_llama(hidden_size=64, intermediate_size=192), causal_batches()
+    exact = run_probe(model, batches, mean_loss)
+    sketch = run_probe(model, batches, mean_loss, settings=SKETCH | {"error": 0.2})
+    sampled = [path for path, module in sketch.modules.items() if module.rows < module.shape[0]]  # type: ignore[operator]
+    assert len(sampled) > 4
+    for path, module in exact.modules.items():
+        for rank in (1, 7, 12):
+            _, expected = initialize(module.A, module.compressed, rank=rank, gamma=0.05, alpha=16.0)
+            other = sketch.modules[path]
+            _, found = initialize(other.A, other.compressed, rank=rank, gamma=0.05, alpha=16.0)
+            assert relative(found, expected.double().numpy()) < 1e-4, path
+        stated = max(4 * sketch.modules[path].importance_error, 1e-4)
+        assert sketch.modules[path].importance["sensitivity"] == pytest.approx(
+            module.importance["sensitivity"], rel=stated
+        )
+
+
+def test_a_sketch_under_gradient_checkpointing() -> None:
+    model, batches = build_llama(), causal_batches()
+    plain = run_probe(model, batches, mean_loss, settings=SKETCH)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    again = run_probe(model, batches, mean_loss, settings=SKETCH)
+    for path, module in plain.modules.items():
+        assert relative(again.modules[path].compressed, module.compressed.double().numpy()) < 1e-5
+
+
+def test_three_arguments_are_enough() -> None:
+    """Any module with linear layers; the output head of a model that has none to name is a layer like others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).requires_grad_(False)
+    batches = [torch.randn(5, 6) for _ in range(3)]
+    statistics = probe(model, batches, lambda model, batch: model(batch).square().mean())
+    assert {path: module.shape for path, module in statistics.modules.items()} == {"0": (8, 6), "2": (3, 8)}
+    assert statistics.steps == 3
+
+
+def test_auto_stops_once_the_ranks_stand_still() -> None:
+    """The same batch again and again changes no mean: settled at the third look. Other batches are looked at on."""
+    model, (batch, *_) = build_llama(), causal_batches()
+    same = run_probe(model, [batch] * 40, mean_loss, steps="auto", metrics=("sensitivity",))
+    assert (same.steps, same.stopped_early) == (12, True)
+    generator = torch.Generator().manual_seed(0)
+    changing = []
+    for _ in range(40):
+        ids = torch.randint(3, 300, (2, 9), generator=generator)
+        changing.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    wandering = run_probe(model, changing, mean_loss, steps="auto", metrics=("sensitivity",))
+    assert wandering.steps > 12
+
+
+def test_exploratory_steps_are_sgd_and_leave_no_trace() -> None:
+    """GoRA-pro against torch's own SGD in float64: mean gradient along the way, weights afterwards as before."""
+    batches, lr = causal_batches(), 0.05
+    model = build_llama()
+    before = memory_root(model)
+    statistics = run_probe(model, batches, mean_loss, settings={"mode": "exact", "lr": lr})
+    assert memory_root(model) == before
+    twin = build_llama().double()
+    paths = list(statistics.modules)
+    weights = [twin.get_submodule(path).weight.requires_grad_(True) for path in paths]
+    optimizer = torch.optim.SGD(weights, lr=lr)
+    totals = [torch.zeros_like(weight) for weight in weights]
+    start = [weight.detach().clone() for weight in weights]
+    for batch in batches:
+        optimizer.zero_grad()
+        mean_loss(twin, batch).backward()
+        for total, weight in zip(totals, weights, strict=True):
+            total += weight.grad / len(batches)
+        optimizer.step()
+    plain = run_probe(build_llama(), batches, mean_loss)
+    for path, total, weight in zip(paths, totals, start, strict=True):
+        module = statistics.modules[path]
+        assert relative(module.compressed, (total @ module.A.double().T).numpy()) < 1e-4
+        assert module.importance["sensitivity"] == pytest.approx(float((weight * total).abs().mean()), rel=1e-4)
+        assert relative(plain.modules[path].compressed, (total @ module.A.double().T).numpy()) > 1e-3
+
+
+def test_exploratory_steps_are_undone_when_the_probe_fails() -> None:
+    model = build_gpt2()
+    before = memory_root(model)
+    calls = []
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        calls.append(memory_root(model))
+        if len(calls) == 3:
+            raise KeyError("labels")
+        return mean_loss(model, batch)
+
+    with pytest.raises(KeyError):
+        run_probe(model, causal_batches(), loss_fn, settings={"mode": "exact", "lr": 0.1})
+    assert calls[0] == before != calls[2]
+    assert memory_root(model) == before
