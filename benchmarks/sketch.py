@@ -58,7 +58,7 @@ def compare(exact: GradientStatistics, other: GradientStatistics) -> dict[str, f
     }
 
 
-def largest_difference_of_B(exact: GradientStatistics, sketch: GradientStatistics) -> float:
+def largest_difference_of_b(exact: GradientStatistics, sketch: GradientStatistics) -> float:
     worst = 0.0
     for path, module in exact.modules.items():
         other = sketch.modules[path]
@@ -88,7 +88,7 @@ def one_task(base: str, task: str) -> dict[str, Any]:
         "stated error": ProbeConfig.error,
         "median standard error": round(float(np.median(errors)), 5),
         "largest standard error": round(max(errors), 5),
-        "largest relative difference of B": largest_difference_of_B(exact, sketch),
+        "largest relative difference of B": largest_difference_of_b(exact, sketch),
         "tokens": sketch.tokens,
     }
 
