@@ -62,7 +62,7 @@ class ProbeConfig:
     mode: ProbeMode = "auto"
     importance: tuple[Importance, ...] = ("sensitivity",)
     memory: float | None = None
-    error: float = 0.01
+    error: float = 0.012
     lr: float = 0.0
     longest: int = 64
 

@@ -175,7 +175,8 @@ def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
     """A probe: how much data, and the mean importance of each kind of module."""
     value = {
         "probe": str(folder), "steps": statistics.steps, "samples": statistics.samples, "tokens": statistics.tokens,
-        "loss": statistics.loss, "modules": len(statistics.modules),
+        "loss": statistics.loss, "modules": len(statistics.modules), "mode": statistics.mode,
+        "stopped_early": statistics.stopped_early,
     }  # fmt: skip
     metric = next(iter(next(iter(statistics.modules.values())).importance))
     table = Table("module", "number", f"mean {metric}", "mean gradient norm")
@@ -184,11 +185,26 @@ def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
         mean = sum(module.importance[metric] for module in chosen) / len(chosen)
         norm = sum(module.gradient_norm for module in chosen) / len(chosen)
         table.add_row(Text(printable(kind)), str(len(chosen)), f"{mean:.3e}", f"{norm:.3e}")
+    stopped = ", where the ranks stood still" if statistics.stopped_early else ""
     lines = [
         f"wrote {folder}",
-        f"{statistics.steps} steps, {statistics.tokens} tokens, mean loss {statistics.loss:.4f}",
+        f"{statistics.steps} steps{stopped}, {statistics.tokens} tokens, mean loss {statistics.loss:.4f}",
+        *_sketch_line(statistics),
     ]
     return Summary(value, lines, [table])
+
+
+def _sketch_line(statistics: GradientStatistics) -> list[str]:
+    if statistics.mode != "sketch":
+        return []
+    modules = statistics.modules.values()
+    share = sum(module.rows or 0 for module in modules) / sum(module.shape[0] for module in modules)
+    errors = sorted(module.importance_error for module in modules)
+    middle, worst = errors[len(errors) // 2], errors[-1]
+    text = (
+        f"sketch: {share:.0%} of the gradients' rows; standard error of an importance {middle:.1%}, at most {worst:.1%}"
+    )
+    return [text]
 
 
 def ranks_summary(plan: RankPlan, output: Path | None, plot: Path | None) -> Summary:

@@ -21,7 +21,6 @@ from gora_serve.gora.statistics import ModuleStatistics, Reduce, alone, flat
 
 PILOT_ROWS = 48  # enough to see how much rows differ
 FEWEST_ROWS = 32
-CAUTION = 1.3  # the pilot sees one micro-batch, whose rows differ less regularly than the mean's
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,11 @@ class Estimate:
 
 
 class SketchedGradient:
-    """S = G Aᵀ, (out, k), and R = G[sample.rows], (n, in), added up in float32 on `device`. A: (k, in)."""
+    """S = G Aᵀ, (out, k), and R = G[sample.rows], (n, in), added up in float32 on `device`. A: (k, in).
+
+    The products of a micro-batch are in the dtype of the forward pass, as a weight gradient of autograd is: in
+    bfloat16 S differs from the exact gradient's by some 1e-3, in float32 by some 1e-7.
+    """
 
     def __init__(self, shape: tuple[int, int], A: Tensor, sample: RowSample, device: torch.device) -> None:
         self.shape, self.A, self.sample = shape, A, sample
@@ -53,9 +56,8 @@ class SketchedGradient:
     def add(self, dY: Tensor, X: Tensor) -> None:
         dY, X = flat(dY), flat(X)  # (tokens, out), (tokens, in)
         chosen = dY if len(self._rows) == self.shape[0] else dY.index_select(1, self._rows)  # (tokens, n)
-        X = X.float()
-        self.S.addmm_(dY.float().T, X @ self._A.T)
-        self.R.addmm_(chosen.float().T, X)
+        self.S += dY.T @ (X @ self._A.to(X.dtype).T)
+        self.R += chosen.T @ X
 
     def importance(self, W: Tensor, metric: Importance, *, count: int, reduce: Reduce) -> float:
         return self.estimate(W, reduce(self.S), reduce(self.R)).importance / count
@@ -107,7 +109,7 @@ class SketchedGradient:
         weights = chosen[chosen > 0] / chosen.sum()
         mean = float((weights * ratios).sum())
         spread = float((weights * (ratios - mean).square()).sum().sqrt()) / mean if mean else 0.0
-        needed = (CAUTION * spread / error) ** 2
+        needed = (spread / error) ** 2
         return draw_rows(sizes, max(FEWEST_ROWS, round(needed / (1 + needed / out))), generator)
 
 

@@ -24,7 +24,10 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, Y: Tensor, X: Tensor, anchor: Tensor, receive: Receiver) -> Tensor:
         ctx.save_for_backward(X)
         ctx.receive = receive
-        return Y.clone()  # not a view: some models go on to change a layer's output in place
+        if Y._is_view():
+            return Y.clone()
+        ctx.mark_dirty(Y)  # handed through as it is, without a copy; a model may go on to change it in place
+        return Y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -139,7 +139,9 @@ SETTINGS = [
     "--rank 0", "--rank -1", "--rank-min -1", "--rank-min 5 --rank-max 3", "--rank-min 3", "--rank-max 1",
     "--gamma -1", "--gamma nan", "--gamma inf", "--alpha 0", "--alpha -1", "--alpha nan", "--alpha inf",
     "--lr nan", "--lr inf", "--lr -1", "--lr-ratio 0", "--lr-ratio nan", "--batch-size 0", "--grad-accum 0",
-    "--max-length 0", "--max-length 1", "--probe-steps 0", "--steps 0", "--steps -1", "--epochs 2", "--seed -1",
+    "--max-length 0", "--max-length 1", "--probe-steps 0", "--probe-error 0", "--probe-error 1", "--probe-memory -1",
+    "--probe-lr -1", "--probe-lr inf", "--probe sketch --probe-lr 0.1", "--probe sketch --importance gradient-nuclear",
+    "--steps 0", "--steps -1", "--epochs 2", "--seed -1",
     "--warmup nan", "--warmup -1", "--warmup 2", "--weight-decay nan", "--weight-decay -1", "--max-grad-norm nan",
     "--max-grad-norm -1", "--max-grad-norm 0", "--eval-every 0", "--eval-every -2",
 ]  # fmt: skip

@@ -71,6 +71,32 @@ def test_probe(work: Path, probe: Answer) -> None:
     assert (work / "[i]probe" / "statistics.safetensors").is_file()
 
 
+def test_probe_in_a_sketch_that_may_stop_early(work: Path, tmp_path: Path) -> None:
+    """Rows are sampled in the tiny base's largest modules; with no memory for whole gradients auto sketches too."""
+    sketch = ("--probe", "sketch", "--probe-steps", "auto", "--probe-error", "0.4")
+    answer = done(work, "probe", BASE, "--data", DATA, "--output", tmp_path / "sketch", *sketch, *SMALL[2:6])
+    assert "sketch: " in answer.out
+    written = json.loads((tmp_path / "sketch" / "probe.json").read_text())
+    assert written["mode"] == "sketch"
+    assert written["steps"] <= 64
+    assert written["stopped_early"] == (written["steps"] < 64)
+    modules = written["modules"].values()
+    assert any(0 < module["rows"] < module["shape"][0] and module["importance_error"] > 0 for module in modules)
+    auto = ("--probe-memory", "0", "--json")
+    told = json.loads(done(work, "probe", BASE, "--data", DATA, "--output", tmp_path / "auto", *auto, *SMALL[:6]).out)
+    assert told["mode"] == "sketch"
+
+
+def test_probe_with_exploratory_steps(work: Path, probe: Answer, tmp_path: Path) -> None:
+    """GoRA-pro sees other gradients from the second step on; the base's digests are compared by the command."""
+    before = snapshot(work / BASE)
+    done(work, "probe", BASE, "--data", DATA, "--output", tmp_path / "pro", "--probe-lr", "0.1", *SMALL[:6])
+    assert snapshot(work / BASE) == before
+    one, two = (json.loads((folder / "probe.json").read_text()) for folder in (work / "[i]probe", tmp_path / "pro"))
+    path = "model.layers.0.self_attn.q_proj"
+    assert one["modules"][path]["importance"] != two["modules"][path]["importance"]
+
+
 def test_ranks_as_a_table(work: Path, probe: Answer) -> None:
     answer = done(work, "ranks", "[i]probe")
     assert answer.err == ""

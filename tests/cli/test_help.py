@@ -109,7 +109,8 @@ def of(*configs: object) -> dict[str, Any]:
 
 FIT = FitConfig()
 NAMES = {  # of an option -> of the field, where they differ
-    "probe_steps": "steps", "probe_mode": "mode", "rank_rule": "rule",
+    "probe_steps": "steps", "probe_mode": "mode", "probe_memory": "memory", "probe_error": "error", "probe_lr": "lr",
+    "rank_rule": "rule",
 }  # fmt: skip
 SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "fit": (("base", "--data", "d", "--output", "o"), [FIT.model, FIT.data, FIT.probe, FIT.ranks, FIT.init, FIT.train]),
@@ -150,7 +151,7 @@ def default_of(name: str, option: str, configs: list[object]) -> Any:
     }
     if (name, option) in special:
         return special[name, option]
-    if name in ("fit", "probe") and option in ("probe_steps", "probe_mode", "importance"):
+    if name in ("fit", "probe") and (option.startswith("probe_") or option == "importance"):
         return of(ProbeConfig())[NAMES.get(option, option)]
     if option in ("max_length", "chat_template", "batch_size"):
         return of(DataConfig())[option]
@@ -174,6 +175,7 @@ def test_every_option_of_fit_reaches_the_configuration() -> None:
 
     changes = {
         "targets": "q_proj", "dtype": "bfloat16", "max_length": "9", "batch_size": "3", "probe_steps": "5",
+        "probe_mode": "sketch", "probe_memory": "3", "probe_error": "0.1", "probe_lr": "0.1",
         "importance": "gradient-nuclear", "rank": "5", "rank_min": "1", "rank_max": "64", "rank_rule": "exact",
         "method": "lora", "alpha": "3", "gamma": "0.5", "steps": "7", "epochs": "2", "grad_accum": "2", "lr": "1",
         "lr_ratio": "2", "warmup": "0.5", "weight_decay": "0.5", "max_grad_norm": "1", "mixed_precision": "bf16",
@@ -185,7 +187,7 @@ def test_every_option_of_fit_reaches_the_configuration() -> None:
         for parameter in cli.commands["fit"].params
         if isinstance(parameter, click.Option) and parameter.name not in OF_THE_CALL
     }
-    assert set(changes) | set(flags) | {"probe_mode"} == set(spelled)  # probe_mode has one choice
+    assert set(changes) | set(flags) == set(spelled)
     required = SOURCES["fit"][0]
     for name, value in changes.items():
         assert _fit_config(parsed("fit", *required, str(spelled[name]), value)) != FitConfig(), name
