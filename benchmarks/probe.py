@@ -39,7 +39,7 @@ LLAMA_8B = {
 LAYERS_8B = 32
 PAPER_SECONDS = {8: 1.4, 32: 1.56, 128: 3.43}  # the authors' answer to reviewer 4NWP, on an A800 GPU
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def load(base: str, *, checkpointing: bool = False) -> nn.Module:
@@ -52,9 +52,21 @@ def load(base: str, *, checkpointing: bool = False) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def a_batch() -> dict[str, Tensor]:
-    ids = torch.randint(100, 40_000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(SEED))
+def a_batch(vocabulary: int = 40_000) -> dict[str, Tensor]:
+    ids = torch.randint(100, vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(SEED))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def block_8b() -> nn.Module:
+    """One block of Llama-3.1-8B with random weights and a small vocabulary: what the ratio is in a large model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
+        vocab_size=1024,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(config).bfloat16().requires_grad_(False).eval()
 
 
 def plain(model: nn.Module, batch: dict[str, Tensor], loss_fn: Callable[[nn.Module, Any], Tensor]) -> Step:
@@ -121,8 +133,8 @@ def lora_ga_steps(model: nn.Module, batch: dict[str, Tensor], count: int) -> lis
     return seconds
 
 
-def probe_times(base: str) -> dict[str, Any]:
-    model, batch = load(base), a_batch()
+def probe_times(model: nn.Module) -> dict[str, Any]:
+    batch = a_batch(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     kinds = {"plain": mean_loss, "plain, transformers' loss": transformers_loss}
     steps = {name: plain(model, batch, loss_fn) for name, loss_fn in kinds.items()}
     for step in steps.values():
@@ -165,11 +177,11 @@ def measure_memory(base: str, kind: str, *, checkpointing: bool) -> None:
     """Run in a fresh process: print the peak over what the loaded model takes, of two steps of one kind."""
     model, batch = load(base, checkpointing=checkpointing), a_batch()
     kinds: dict[str, Step] = {
-        "plain": lambda: [plain(model, batch, mean_loss)() for _ in range(2)],  # type: ignore[dict-item, return-value]
-        "plain, transformers' loss": lambda: [plain(model, batch, transformers_loss)() for _ in range(2)],  # type: ignore[dict-item, return-value]
-        "sketch": lambda: probe_steps(model, batch, "sketch", lambda: None, 2),  # type: ignore[dict-item, return-value]
-        "exact": lambda: probe_steps(model, batch, "exact", lambda: None, 2),  # type: ignore[dict-item, return-value]
-        "LoRA-GA of PEFT": lambda: lora_ga_steps(model, batch, 2),  # type: ignore[dict-item, return-value]
+        "plain": lambda: [plain(model, batch, mean_loss)() for _ in range(2)],
+        "plain, transformers' loss": lambda: [plain(model, batch, transformers_loss)() for _ in range(2)],
+        "sketch": lambda: probe_steps(model, batch, "sketch", lambda: None, 2),
+        "exact": lambda: probe_steps(model, batch, "exact", lambda: None, 2),
+        "LoRA-GA of PEFT": lambda: lora_ga_steps(model, batch, 2),
     }
     plain(model, batch, transformers_loss if "transformers" in kind else mean_loss)()  # libraries' own buffers
     print(json.dumps(peak_of(kinds[kind])))
@@ -281,7 +293,8 @@ def main() -> None:
     result = facts("make demo && .venv/bin/python benchmarks/probe.py gora-demo/base")
     result["settings"] = {"rows": ROWS, "tokens a row": LENGTH, "dtype": "bfloat16", "threads": torch.get_num_threads()}
     for name, part in (
-        ("time of a probe step", lambda: probe_times(base)),
+        ("time of a probe step", lambda: probe_times(load(base))),
+        ("time of a probe step, one block of Llama-3.1-8B", lambda: probe_times(block_8b())),
         ("memory of a probe step", lambda: probe_memory(base)),
         ("allocation and initialisation, Llama-3.1-8B, all linear layers", initialization),
         ("time of a training step", lambda: training_times(base)),
