@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from gora_serve.training.cross_entropy import cross_entropy
 from gora_serve.training.encode import IGNORED
 
 Batch = Mapping[str, Tensor]
@@ -21,10 +22,7 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)  # (kept,)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits  # (batch, kept, vocabulary)
-    labels = labels[:, positions]
-    carries = labels != IGNORED
-    loss: Tensor = nn.functional.cross_entropy(logits[carries].float(), labels[carries])
-    return loss
+    return cross_entropy(logits.flatten(0, 1), labels[:, positions].flatten())
 
 
 def loss_tokens(batch: Batch) -> int:
