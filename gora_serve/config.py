@@ -36,7 +36,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How rows become tokens. `max_length` counts prompt and completion together, in tokens."""
+    """How rows become tokens. `max_length` counts prompt and completion together, in tokens.
+
+    For an encoder-decoder it holds for each of the two.
+    """
 
     max_length: int = 512
     chat_template: bool = True

@@ -19,8 +19,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tiny_models import (
     LLAMA_PATHS,
     MakeAdapter,
+    build_bart,
     build_gpt2,
     build_llama,
+    build_pair_tokenizer,
     build_t5,
     build_tokenizer,
     color_rows,
@@ -57,9 +59,23 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair_tokenizer() -> Any:
+    return build_pair_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory, pair_tokenizer: Any) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "tiny-t5"
     build_t5().save_pretrained(folder)
+    pair_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bart(tmp_path_factory: pytest.TempPathFactory, pair_tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("bases") / "tiny-bart"
+    build_bart().save_pretrained(folder)
+    pair_tokenizer.save_pretrained(folder)
     return folder
 
 

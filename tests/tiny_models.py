@@ -95,6 +95,35 @@ def build_t5(seed: int = 0) -> Any:
     return T5ForConditionalGeneration(config).float().requires_grad_(False).eval()
 
 
+def build_bart(seed: int = 0) -> Any:
+    """Another encoder-decoder: learned positions, biases, a final bias on the logits."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=96, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=0.0,
+        init_std=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=1,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).float().requires_grad_(False).eval()
+
+
+def build_pair_tokenizer() -> Any:
+    """As T5's: pieces that begin with a mark for a space, EOS after every text, no chat template; 96 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=96, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
+    core.train_from_iterator([text for row in color_rows() for text in row.values()], trainer)
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+
+
 def color_rows(count: int = 40) -> list[dict[str, str]]:
     """Rows that can be learnt: the color follows from the thing."""
     rows = []

@@ -98,7 +98,8 @@ model_options = together(
 data_options = together(
     click.option(
         "--max-length", default=DataConfig.max_length, show_default=True,
-        help="Most tokens of a row. Longer rows are cut, or left out where the prompt alone is too long.",
+        help="Most tokens of a row; of prompt and completion each, for an encoder-decoder. Longer rows are cut, or "
+        "left out where the prompt alone is too long.",
     ),
     click.option(
         "--chat-template/--no-chat-template", default=DataConfig.chat_template, show_default=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from gora_serve.config import DataConfig
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.files import sha256_file
-from gora_serve.training.encode import IGNORED, Example, Row, encode_row, predicts
+from gora_serve.training.encode import IGNORED, Example, Row, encode_pair, encode_row, predicts
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 AS_TEXT = dict.fromkeys(("prompt", "completion", "text"), str)  # columns in which "1" and "None" of a CSV stay text
@@ -49,11 +49,12 @@ class Dataset:
         }
 
 
-def load_data(source: str, tokenizer: Any, config: DataConfig) -> Dataset:
+def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decoder: bool = False) -> Dataset:
     """Read and tokenise a JSONL, JSON, CSV or Parquet file, or a hub dataset's train split.
 
     Rows longer than config.max_length lose the end of their completion; rows whose prompt alone fills the limit
-    are left out; both are counted. Raises InputError naming file and line for a malformed row, or when no row
+    are left out; both are counted. For an encoder-decoder the limit holds for prompt and completion each.
+    Raises InputError naming file and line for a malformed row, or when no row
     is left, and MachineError for a missing file.
     """
     path = Path(source)
@@ -61,13 +62,14 @@ def load_data(source: str, tokenizer: Any, config: DataConfig) -> Dataset:
     if not rows:
         raise InputError("the data file has no rows", code="GS-372", file=source)
     template = config.chat_template and bool(getattr(tokenizer, "chat_template", None))
+    encode, fit_length = (encode_pair, _fit_pair) if encoder_decoder else (encode_row, _fit_length)
     examples, cut, left_out = [], 0, 0
     for row in rows:
-        example = encode_row(row, tokenizer, template=template)
-        shorter = _fit_length(example, config.max_length)
+        example = encode(row, tokenizer, template=template)
+        shorter = fit_length(example, config.max_length)
         left_out += shorter is None
         if shorter is not None:
-            cut += len(shorter.input_ids) < len(example.input_ids)
+            cut += len(shorter.labels) < len(example.labels)
             examples.append(shorter)
     if not examples:
         raise InputError(
@@ -157,18 +159,26 @@ def _fit_length(example: Example, limit: int) -> Example | None:
     return shorter if predicts(shorter.labels) else None
 
 
+def _fit_pair(example: Example, limit: int) -> Example | None:
+    """Cut the labels off to `limit` tokens. None if the encoder's input is longer than that."""
+    return Example(example.input_ids, example.labels[:limit]) if len(example.input_ids) <= limit else None
+
+
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad on the right to the longest example. Returns input_ids, attention_mask and labels, (batch, length)."""
-    length = max(len(example.input_ids) for example in examples)
+    """Pad on the right to the longest example. Returns input_ids, attention_mask and labels, (batch, length).
 
-    def padded(rows: Iterator[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
-
+    The labels of an encoder-decoder have a length of their own.
+    """
     return {
-        "input_ids": padded((example.input_ids for example in examples), pad_token_id),
-        "attention_mask": padded(([1] * len(example.input_ids) for example in examples), 0),
-        "labels": padded((example.labels for example in examples), IGNORED),
+        "input_ids": _padded([example.input_ids for example in examples], pad_token_id),
+        "attention_mask": _padded([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": _padded([example.labels for example in examples], IGNORED),
     }
+
+
+def _padded(rows: Sequence[list[int]], filler: int) -> Tensor:
+    length = max(map(len, rows))
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
 
 
 def schedule(count: int, batch_size: int, *, batches: int, seed: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """One row of data to tokens and labels, in TRL's conventions: prompt + completion, messages, or text.
 
-Loss is on the completion, on the assistant's turns, or on the whole text. A row that cannot be used is refused by
-its place in the file.
+Loss is on the completion, on the assistant's turns, or on the whole text. For an encoder-decoder the prompt is the
+encoder's input and the completion its labels. A row that cannot be used is refused by its place in the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Segments = list[tuple[str, bool]]  # pieces of text in order, and whether they c
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens. labels[i] is input_ids[i], or IGNORED where the token carries no loss."""
+    """One row as tokens. labels[i] is input_ids[i], or IGNORED where the token carries no loss.
+
+    For an encoder-decoder input_ids are the encoder's, and labels, of another length, all carry loss.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -58,6 +61,36 @@ def encode_row(row: Row, tokenizer: Any, *, template: bool) -> Example:
     if not predicts(example.labels):
         raise row.refused("no token of the row carries loss", "a completion that is not empty")
     return example
+
+
+def encode_pair(row: Row, tokenizer: Any, *, template: bool) -> Example:
+    """Return a row for an encoder-decoder: the prompt's tokens, and the completion's as labels, which end in EOS.
+
+    Both are as the tokenizer encodes them, with the special tokens that it adds. `template`: the prompt, a text or a
+    list of turns, is rendered with the tokenizer's chat template. Raises InputError naming file and line for a row
+    that has not both fields.
+    """
+    prompt, completion = row.values.get("prompt"), row.values.get("completion")
+    if prompt is None or completion is None:
+        raise row.refused(
+            "an encoder-decoder needs a prompt and a completion", f"both fields; got {sorted(row.values)}"
+        )
+    if template and isinstance(prompt, list):
+        prompt = _render(_turns(prompt, row), tokenizer, row, add_generation_prompt=True)
+    elif template and isinstance(prompt, str):
+        prompt = _render([{"role": "user", "content": prompt}], tokenizer, row, add_generation_prompt=True)
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        raise row.refused("prompt and completion are not both text", "two strings; turns need a chat template")
+    if not completion:
+        raise row.refused("the completion is empty", "a completion that is not empty")
+    if not is_unicode(prompt + completion):
+        raise row.refused("the text is not Unicode", "no lone surrogate such as \\ud800")
+    input_ids = tokenizer(prompt, add_special_tokens=not template)["input_ids"]
+    if not input_ids:
+        raise row.refused("the prompt has no token", "a prompt that is not empty")
+    labels = tokenizer(text_target=completion)["input_ids"]
+    ends = labels[-1:] == [tokenizer.eos_token_id]
+    return Example(input_ids, labels if ends else [*labels, tokenizer.eos_token_id])
 
 
 def predicts(labels: Sequence[int]) -> bool:

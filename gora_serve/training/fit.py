@@ -29,7 +29,7 @@ from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.staging import check_partial, check_target
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training import inject
-from gora_serve.training.data import Dataset, load_data, schedule
+from gora_serve.training.data import Dataset, schedule
 from gora_serve.training.encode import Example
 from gora_serve.training.loop import evaluate, train
 from gora_serve.training.probe_files import write_probe
@@ -102,7 +102,7 @@ def fit(
     check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
     check_partial(output, overwrite=overwrite)
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
-    held_out = load_data(eval_data, session.tokenizer, config.data) if eval_data else None
+    held_out = session.load(eval_data, config.data) if eval_data else None
     shapes = {path: (weight_matrix(m).shape[0], weight_matrix(m).shape[1]) for path, m in session.modules.items()}
     given = read_ranks(ranks_file, shapes) if ranks_file else None
     with _run_folder(output, session, overwrite) as folder:
@@ -184,7 +184,7 @@ class _Run:
         model = inject.attach(
             self.session.model,
             factors,
-            task_type="CAUSAL_LM",
+            task_type=self.session.task_type,
             fan_in_fan_out=self.session.fan_in_fan_out,
         )
         if gamma is None:
@@ -195,7 +195,7 @@ class _Run:
             model,
             base=BaseId(self.session.base.name, self.session.base.revision, self.session.manifest.roots),
             origin=self.origin(gamma, plan),
-            task_type="CAUSAL_LM",
+            task_type=self.session.task_type,
             fan_in_fan_out=self.session.fan_in_fan_out,
         )
         with self.timed("verify"):

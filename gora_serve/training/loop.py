@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gora_serve.config import TrainConfig
 from gora_serve.errors import RunError
 from gora_serve.progress import Listener, Progress
-from gora_serve.training.loss import Batch, loss_tokens, mean_loss
+from gora_serve.training.loss import Batch, input_tokens, loss_tokens, mean_loss
 
 Record = Callable[[Mapping[str, float]], None]
 
@@ -92,7 +92,7 @@ def _backward(model: nn.Module, batch: Batch, accelerator: Any, grad_accum: int)
     with accelerator.autocast():
         loss = mean_loss(model, batch)
     accelerator.backward(loss)
-    tokens = batch["attention_mask"].sum()
+    tokens = input_tokens(batch)
     return torch.stack([loss.detach() / grad_accum, tokens.to(loss.device, loss.dtype)])
 
 

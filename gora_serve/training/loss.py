@@ -15,16 +15,32 @@ Batch = Mapping[str, Tensor]
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss per token with loss, in float32.
 
-    Logits are asked for only at positions where some row of the batch predicts a token with loss: over a large
-    vocabulary they are much of the time and most of the memory. The value is that of transformers' own loss.
+    A batch with decoder_input_ids is an encoder-decoder's: its logits are aligned with its labels. A causal model
+    predicts the next token; logits are asked for only at positions where some row of the batch predicts a token
+    with loss: over a large vocabulary they are much of the time and most of the memory. The value is that of
+    transformers' own loss.
     """
-    labels = batch["labels"][:, 1:]
-    positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)  # (kept,)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    labels = _predicted(batch)
+    if "decoder_input_ids" in batch:
+        logits = model(**inputs, use_cache=False).logits  # (batch, length of the labels, vocabulary)
+        return cross_entropy(logits.flatten(0, 1), labels.flatten())
+    positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)  # (kept,)
     logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits  # (batch, kept, vocabulary)
     return cross_entropy(logits.flatten(0, 1), labels[:, positions].flatten())
 
 
 def loss_tokens(batch: Batch) -> int:
-    """Return how many tokens carry loss: labels shifted by one, as causal models do."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    """Return how many tokens carry loss."""
+    return int((_predicted(batch) != IGNORED).sum())
+
+
+def input_tokens(batch: Batch) -> Tensor:
+    """Return how many tokens the model reads, without padding: those of an encoder-decoder's labels too. A scalar."""
+    tokens = batch["attention_mask"].sum()
+    return tokens + (batch["labels"] != IGNORED).sum() if "decoder_input_ids" in batch else tokens
+
+
+def _predicted(batch: Batch) -> Tensor:
+    """The labels as the logits are aligned: a causal model never predicts the first token."""
+    return batch["labels"] if "decoder_input_ids" in batch else batch["labels"][:, 1:]

@@ -16,30 +16,34 @@ from gora_serve.integrity.bases import Base
 
 
 def load_settings(base: Base) -> Any:
-    """Read the base's config.json through transformers. Raises InputError for a model that cannot be fitted."""
+    """Read the base's config.json through transformers. Raises InputError where it cannot be read."""
     from transformers import AutoConfig
 
     with _loading(base):
-        settings = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-    if settings.is_encoder_decoder:
-        raise InputError(
-            "the base is an encoder-decoder model, which the command line cannot fit yet", code="GS-343",
-            file=base.path, hint="call gora_serve.training.probe.probe from Python with your own loss",
-        )  # fmt: skip
-    return settings
+        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
 
 
 def load_model(base: Base, config: ModelConfig) -> nn.Module:
-    """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be."""
-    from transformers import AutoModelForCausalLM
+    """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be.
 
+    Its configuration says whether it is a causal language model or an encoder-decoder.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    encoder_decoder = load_settings(base).is_encoder_decoder
+    loader = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     with _loading(base):
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = loader.from_pretrained(
             base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     _check_loaded(model, loaded, base)
-    if "logits_to_keep" not in signature(model.forward).parameters:
+    if encoder_decoder and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise InputError(
+            "an encoder-decoder that makes no decoder inputs from labels", code="GS-343", file=base.path,
+            actual=type(model).__name__, hint="call gora_serve.training.probe.probe from Python with your own loss",
+        )  # fmt: skip
+    if not encoder_decoder and "logits_to_keep" not in signature(model.forward).parameters:
         raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
     model.requires_grad_(False)
     frozen: nn.Module = model.eval()

@@ -22,7 +22,7 @@ from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Listener, silent
 from gora_serve.training.data import schedule
 from gora_serve.training.encode import Example
-from gora_serve.training.loss import mean_loss
+from gora_serve.training.loss import input_tokens, mean_loss
 from gora_serve.training.probe import probe
 from gora_serve.training.probe_files import write_probe
 from gora_serve.training.session import (
@@ -68,7 +68,7 @@ def probe_session(
             generator=torch.Generator().manual_seed(session.seed),
             config=chosen,
             ranks=ranks,
-            count_batch=lambda batch: (len(batch["labels"]), int(batch["attention_mask"].sum())),
+            count_batch=lambda batch: (len(batch["labels"]), int(input_tokens(batch))),
             reduce=lambda tensor: sum_over_processes(tensor, session.accelerator),
             processes=world,
             device=device,

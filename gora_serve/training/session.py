@@ -49,6 +49,15 @@ class Session:
         return any(is_transposed(module) for module in self.modules.values())
 
     @property
+    def encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)  # type: ignore[union-attr]
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's word for the kind of model."""
+        return "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
+
+    @property
     def base_record(self) -> dict[str, Any]:
         """What probe.json and run.json say of the base."""
         return {
@@ -57,6 +66,10 @@ class Session:
             "roots": roots_json(self.manifest.roots),
         }
 
+    def load(self, source: str, rows: DataConfig) -> Dataset:
+        """Read more rows as the session's own were read."""
+        return load_data(source, self.tokenizer, rows, encoder_decoder=self.encoder_decoder)
+
     def batches(self, examples: Sequence[Example], indices: Sequence[Sequence[int]]) -> list[LazyBatch]:
         """Return this process's share of the micro-batches, each made when it is called, on the device."""
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -64,6 +77,8 @@ class Session:
 
     def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = collate(examples, self.tokenizer.pad_token_id)
+        if self.encoder_decoder:  # the model's own shift of the labels
+            batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])  # type: ignore[operator]
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
     def in_order(self, examples: Sequence[Example]) -> list[LazyBatch]:
@@ -88,9 +103,9 @@ def open_session(
     """Locate and hash the base, read the data, load the model onto the device. Raises before anything is written."""
     located = locate_base(base)
     find_model(located.path)
-    load_settings(located)
+    settings = load_settings(located)
     tokenizer = load_tokenizer(located)
-    dataset = load_data(data, tokenizer, rows)
+    dataset = load_data(data, tokenizer, rows, encoder_decoder=settings.is_encoder_decoder)
     manifest = hash_model(located.path, listen=listen)
     accelerator = _make_accelerator(train)
     torch.manual_seed(train.seed)

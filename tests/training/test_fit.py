@@ -406,15 +406,6 @@ def test_an_output_inside_the_base_is_refused(tiny_base: Path, tiny_data: Path, 
     assert digests(base) == digests(tiny_base)
 
 
-def test_an_encoder_decoder_is_refused(tiny_t5: Path, tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    base = shutil.copytree(tiny_t5, tmp_path / "t5")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tiny_base / name, base)
-    with pytest.raises(InputError, match="GS-343"):
-        run(base, tiny_data, tmp_path / "run")
-    assert not (tmp_path / "run.partial").exists()
-
-
 def test_more_length_than_positions_is_refused(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="GS-205"):
         run(tiny_base, tiny_data, tmp_path / "run", replace(QUICK, data=DataConfig(max_length=257)))
