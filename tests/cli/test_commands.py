@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shell import SMALL, TIMEOUT, Answer, command, environment, gora, snapshot
+from shell import SMALL, TIMEOUT, Answer, command, environment, gora, gora_here, snapshot
+from tiny_models import color_rows, write_jsonl
 
 BASE, DATA = "[bold]base", "[red]colors.jsonl"
 FORMS = ("unit", "padded", "native")
@@ -470,3 +471,23 @@ def test_version() -> None:
     import gora_serve
 
     assert gora("--version").out == f"gora-serve, version {gora_serve.__version__}\n"
+
+
+def test_an_encoder_decoder(tiny_t5: Path, tmp_path: Path) -> None:
+    """probe, fit, export and verify know T5; rows of whole texts are refused by their line."""
+    data = write_jsonl(tmp_path / "data.jsonl", color_rows(12))
+    words = (tiny_t5, "--data", data, *SMALL[:-2])  # without --rank, which probe does not know
+
+    def ran(*words: object) -> None:
+        answer = gora_here(*words)
+        assert (answer.code, answer.gs) == (0, None), answer.err
+
+    ran("probe", *words, "--output", tmp_path / "probe", "--probe", "sketch")
+    assert len(json.loads((tmp_path / "probe" / "probe.json").read_text())["modules"]) == 36
+    ran("fit", *words, "--output", tmp_path / "run", "--steps", "1")
+    ran("export", tmp_path / "run", "--output", tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    ran("verify", tmp_path / "adapter", "--base", tiny_t5)
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "The apple is red."}])
+    refused = gora_here("fit", tiny_t5, "--data", texts, "--output", tmp_path / "other")
+    assert (refused.code, refused.gs, refused.field("file")) == (3, "GS-378", f"{texts}:1")
