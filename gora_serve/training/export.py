@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +43,27 @@ def export(source: Path, output: Path, config: ExportConfig | None = None, *, ov
     trained = read_adapter(folder)
     base = Path(trained.base.name)
     protected = [source, *([base] if base.exists() else [])]
-    with staged_folder(output, overwrite=overwrite, protect=protected) as stage:
-        root = write_adapter(stage, trained, config.form, getattr(torch, config.dtype))
-        write_text(stage / "README.md", model_card(trained, config.form))
-        seal_folder(stage, _record(trained, root, config))
-    return Exported(output, root, trained)
+    return export_adapter(trained, output, config, overwrite=overwrite, protect=protected)
+
+
+def export_adapter(
+    adapter: Adapter,
+    output: Path,
+    config: ExportConfig | None = None,
+    *,
+    overwrite: bool = False,
+    protect: Sequence[Path] = (),
+) -> Exported:
+    """Write an adapter, whoever trained it, as `export` does: tensors, configuration, model card and seal.
+
+    `output` must not lie in or above a folder of `protect`. Raises OutputError for an existing output.
+    """
+    config = config or ExportConfig()
+    with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
+        root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
+        write_text(stage / "README.md", model_card(adapter, config.form))
+        seal_folder(stage, _record(adapter, root, config))
+    return Exported(output, root, adapter)
 
 
 def _record(adapter: Adapter, root: str, config: ExportConfig) -> dict[str, object]:
