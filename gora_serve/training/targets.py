@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gora_serve.errors import UsageError
 from gora_serve.training.weights import is_transposed
@@ -16,10 +17,14 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
     return {
-        path: module
-        for path, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head and path
+        path: module for path, module in model.named_modules() if _is_linear(module) and module is not head and path
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether it is a linear layer that is called: torch's MultiheadAttention only reads its weight."""
+    linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    return linear or is_transposed(module)
 
 
 def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
