@@ -13,6 +13,7 @@ from torch import nn
 from gora_serve.config import ModelConfig
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
+from gora_serve.training.quantize import load_options, settle
 
 
 def load_settings(base: Base) -> Any:
@@ -21,6 +22,11 @@ def load_settings(base: Base) -> Any:
 
     with _loading(base):
         settings = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise InputError(
+            "the base's weights are stored quantized", code="GS-391", file=base.path / "config.json",
+            hint="give the original base; --quantize nf4 quantizes it while it is loaded",
+        )  # fmt: skip
     if settings.is_encoder_decoder:
         raise InputError(
             "the base is an encoder-decoder model, which the command line cannot fit yet", code="GS-343",
@@ -29,16 +35,24 @@ def load_settings(base: Base) -> Any:
     return settings
 
 
-def load_model(base: Base, config: ModelConfig) -> nn.Module:
-    """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be."""
+def load_model(base: Base, config: ModelConfig, *, device: torch.device | None = None) -> nn.Module:
+    """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be.
+
+    device: where a base in 4 bits is quantized, and stays. Other bases are loaded into host memory.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    options = {}
+    if config.quantize == "nf4":
+        options = load_options() | {"device_map": {"": device or torch.device("cpu")}}
     with _loading(base):
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     _check_loaded(model, loaded, base)
+    if config.quantize == "nf4":
+        settle(model, base.path)
     if "logits_to_keep" not in signature(model.forward).parameters:
         raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
     model.requires_grad_(False)
