@@ -195,6 +195,9 @@ class FitConfig:
         """Raise UsageError for the first value that makes no sense."""
         for part in (self.data, self.probe, self.ranks, self.init, self.train):
             part.validate()
+        if self.model.quantize != "none":
+            what = "--quantize nf4 packs the weights, which GoRA-pro would have to move"
+            _require(not self.probe.lr, what, expected="no --probe-lr", actual=self.probe.lr)
 
 
 @dataclass(frozen=True)
