@@ -73,7 +73,7 @@ def _trained_on(adapter: Adapter) -> list[str]:
     made = f"bitsandbytes {record.get('bitsandbytes')}, blocks of {record.get('blocksize')}"
     computed = f"computed in {record.get('compute_dtype')}, memory root `{record.get('memory_root')}`"
     text = f"It was {trained_on_text(record)} ({made}, {computed})."
-    return [f"{text} The base that it is bound to is the one that was quantized, in full precision.", ""]
+    return [f"{text} The base that it is bound to is that one as it is stored, not quantized.", ""]
 
 
 def _front_matter(adapter: Adapter) -> list[str]:

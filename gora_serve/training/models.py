@@ -13,7 +13,7 @@ from torch import nn
 from gora_serve.config import ModelConfig
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
-from gora_serve.training.quantize import load_options, settle
+from gora_serve.training.quantize import load_options, prepare_layers
 
 
 def load_settings(base: Base) -> Any:
@@ -52,7 +52,7 @@ def load_model(base: Base, config: ModelConfig, *, device: torch.device | None =
         )
     _check_loaded(model, loaded, base)
     if config.quantize == "nf4":
-        settle(model, base.path)
+        prepare_layers(model, base.path)
     if "logits_to_keep" not in signature(model.forward).parameters:
         raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
     model.requires_grad_(False)

@@ -68,7 +68,7 @@ def _import_quietly() -> None:
         log.setLevel(before)
 
 
-def settle(model: nn.Module, folder: Path) -> None:
+def prepare_layers(model: nn.Module, folder: Path) -> None:
     """Make every quantized layer compute in the dtype that it was loaded in, from bytes that stay as they are.
 
     On CPUs with AVX512-BF16 bitsandbytes packs a weight anew in its first forward pass in eval mode, and rounds the

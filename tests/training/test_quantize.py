@@ -52,7 +52,7 @@ from gora_serve.training.loss import mean_loss
 from gora_serve.training.models import load_model, load_settings
 from gora_serve.training.probe import probe
 from gora_serve.training.probe_run import probe_only
-from gora_serve.training.quantize import settle, weight_error
+from gora_serve.training.quantize import prepare_layers, weight_error
 from gora_serve.training.targets import find_targets, linear_modules
 from gora_serve.training.weights import memory_root, weight_matrix, weight_shape
 
@@ -239,11 +239,11 @@ def test_a_shape_is_right_or_refused(tiny_base: Path) -> None:
 
 def test_a_kernel_that_unpacks_wrongly_is_found(base: Path) -> None:
     model = load(base)
-    settle(model, base)
+    prepare_layers(model, base)
     for module in linear_modules(model).values():  # now the definition differs from the kernel's own table
         module.weight.quant_state.code = module.weight.quant_state.code.flip(0)
     with pytest.raises(MachineError) as caught:
-        settle(model, base)
+        prepare_layers(model, base)
     assert caught.value.code == "GS-531"
 
 
@@ -522,5 +522,5 @@ def test_without_bitsandbytes_the_extra_is_named(base: Path, tiny_data: Path, tm
 def test_a_base_without_linear_layers_to_quantize_is_refused(base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base, tmp_path / "base")
     with pytest.raises(InputError) as caught:
-        settle(build_llama(), folder)
+        prepare_layers(build_llama(), folder)
     assert caught.value.code == "GS-390"
