@@ -15,6 +15,7 @@ Importance = Literal["sensitivity", "sensitivity-nuclear", "gradient-nuclear"]
 ProbeMode = Literal["exact", "sketch", "auto"]
 Method = Literal["gora", "lora"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quantize = Literal["none", "nf4"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["unit", "padded", "native"]
 
@@ -28,10 +29,14 @@ def _require(condition: bool, what: str, **fields: object) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which modules of the base are adapted, and the dtype that its weights are loaded in."""
+    """Which modules of the base are adapted, and the dtype that its weights are loaded in.
+
+    With `quantize` nf4 the linear layers lie in memory in 4 bits, and `dtype` is what they compute in.
+    """
 
     targets: str = "all-linear"
     dtype: Dtype = "auto"
+    quantize: Quantize = "none"
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,9 @@ class FitConfig:
         """Raise UsageError for the first value that makes no sense."""
         for part in (self.data, self.probe, self.ranks, self.init, self.train):
             part.validate()
+        if self.model.quantize != "none":
+            what = "--quantize nf4 packs the weights, which GoRA-pro would have to move"
+            _require(not self.probe.lr, what, expected="no --probe-lr", actual=self.probe.lr)
 
 
 @dataclass(frozen=True)

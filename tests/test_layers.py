@@ -47,6 +47,7 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/integrity/bases.py": frozenset({"huggingface_hub"}),  # only where BASE is a hub id
     "gora_serve/serving/vllm_cli.py": frozenset({"vllm"}),  # is the engine's process, never ours
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates
+    "gora_serve/training/quantize.py": frozenset({"bitsandbytes"}),
     "gora_serve/report.py": frozenset({"matplotlib"}),
     "gora_serve/demo.py": frozenset({"torch"}),  # asks for a GPU
 }

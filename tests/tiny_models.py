@@ -71,13 +71,13 @@ def build_llama(seed: int = 0, **changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).float().requires_grad_(False).eval()
 
 
-def build_gpt2(seed: int = 0) -> Any:
+def build_gpt2(seed: int = 0, *, n_embd: int = 32) -> Any:
     """A 2-layer GPT-2, whose linear layers are Conv1D: their weights lie as (in, out)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0,
+        vocab_size=384, n_embd=n_embd, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, initializer_range=0.1, bos_token_id=None, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config).float().requires_grad_(False).eval()

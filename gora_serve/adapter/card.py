@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from gora_serve.adapter.factors import Adapter
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.config import Form
+from gora_serve.integrity.record import trained_on, trained_on_text
 
 USE = {
     "unit": "scale 1 in PEFT and in every vLLM that loads it",
@@ -26,6 +28,7 @@ def model_card(adapter: Adapter, form: Form) -> str:
         "",
         "A low-rank adapter for an unmodified base model, made by gora-serve.",
         "",
+        *_trained_on(adapter),
         *_table(
             [
                 ("Base", adapter.base.name + (f" at {adapter.base.revision}" if adapter.base.revision else "")),
@@ -60,6 +63,17 @@ def model_card(adapter: Adapter, form: Form) -> str:
         "`gora-serve verify FOLDER --base BASE` proves that the files are whole and belong to the base.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _trained_on(adapter: Adapter) -> list[str]:
+    """A sentence for an adapter that saw another base in training than the one it is bound to."""
+    record = trained_on(adapter.origin, Path("README.md"))
+    if record is None:
+        return []
+    made = f"bitsandbytes {record.get('bitsandbytes')}, blocks of {record.get('blocksize')}"
+    computed = f"computed in {record.get('compute_dtype')}, memory root `{record.get('memory_root')}`"
+    text = f"It was {trained_on_text(record)} ({made}, {computed})."
+    return [f"{text} The base that it is bound to is that one as it is stored, not quantized.", ""]
 
 
 def _front_matter(adapter: Adapter) -> list[str]:

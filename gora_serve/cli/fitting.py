@@ -76,7 +76,7 @@ def _fit_config(options: dict[str, Any]) -> FitConfig:
     train = ("method", "steps", "epochs", "grad_accum", "lr", "lr_ratio", "warmup", "weight_decay", "max_grad_norm",
              "mixed_precision", "gradient_checkpointing", "eval_every", "seed")  # fmt: skip
     return FitConfig(
-        model=ModelConfig(options["targets"], options["dtype"]),
+        model=ModelConfig(options["targets"], options["dtype"], options["quantize"]),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
         probe=_probe_config(options),
         ranks=_rank_config(options),
@@ -120,7 +120,7 @@ def probe(base: str, data: str, output: Path, **options: Any) -> None:
     from gora_serve.training.probe_run import probe_only
 
     config = FitConfig(
-        model=ModelConfig(options["targets"], options["dtype"]),
+        model=ModelConfig(options["targets"], options["dtype"], options["quantize"]),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
         probe=_probe_config(options),
         train=TrainConfig(seed=options["seed"]),

@@ -94,6 +94,10 @@ model_options = together(
         type=click.Choice(["auto", "float32", "bfloat16"]),
         help="Of the base's weights in memory; auto: as stored. LoRA factors are float32.",
     ),
+    click.option(
+        "--quantize", default=ModelConfig.quantize, show_default=True, type=click.Choice(["none", "nf4"]),
+        help="nf4: the base's linear layers in 4 bits, by bitsandbytes; they compute in --dtype.",
+    ),
 )  # fmt: skip
 data_options = together(
     click.option(

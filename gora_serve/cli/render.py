@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import printable
+from gora_serve.integrity.record import trained_on_text
 from gora_serve.progress import Listener, Progress, silent
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ def watching() -> Iterator[Listener]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it talks of kernels
     if not _speaks():
         yield silent
     elif sys.stderr.isatty():
@@ -151,10 +154,12 @@ def fit_summary(result: FitResult) -> Summary:
         "gamma": result.gamma,
         "losses": dict(result.losses),
         "seconds": dict(result.seconds),
+        "trained_on": dict(result.quantization) if result.quantization else None,
         "data": data.summary(),
         "ranks": dict(plan.ranks),
     }
     lines = [f"wrote {result.folder}", "base unchanged: files and memory hashed before and after"]
+    lines += [trained_on_text(result.quantization)] if result.quantization else []
     lines += _data_lines(data.summary())
     if result.gamma is not None:
         lines.append(f"gamma {result.gamma:.4g}")
@@ -274,6 +279,7 @@ def verify_summary(done: Verified) -> Summary:
         lines.append(f"belongs to {done.base}")
     elif not done.base and done.bound_to:
         lines.append(f"bound to base {done.bound_to.weights}, which was not checked: give --base")
+    lines += [trained_on_text(done.trained_on)] if done.trained_on else []
     return Summary(done.to_json(), lines + [f"warning: {warning}" for warning in done.warnings])
 
 
@@ -281,14 +287,16 @@ def plan_summary(plan: ServePlan) -> Summary:
     """The engine's command line and environment, as a shell would take them."""
     import shlex
 
-    value = {
+    value: dict[str, Any] = {
         "argv": list(plan.argv), "environment": dict(plan.environment), "removed": list(plan.removed),
         "url": plan.url, "models": list(plan.models),
+        "trained_on": {adapter.name: adapter.trained_on for adapter in plan.adapters if adapter.trained_on},
     }  # fmt: skip
     words = [f"-u {name}" for name in plan.removed if "*" not in name]
     words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
     patterns = [name for name in plan.removed if "*" in name]
     lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
+    lines += [f"# {name}: {trained_on_text(record)}" for name, record in value["trained_on"].items()]
     return Summary(value, [*lines, " ".join(["env", *words, shlex.join(plan.argv)])])
 
 

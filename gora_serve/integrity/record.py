@@ -33,6 +33,27 @@ def read_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     return record
 
 
+def trained_on(origin: Mapping[str, Any], file: Path) -> dict[str, Any] | None:
+    """Return what an adapter's origin says of the base that it was trained on, where that one was quantized.
+
+    The adapter is bound to the base as it is stored, all the same. Raises InputError if the text is no JSON object.
+    """
+    text = origin.get("trained_on")
+    if text is None:
+        return None
+    value = parse_json(text.encode(), file) if isinstance(text, str) else None
+    if not isinstance(value, dict):
+        raise InputError("gora_serve metadata is malformed", code="GS-363", file=file, expected="trained_on an object")
+    return value
+
+
+def trained_on_text(record: Mapping[str, Any]) -> str:
+    """Say in half a sentence which quantized base an adapter was trained on, for people."""
+    error = record.get("weight_error")
+    known = f", mean relative weight error {error:.1%}" if isinstance(error, float) else ""
+    return f"trained on the base quantized to {record.get('quantize')}{known}"
+
+
 def binding_json(name: str, revision: str | None, roots: Roots | None) -> dict[str, str | None]:
     """Return what binds an adapter to its base, for the weights file's metadata and for the seal."""
     return {

@@ -12,19 +12,23 @@ from gora_serve.integrity.binding import check_binding, check_folder
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import read_header
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_adapter, hash_model
-from gora_serve.integrity.record import WEIGHTS, bound_roots, read_record
+from gora_serve.integrity.record import WEIGHTS, bound_roots, read_record, trained_on
 from gora_serve.progress import Listener, silent
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was proved, by hashing every byte. `base` is None where no base was given to check against."""
+    """What was proved, by hashing every byte. `base` is None where no base was given to check against.
+
+    trained_on: the quantized form of the base that the adapter says it was trained on, if it was.
+    """
 
     path: Path
     root: str
     bound_to: Roots | None
     base: Path | None
     warnings: tuple[str, ...]
+    trained_on: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `verify --json` prints."""
@@ -35,6 +39,7 @@ class Verified:
             "root": self.root,
             "bound_to": self.bound_to.weights if self.bound_to else None,
             "base": str(self.base) if self.base else None,
+            "trained_on": dict(self.trained_on) if self.trained_on else None,
             "warnings": list(self.warnings),
         }
 
@@ -63,7 +68,8 @@ def verify_adapter(
     warnings: tuple[str, ...] = ()
     if base is not None:
         warnings = _check_base(record, base_manifest or hash_model(base, listen=listen), base, strict=strict)
-    return Verified(folder, root, bound_roots(record), base, warnings)
+    said = trained_on(record.get("origin", {}), folder / WEIGHTS)
+    return Verified(folder, root, bound_roots(record), base, warnings, said)
 
 
 def verify_unsealed(folder: Path, *, base: Path, base_manifest: Manifest, strict: bool = False) -> Verified:

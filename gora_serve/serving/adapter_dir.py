@@ -15,6 +15,7 @@ from gora_serve.adapter.names import parse_key
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry, read_header
+from gora_serve.integrity.record import read_record, trained_on
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,7 +36,7 @@ class FactorPair:
 @dataclass(frozen=True)
 class AdapterDir:
     """One adapter folder as read: the configuration, the factors by module path, and every other tensor
-    name.
+    name. `trained_on` is what an adapter of ours says of a quantized base that it was trained on.
     """
 
     name: str
@@ -43,6 +44,7 @@ class AdapterDir:
     config: Mapping[str, object]
     pairs: Mapping[str, FactorPair] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    trained_on: Mapping[str, object] | None = None
 
     @property
     def config_file(self) -> Path:
@@ -67,7 +69,8 @@ def read_adapter_dir(name: str, path: Path) -> AdapterDir:
     config = _read_config(path / CONFIG_FILE)
     sides: dict[str, dict[str, TensorEntry]] = {}
     others: list[str] = []
-    for tensor, entry in read_header(path / WEIGHTS_FILE).entries.items():
+    header = read_header(path / WEIGHTS_FILE)
+    for tensor, entry in header.entries.items():
         parsed = parse_key(_EMBEDDING.sub(r".lora_\1.weight", tensor))
         if parsed is None:
             others.append(tensor)
@@ -75,7 +78,9 @@ def read_adapter_dir(name: str, path: Path) -> AdapterDir:
         module, side = parsed
         sides.setdefault(module, {})[side] = entry
     pairs = {module: FactorPair(**found) for module, found in sides.items()}
-    return AdapterDir(name, path, config, pairs, tuple(sorted(others)))
+    record = read_record(header.metadata, path / WEIGHTS_FILE)
+    said = trained_on(record.get("origin", {}), path / WEIGHTS_FILE)
+    return AdapterDir(name, path, config, pairs, tuple(sorted(others)), said)
 
 
 def _read_config(file: Path) -> Mapping[str, object]:

@@ -59,14 +59,15 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A checked adapter: the name of its model, the largest rank of its tensors, and the paths of its
-    modules.
+    """A checked adapter: the name of its model, the largest rank of its tensors, the paths of its modules,
+    and the quantized base that it says it was trained on, if it was.
     """
 
     name: str
     path: Path
     max_rank: int
     modules: tuple[str, ...]
+    trained_on: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _as_fault(err: GoraError, path: Path) -> Fault:
 
 def _served(adapter: AdapterDir) -> ServedAdapter:
     ranks = [pair.A.shape[0] for pair in adapter.pairs.values() if pair.A is not None]
-    return ServedAdapter(adapter.name, adapter.path.resolve(), max(ranks), tuple(sorted(adapter.pairs)))
+    modules = tuple(sorted(adapter.pairs))
+    return ServedAdapter(adapter.name, adapter.path.resolve(), max(ranks), modules, adapter.trained_on)
 
 
 def plan_server(

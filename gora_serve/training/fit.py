@@ -43,12 +43,15 @@ from gora_serve.training.session import (
     open_session,
     versions,
 )  # fmt: skip
-from gora_serve.training.weights import weight_matrix
+from gora_serve.training.weights import weight_shape
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """A finished run: where it lies, what was trained, and the losses (per token; None where not measured)."""
+    """A finished run: where it lies, what was trained, and the losses (per token; None where not measured).
+
+    quantization: of a base in 4 bits, what run.json records of it.
+    """
 
     folder: Path
     adapter: Adapter
@@ -58,6 +61,7 @@ class FitResult:
     seconds: Mapping[str, float]
     data: Dataset
     base_after: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None = None
 
 
 class _Folder:
@@ -103,7 +107,7 @@ def fit(
     check_partial(output, overwrite=overwrite)
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
     held_out = session.load(eval_data, config.data) if eval_data else None
-    shapes = {path: (weight_matrix(m).shape[0], weight_matrix(m).shape[1]) for path, m in session.modules.items()}
+    shapes = {path: weight_shape(module) for path, module in session.modules.items()}
     given = read_ranks(ranks_file, shapes) if ranks_file else None
     with _run_folder(output, session, overwrite) as folder:
         run = _Run(session, config, folder, held_out, listen)
@@ -202,7 +206,8 @@ class _Run:
             base_after = check_untouched(self.session, inject.detach(model), listen=self.listen)
         self.publish(adapter)
         used = gamma if self.config.train.method == "gora" else None
-        return FitResult(output, adapter, plan, used, self.losses, self.seconds, self.session.data, base_after)
+        data, quantization = self.session.data, self.session.quantization
+        return FitResult(output, adapter, plan, used, self.losses, self.seconds, data, base_after, quantization)
 
     def prepare(
         self, shapes: Mapping[str, tuple[int, int]], given: RankPlan | None
@@ -293,7 +298,7 @@ class _Run:
 
     def origin(self, gamma: float, plan: RankPlan) -> dict[str, str]:
         """What the adapter says of itself: enough to know how it was made. Equal runs give equal text."""
-        config = self.config
+        config, quantization = self.config, self.session.quantization
         settings = {
             "alpha": config.init.alpha,
             "gamma": gamma,
@@ -315,6 +320,7 @@ class _Run:
             "data": self.session.data.name,
             "data_sha256": self.session.data.digest,
             "settings": json.dumps(settings, sort_keys=True),
+            **({"trained_on": json.dumps(quantization, sort_keys=True)} if quantization else {}),
         }
 
     def publish(self, adapter: Adapter) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from gora_serve.config import ModelConfig
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
+from gora_serve.training.quantize import load_options, prepare_layers
 
 
 def load_settings(base: Base) -> Any:
@@ -20,24 +21,36 @@ def load_settings(base: Base) -> Any:
     from transformers import AutoConfig
 
     with _loading(base):
-        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        settings = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise InputError(
+            "the base's weights are stored quantized", code="GS-391", file=base.path / "config.json",
+            hint="give the original base; --quantize nf4 quantizes it while it is loaded",
+        )  # fmt: skip
+    return settings
 
 
-def load_model(base: Base, config: ModelConfig) -> nn.Module:
+def load_model(base: Base, config: ModelConfig, *, device: torch.device | None = None) -> nn.Module:
     """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be.
 
-    Its configuration says whether it is a causal language model or an encoder-decoder.
+    Its configuration says whether it is a causal language model or an encoder-decoder. device: where a base in
+    4 bits is quantized, and stays. Other bases are loaded into host memory.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     encoder_decoder = load_settings(base).is_encoder_decoder
     loader = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    options = {}
+    if config.quantize == "nf4":
+        options = load_options() | {"device_map": {"": device or torch.device("cpu")}}
     with _loading(base):
         model, loaded = loader.from_pretrained(
-            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     _check_loaded(model, loaded, base)
+    if config.quantize == "nf4":
+        prepare_layers(model, base.path)
     if encoder_decoder and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         raise InputError(
             "an encoder-decoder that makes no decoder inputs from labels", code="GS-343", file=base.path,

@@ -22,8 +22,9 @@ from gora_serve.progress import Listener
 from gora_serve.training.data import Dataset, collate, load_data
 from gora_serve.training.encode import Example
 from gora_serve.training.models import load_model, load_settings, load_tokenizer
+from gora_serve.training.quantize import quantization_record
 from gora_serve.training.targets import find_targets
-from gora_serve.training.weights import is_transposed, memory_root
+from gora_serve.training.weights import is_conv1d, memory_root
 
 LazyBatch = Callable[[], Mapping[str, Tensor]]
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
@@ -31,7 +32,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datas
 
 @dataclass(frozen=True)
 class Session:
-    """A base, ready to be probed and trained, with its digests from before."""
+    """A base, ready to be probed and trained, with its digests from before.
+
+    quantization: what is recorded of a base in 4 bits (training/quantize.py); None for one that is not.
+    """
 
     base: Base
     model: nn.Module
@@ -43,10 +47,11 @@ class Session:
     memory: str
     batch_size: int
     seed: int
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def fan_in_fan_out(self) -> bool:
-        return any(is_transposed(module) for module in self.modules.values())
+        return any(is_conv1d(module) for module in self.modules.values())
 
     @property
     def encoder_decoder(self) -> bool:
@@ -60,11 +65,12 @@ class Session:
     @property
     def base_record(self) -> dict[str, Any]:
         """What probe.json and run.json say of the base."""
-        return {
+        record = {
             "name": self.base.name,
             "revision": self.base.revision,
             "roots": roots_json(self.manifest.roots),
         }
+        return record | ({"trained_on": dict(self.quantization)} if self.quantization else {})
 
     def load(self, source: str, rows: DataConfig) -> Dataset:
         """Read more rows as the session's own were read."""
@@ -102,22 +108,33 @@ def open_session(
 ) -> Session:
     """Locate and hash the base, read the data, load the model onto the device. Raises before anything is written."""
     located = locate_base(base)
-    find_model(located.path)
+    files = find_model(located.path)
     settings = load_settings(located)
     tokenizer = load_tokenizer(located)
     dataset = load_data(data, tokenizer, rows, encoder_decoder=settings.is_encoder_decoder)
     manifest = hash_model(located.path, listen=listen)
     accelerator = _make_accelerator(train)
     torch.manual_seed(train.seed)
-    loaded = load_model(located, model)
+    loaded = load_model(located, model, device=accelerator.device)
     modules = find_targets(loaded, model.targets)
     _check_length(loaded, rows)
     memory = memory_root(loaded)
+    quantization = quantization_record(loaded, modules, stored=files.weights, memory_root=memory)
     if train.gradient_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     loaded.to(accelerator.device)
     return Session(
-        located, loaded, tokenizer, modules, dataset, accelerator, manifest, memory, rows.batch_size, train.seed
+        located,
+        loaded,
+        tokenizer,
+        modules,
+        dataset,
+        accelerator,
+        manifest,
+        memory,
+        rows.batch_size,
+        train.seed,
+        quantization,
     )
 
 

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
+from gora_serve.training.quantize import dequantized, from_conv1d, is_quantized
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Return whether the module keeps its weight as (in, out): GPT-2's Conv1D."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether the base's own weight is (in, out), even where the loaded, quantized one is not."""
+    return is_transposed(module) or from_conv1d(module)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
@@ -24,7 +30,9 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """Return the weight as (out, in), whichever way the module keeps it."""
+    """Return the weight as (out, in), whichever way the module keeps it; a quantized one is unpacked each time."""
+    if is_quantized(module):
+        return dequantized(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if is_transposed(module) else weight.detach()
