@@ -83,14 +83,15 @@ def build_gpt2(seed: int = 0, *, n_embd: int = 32) -> Any:
     return GPT2LMHeadModel(config).float().requires_grad_(False).eval()
 
 
-def build_t5(seed: int = 0) -> Any:
+def build_t5(seed: int = 0, **changes: int) -> Any:
     """A small encoder-decoder: two layers each side, gated feed-forward."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(seed)
+    sizes = {"vocab_size": 96, "d_model": 16, "d_kv": 8, "d_ff": 32} | changes
     config = T5Config(
-        vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        **sizes, num_layers=2, num_heads=2, dropout_rate=0.0, feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).float().requires_grad_(False).eval()
 

@@ -33,8 +33,8 @@ def load_settings(base: Base) -> Any:
 def load_model(base: Base, config: ModelConfig, *, device: torch.device | None = None) -> nn.Module:
     """Load the base with its language-model head, frozen and in eval mode. Raises InputError if it cannot be.
 
-    Its configuration says whether it is a causal language model or an encoder-decoder. device: where a base in
-    4 bits is quantized, and stays. Other bases are loaded into host memory.
+    Its configuration says whether it is a causal language model or an encoder-decoder. device: where a base in 4
+    bits is quantized, and stays; others are loaded into host memory.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -51,6 +51,13 @@ def load_model(base: Base, config: ModelConfig, *, device: torch.device | None =
     _check_loaded(model, loaded, base)
     if config.quantize == "nf4":
         prepare_layers(model, base.path)
+    _check_kind(model, base, encoder_decoder=encoder_decoder)
+    model.requires_grad_(False)
+    frozen: nn.Module = model.eval()
+    return frozen
+
+
+def _check_kind(model: nn.Module, base: Base, *, encoder_decoder: bool) -> None:
     if encoder_decoder and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         raise InputError(
             "an encoder-decoder that makes no decoder inputs from labels", code="GS-343", file=base.path,
@@ -58,9 +65,6 @@ def load_model(base: Base, config: ModelConfig, *, device: torch.device | None =
         )  # fmt: skip
     if not encoder_decoder and "logits_to_keep" not in signature(model.forward).parameters:
         raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
-    model.requires_grad_(False)
-    frozen: nn.Module = model.eval()
-    return frozen
 
 
 @contextmanager

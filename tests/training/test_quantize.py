@@ -22,7 +22,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import LLAMA_PATHS, MakeAdapter, build_gpt2, build_llama
+from tiny_models import LLAMA_PATHS, MakeAdapter, build_gpt2, build_llama, build_t5
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -491,6 +491,29 @@ def test_a_weight_stored_under_another_prefix_counts(gpt2: Path, tmp_path: Path)
     assert expected is not None
     assert weight_error(modules, {"model": tmp_path / "short.safetensors"}) == expected
     assert weight_error(modules, {"model": tmp_path / "other.safetensors"}) is None
+
+
+# T5: transformers keeps some of its layers out of the quantization
+
+
+def test_an_encoder_decoder(tiny_data: Path, pair_tokenizer: Any, tmp_path: Path) -> None:
+    """T5's wo stays as it was; it is a target all the same."""
+    original = build_t5(d_model=64, d_kv=32, d_ff=128)
+    original.save_pretrained(tmp_path / "base")
+    pair_tokenizer.save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base")
+    modules = find_targets(model, "all-linear")
+    assert tuple(modules) == tuple(linear_modules(original))
+    plain = [path for path, module in modules.items() if module.weight.dtype == torch.float32]
+    assert plain == [path for path in modules if path.endswith(".wo")]
+    for path, module in modules.items():
+        weight = original.get_submodule(path).weight
+        expected = weight.numpy() if path in plain else nf4(weight)
+        assert relative(weight_matrix(module), expected) < 1e-6, path
+    result = fit(str(tmp_path / "base"), str(tiny_data), tmp_path / "run", replace(QUICK, init=InitConfig(gamma=0.1)))
+    assert result.quantization is not None
+    assert result.quantization["modules"] == len(modules) - len(plain)
+    assert set(result.adapter.modules) == set(modules)
 
 
 # Without bitsandbytes
