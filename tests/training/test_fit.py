@@ -35,10 +35,11 @@ from gora_serve.config import (
 )
 from gora_serve.errors import BindingError, InputError, MismatchError, OutputError, RunError, UsageError
 from gora_serve.progress import Progress
-from gora_serve.training import fit as fit_module
 from gora_serve.training import loop
+from gora_serve.training import run as run_module
 from gora_serve.training.data import Example
-from gora_serve.training.fit import FitResult, fit, split_rows
+from gora_serve.training.fit import fit
+from gora_serve.training.run import FitResult, split_rows
 
 QUICK = FitConfig(
     model=ModelConfig(dtype="float32"),
@@ -306,7 +307,7 @@ def assert_failed(output: Path, code: str) -> None:
 def test_a_weight_changed_by_one_ulp_is_found(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after_step = fit_module._Run.after_step
+    after_step = run_module.Run.after_step
 
     def sabotage(self: Any, model: Any, step: int, steps: int) -> None:
         if step == 2:
@@ -314,7 +315,7 @@ def test_a_weight_changed_by_one_ulp_is_found(
             weight[5] = torch.nextafter(weight[5], torch.tensor(10.0))
         after_step(self, model, step, steps)
 
-    monkeypatch.setattr(fit_module._Run, "after_step", sabotage)
+    monkeypatch.setattr(run_module.Run, "after_step", sabotage)
     with pytest.raises(MismatchError, match="GS-110") as caught:
         run(tiny_base, tiny_data, tmp_path / "run")
     assert caught.value.exit_code == 1
@@ -327,7 +328,7 @@ def test_a_base_file_changed_during_the_run_is_found(
 ) -> None:
     """The file is replaced, as a download would: the loaded model still holds the old bytes."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
-    after_step = fit_module._Run.after_step
+    after_step = run_module.Run.after_step
 
     def sabotage(self: Any, model: Any, step: int, steps: int) -> None:
         if step == 1:
@@ -340,7 +341,7 @@ def test_a_base_file_changed_during_the_run_is_found(
             (tmp_path / "new").replace(base / name)
         after_step(self, model, step, steps)
 
-    monkeypatch.setattr(fit_module._Run, "after_step", sabotage)
+    monkeypatch.setattr(run_module.Run, "after_step", sabotage)
     with pytest.raises(MismatchError, match="GS-111"):
         run(base, tiny_data, tmp_path / "run")
     assert_failed(tmp_path / "run", "GS-111")
@@ -383,7 +384,7 @@ def test_a_base_loss_of_nan_in_the_search_is_a_run_error(
 def test_an_evaluation_of_nan_is_a_run_error(
     tiny_base: Path, tiny_data: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_module, "evaluate", lambda *_, **__: float("nan"))
+    monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: float("nan"))
     with pytest.raises(RunError, match="GS-704"):
         run(tiny_base, tiny_data, tmp_path / "run", LORA, eval_data=str(held_out))
     assert_failed(tmp_path / "run", "GS-704")
