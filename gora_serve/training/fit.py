@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gora_serve.config import FitConfig
-from gora_serve.errors import GoraError
+from gora_serve.errors import GoraError, Stopped, UsageError
 from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.files import staged_folder
-from gora_serve.integrity.staging import check_partial, check_target
-from gora_serve.progress import Listener, silent
+from gora_serve.integrity.staging import check_partial, check_target, partial_of
+from gora_serve.progress import Listener, Progress, silent
+from gora_serve.training.checkpoint import discard_all
+from gora_serve.training.resume import check_settings
 from gora_serve.training.run import FitResult, Run
 from gora_serve.training.run_files import read_ranks
 from gora_serve.training.run_folder import RunFolder
 from gora_serve.training.session import Session, naming_memory, open_session
+from gora_serve.training.train_stage import NEXT, Stop
 from gora_serve.training.weights import weight_shape
 
 
@@ -30,51 +35,82 @@ def fit(
     eval_data: str | None = None,
     ranks_file: Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    stop: Stop = lambda: None,
     listen: Listener = silent,
 ) -> FitResult:
     """Fit an adapter for one task: probe, allocate ranks, initialise, train, prove that the base is untouched.
 
     base: a model folder or hub id. data, eval_data: files or hub datasets (training/data.py). output: the run
-    folder; until the run is complete it is `<output>.partial`, which stays there when the run fails. Under
-    `accelerate launch` every process calls this, and the first alone writes.
-    Raises GoraError: UsageError and InputError before anything is written, RunError when the loss is not finite,
-    MismatchError when the base changed.
+    folder; until the run is complete it is `<output>.partial`, which stays there when the run fails. `resume`: go on
+    with what is there, if anything is; the adapter is then the one that an unbroken run gives. `stop` is asked at
+    every safe point for a signal that came. Under `accelerate launch` every process calls this, and the first alone
+    writes.
+    Raises GoraError: UsageError and InputError before anything is written, BindingError when the unfinished run is
+    another one, RunError when the loss is not finite, MismatchError when the base changed. Raises Stopped.
     """
     config = config or FitConfig()
     config.validate()
+    if resume and overwrite:
+        raise UsageError("--resume goes on and --overwrite starts anew: give one of them", code="GS-211")
     started = time.perf_counter()
-    check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
-    check_partial(output, overwrite=overwrite)
-    session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
+    check_target(output, overwrite=overwrite, protect=[locate_base(base).path], resume=resume)
+    partial = check_partial(output, overwrite=overwrite, resume=resume)
+    if resume:
+        check_settings(partial, asdict(config))
+    early = stoppable(listen, stop, kept="nothing was written")
+    session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=early)
     held_out = session.load(eval_data, config.data) if eval_data else None
     shapes = {path: weight_shape(module) for path, module in session.modules.items()}
     given = read_ranks(ranks_file, shapes) if ranks_file else None
-    with _run_folder(output, session, overwrite) as folder:
-        run = Run(session, config, folder, held_out, listen)
+    listen = stoppable(listen, stop, kept=f"the stages that were finished are in {partial}", hint=NEXT)
+    with _run_folder(output, session, overwrite=overwrite, resume=resume) as folder:
+        run = Run(session, config, folder, held_out=held_out, given=given, stop=stop, listen=listen)
+        if resume:
+            run.resume()
         run.note(status="running")
         try:
             with naming_memory():
-                result = run.stages(shapes, given, output)
+                result = run.stages(shapes, output)
         except BaseException as err:  # whatever ends the run, run.json says so; the error goes on
-            run.note(status="failed", error=_error_json(err), seconds=time.perf_counter() - started)
+            status = "stopped" if isinstance(err, Stopped | KeyboardInterrupt | SystemExit) else "failed"
+            run.note(status=status, error=_error_json(err), seconds=time.perf_counter() - started)
             raise
         seconds = time.perf_counter() - started
         run.note(status="complete", seconds=seconds, result=_summary(result), base_after=result.base_after)
+    if folder.writes:
+        discard_all(output)
     return result
 
 
+def stoppable(listen: Listener, stop: Stop, *, kept: str, hint: str | None = None) -> Listener:
+    """Return a listener that raises Stopped at the first event after a signal; training has safe points of its own."""
+
+    def listening(event: Progress) -> None:
+        listen(event)
+        number = stop()
+        if number is not None and event.stage != "train":
+            what = f"stopped by {signal.Signals(number).name} during {event.stage}"
+            raise Stopped(what, number=number, kept=kept, hint=hint)
+
+    return listening
+
+
 @contextmanager
-def _run_folder(output: Path, session: Session, overwrite: bool) -> Iterator[RunFolder]:
+def _run_folder(output: Path, session: Session, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
     if not session.accelerator.is_main_process:
-        yield RunFolder(None)
+        yield RunFolder(partial_of(output), writes=False)
         return
-    with staged_folder(output, overwrite=overwrite, protect=[session.base.path], visible=True) as path:
-        yield RunFolder(path)
+    protect = [session.base.path]
+    with staged_folder(output, overwrite=overwrite, protect=protect, visible=True, resume=resume) as path:
+        yield RunFolder(path, writes=True)
 
 
 def _error_json(err: BaseException) -> object:
     if isinstance(err, GoraError):
         return err.to_json()["error"]
+    if isinstance(err, Stopped):
+        return {"what": err.what}
     return {"what": "interrupted" if isinstance(err, KeyboardInterrupt | SystemExit) else type(err).__name__}
 
 

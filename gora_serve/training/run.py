@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import nn
 import gora_serve
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
-from gora_serve.config import FitConfig
+from gora_serve.config import FREE_SETTINGS, FitConfig
 from gora_serve.errors import RunError
 from gora_serve.gora.gamma import GammaSearch, search_gamma
 from gora_serve.gora.ranks import RankPlan, allocate_ranks, uniform_ranks
@@ -27,14 +26,16 @@ from gora_serve.integrity.files import staged_folder
 from gora_serve.integrity.record import binding_json
 from gora_serve.progress import Listener, Progress
 from gora_serve.training import inject
-from gora_serve.training.data import Dataset, schedule
+from gora_serve.training.data import Dataset
 from gora_serve.training.encode import Example
-from gora_serve.training.loop import evaluate, train
+from gora_serve.training.loop import evaluate
 from gora_serve.training.probe_files import write_probe
 from gora_serve.training.probe_run import probe_session
-from gora_serve.training.run_files import RUN_SCHEMA, ranks_json
+from gora_serve.training.resume import NOTHING, Left, check_ranks, digest_of_ranks, digests, pick_up
+from gora_serve.training.run_files import GAMMA_SCHEMA, RUN_SCHEMA, ranks_json
 from gora_serve.training.run_folder import RunFolder
-from gora_serve.training.session import LazyBatch, Session, check_untouched, versions
+from gora_serve.training.session import Session, check_untouched, versions
+from gora_serve.training.train_stage import Stop, TrainStage, check_loss
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,45 @@ class Run:
     """One call of `fit`: the inputs that every stage needs, and the stages in their order."""
 
     def __init__(
-        self, session: Session, config: FitConfig, folder: RunFolder, held_out: Dataset | None, listen: Listener
+        self,
+        session: Session,
+        config: FitConfig,
+        folder: RunFolder,
+        *,
+        held_out: Dataset | None,
+        given: RankPlan | None,
+        stop: Stop,
+        listen: Listener,
     ) -> None:
         self.session, self.config, self.folder = session, config, folder
-        self.held_out, self.listen = held_out, listen
+        self.held_out, self.given, self.stop, self.listen = held_out, given, stop, listen
+        self.left: Left = NOTHING
         self.seconds: dict[str, float] = {}
-        self.losses: dict[str, float] = {}
+
+    def resume(self) -> None:
+        """Take over what the unfinished run left. All processes read it, and none writes before all have."""
+        self.session.accelerator.wait_for_everyone()
+        self.left = pick_up(self.folder.path, self.facts())
+        self.session.accelerator.wait_for_everyone()
+
+    def facts(self) -> dict[str, Any]:
+        """Return the settings and inputs, as run.json records them."""
+        return {
+            "base": self.session.base_record,
+            "memory_root": self.session.memory,
+            "data": self.session.data.summary(),
+            "eval_data": self.held_out.summary() if self.held_out else None,
+            "ranks_file": digest_of_ranks(self.given),
+            "config": asdict(self.config),
+            "processes": self.session.accelerator.num_processes,
+            "device": str(self.session.accelerator.device),
+            "versions": versions(),
+        }
 
     def note(self, **facts: object) -> None:
         """Write run.json: the settings and inputs, and how the run stands."""
-        self.folder.json(
-            "run.json",
-            {
-                "schema": RUN_SCHEMA,
-                **facts,
-                "base": self.session.base_record,
-                "memory_root": self.session.memory,
-                "data": self.session.data.summary(),
-                "eval_data": self.held_out.summary() if self.held_out else None,
-                "config": asdict(self.config),
-                "processes": self.session.accelerator.num_processes,
-                "device": str(self.session.accelerator.device),
-                "versions": versions(),
-            },
-        )
+        resumed = {"resumed_from": self.left.checkpoint.position.step} if self.left.checkpoint else {}
+        self.folder.json("run.json", {"schema": RUN_SCHEMA, **facts, **resumed, **self.facts()})
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -90,8 +106,9 @@ class Run:
         yield
         self.seconds[stage] = time.perf_counter() - started
 
-    def stages(self, shapes: Mapping[str, tuple[int, int]], given: RankPlan | None, output: Path) -> FitResult:
-        plan, factors, gamma, search_rows = self.prepare(shapes, given)
+    def stages(self, shapes: Mapping[str, tuple[int, int]], output: Path) -> FitResult:
+        plan, factors, gamma, search_rows = self.prepare(shapes)
+        check_ranks(self.left, plan, self.folder.path)
         self.folder.json("ranks.json", ranks_json(plan))
         model = inject.attach(
             self.session.model,
@@ -101,8 +118,12 @@ class Run:
         )
         if gamma is None:
             gamma = self.search(model, search_rows)
+        training = TrainStage(
+            self.session, self.config.train, self.folder, self.held_out, checkpoint=self.left.checkpoint,
+            inputs=digests(self.facts()), stop=self.stop, listen=self.listen,
+        )  # fmt: skip
         with self.timed("train"):
-            self.train(model)
+            training.run(model)
         adapter = inject.extract(
             model,
             base=BaseId(self.session.base.name, self.session.base.revision, self.session.manifest.roots),
@@ -115,20 +136,22 @@ class Run:
         self.publish(adapter)
         used = gamma if self.config.train.method == "gora" else None
         data, quantization = self.session.data, self.session.quantization
-        return FitResult(output, adapter, plan, used, self.losses, self.seconds, data, base_after, quantization)
+        return FitResult(output, adapter, plan, used, training.losses, self.seconds, data, base_after, quantization)
 
     def prepare(
-        self, shapes: Mapping[str, tuple[int, int]], given: RankPlan | None
+        self, shapes: Mapping[str, tuple[int, int]]
     ) -> tuple[RankPlan, dict[str, LoraFactors], float | None, tuple[Example, ...]]:
         """Return the ranks and the starting adapter. γ None means: at γ = 1, to be searched."""
-        config = self.config
+        config, given = self.config, self.given
         if config.train.method == "lora":
             plan = given or uniform_ranks(shapes, config.ranks)
             generator = torch.Generator().manual_seed(config.train.seed)
             return plan, inject.lora_factors(plan, alpha=config.init.alpha, generator=generator), 0.0, ()
         probe_rows, search_rows = split_rows(self.session.data.examples, config)
-        with self.timed("probe"):
-            statistics = self.probe(probe_rows, max(config.ranks.highest, given.rank_max if given else 0))
+        statistics = self.left.statistics
+        if statistics is None:
+            with self.timed("probe"):
+                statistics = self.probe(probe_rows, max(config.ranks.highest, given.rank_max if given else 0))
         plan = given or allocate_ranks(statistics.importances(config.probe.importance[0]), shapes, config.ranks)
         gamma = None if config.init.gamma == "auto" else config.init.gamma
         factors = inject.gora_factors(statistics, plan, gamma=1.0 if gamma is None else gamma, alpha=config.init.alpha)
@@ -139,13 +162,17 @@ class Run:
         statistics = probe_session(
             self.session, rows, config.probe, config.ranks, rank_max=rank_max, listen=self.listen
         )
-        if self.folder.path:
-            (self.folder.path / "probe").mkdir()
-            write_probe(self.folder.path / "probe", statistics, self.session.base_record, self.config.probe.importance)
+        if self.folder.writes:
+            with staged_folder(self.folder.path / "probe", overwrite=True) as stage:
+                write_probe(stage, statistics, self.session.base_record, config.probe.importance)
+                seal_folder(stage, {})
         return statistics
 
     def search(self, model: nn.Module, rows: tuple[Example, ...]) -> float:
-        """Search γ on rows that the probe has not seen, then set it."""
+        """Search γ on rows that the probe has not seen, then set it. A search that was finished is not repeated."""
+        if self.left.gamma is not None:
+            inject.multiply_B(model, self.left.gamma)
+            return self.left.gamma
         batches = self.session.in_order(rows)
         tried: list[float] = []
 
@@ -158,51 +185,10 @@ class Run:
 
         with self.timed("gamma"):
             found = search_gamma(loss_at)
-        _check_loss(found.base_loss, "the base's loss on the rows of the gamma search", code="GS-703")
+        check_loss(found.base_loss, "the base's loss on the rows of the gamma search", code="GS-703")
         inject.multiply_B(model, found.gamma)
         self.folder.json("gamma.json", _gamma_json(found, len(rows)))
         return found.gamma
-
-    def train(self, model: nn.Module) -> None:
-        session, config = self.session, self.config.train
-        rows = session.data.examples
-        per_step = session.batch_size * config.grad_accum * session.accelerator.num_processes
-        steps = config.steps or -(-int(len(rows) * (config.epochs or 1.0)) // per_step) or 1
-        micro = steps * config.grad_accum * session.accelerator.num_processes
-        indices = schedule(len(rows), session.batch_size, batches=micro, seed=config.seed)
-        torch.manual_seed(config.seed)
-        self.evaluate(model, "start", 0)
-        train(
-            model,
-            session.batches(rows, indices),
-            accelerator=session.accelerator,
-            config=config,
-            record=lambda numbers: self.folder.line("metrics.jsonl", numbers),
-            after_step=lambda step: self.after_step(model, step, steps),
-            listen=self.listen,
-        )
-
-    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
-        every = self.config.train.eval_every
-        if step == steps:
-            self.evaluate(model, "end", step)
-        elif every and step % every == 0:
-            self.evaluate(model, f"step {step}", step)
-
-    def evaluate(self, model: nn.Module, name: str, step: int) -> None:
-        """Measure the loss on the evaluation data, if there is any; at the start also the base's own."""
-        if self.held_out is None:
-            return
-        batches: list[LazyBatch] = self.session.in_order(self.held_out.examples)
-        accelerator = self.session.accelerator
-        if name == "start":
-            with inject.scaled(model, 0.0):
-                self.losses["base"] = evaluate(model, batches, accelerator=accelerator)
-            _check_loss(self.losses["base"], "the base's loss on the evaluation data", code="GS-704")
-            self.folder.line("metrics.jsonl", {"step": step, "base_eval_loss": self.losses["base"]})
-        self.losses[name] = evaluate(model, batches, accelerator=accelerator)
-        _check_loss(self.losses[name], f"the loss on the evaluation data at step {step}", code="GS-704")
-        self.folder.line("metrics.jsonl", {"step": step, "eval_loss": self.losses[name]})
 
     def origin(self, gamma: float, plan: RankPlan) -> dict[str, str]:
         """What the adapter says of itself: enough to know how it was made. Equal runs give equal text."""
@@ -218,7 +204,7 @@ class Run:
             **asdict(config.data),
             "probe_steps": config.probe.steps,
             "importance": config.probe.importance[0],
-            **asdict(config.train),
+            **{name: value for name, value in asdict(config.train).items() if f"train.{name}" not in FREE_SETTINGS},
             "lr_ratio": config.train.ratio,
         }
         return {
@@ -233,10 +219,10 @@ class Run:
 
     def publish(self, adapter: Adapter) -> None:
         """Write adapter/ in native form; it appears whole, after the base has been proved untouched."""
-        if self.folder.path is None:
+        if not self.folder.writes:
             return
         _check_adapter_finite(adapter)
-        with staged_folder(self.folder.path / "adapter") as stage:
+        with staged_folder(self.folder.path / "adapter", overwrite=True) as stage:
             root = write_adapter(stage, adapter, "native")
             base = adapter.base
             binding = binding_json(base.name, base.revision, base.roots)
@@ -261,17 +247,9 @@ def split_rows(rows: tuple[Example, ...], config: FitConfig) -> tuple[tuple[Exam
     )
 
 
-def _check_loss(loss: float, what: str, *, code: str) -> None:
-    if not math.isfinite(loss):
-        raise RunError(
-            f"{what} is {loss}", code=code, kept="no adapter was written",
-            hint="look at the rows of that file, or load the base with --dtype float32",
-        )  # fmt: skip
-
-
 def _gamma_json(found: GammaSearch, rows: int) -> dict[str, Any]:
     return {
-        "schema": "gora-serve/gamma/1",
+        "schema": GAMMA_SCHEMA,
         "gamma": found.gamma,
         "base_loss": found.base_loss,
         "loss": found.loss,
