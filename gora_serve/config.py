@@ -19,6 +19,7 @@ Quantize = Literal["none", "nf4"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["unit", "padded", "native"]
 
+FREE_SETTINGS = frozenset({"train.save_every"})  # decide no number: a run may be resumed with others
 IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
 
 
@@ -142,7 +143,8 @@ class TrainConfig:
     """The training loop: AdamW with the paper's settings (appendix B.3, table 9).
 
     `lr` is that of A; B learns `lr_ratio` times faster (16 for GoRA, 1 for LoRA where it is None). One of
-    `steps` (optimiser steps) and `epochs` is given; both None means one epoch.
+    `steps` (optimiser steps) and `epochs` is given; both None means one epoch. `save_every`: optimiser steps between
+    two checkpoints; None means a tenth of the run.
     """
 
     method: Method = "gora"
@@ -159,6 +161,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     gradient_checkpointing: bool = False
     eval_every: int | None = None
+    save_every: int | None = None
     seed: int = 42
 
     @property
@@ -166,6 +169,10 @@ class TrainConfig:
         if self.lr_ratio is not None:
             return self.lr_ratio
         return 16.0 if self.method == "gora" else 1.0
+
+    def saves_at(self, step: int, steps: int) -> bool:
+        """Return whether a checkpoint is due after step `step` of `steps`, 1-based."""
+        return step == steps or step % (self.save_every or -(-steps // 10)) == 0
 
     def validate(self) -> None:
         _require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
@@ -177,9 +184,10 @@ class TrainConfig:
         _require(0 <= self.warmup <= 1, "--warmup must be between 0 and 1", actual=self.warmup)
         _require(0 <= self.floor <= 1, "floor must be between 0 and 1", actual=self.floor)
         _require(0 <= self.weight_decay < float("inf"), "--weight-decay must not be negative", actual=self.weight_decay)
-        norm, every = self.max_grad_norm, self.eval_every
+        norm, every, save = self.max_grad_norm, self.eval_every, self.save_every
         _require(norm is None or norm > 0, "--max-grad-norm must be positive", actual=norm)
         _require(every is None or every >= 1, "--eval-every must be at least 1", actual=every)
+        _require(save is None or save >= 1, "--save-every must be at least 1", actual=save)
         _require(0 <= self.seed < 2**32, "--seed must be between 0 and 2^32 - 1", actual=self.seed)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 
 def printable(text: object) -> str:
@@ -60,10 +61,31 @@ class GoraError(Exception):
         lines += [f"  {name}: {printable(value)}" for name, value in self.fields.items()]
         return "\n".join(lines)
 
+    def keeping(self, kept: str) -> Self:
+        """Return the same error with another `kept`, for a caller that knows what is left."""
+        fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
+        return type(self)(self.what, code=self.code, **(fields | {"kept": kept}))  # type: ignore[arg-type]
+
     def to_json(self) -> dict[str, object]:
         """Return the same fields for `--json`."""
         fields = {name: printable(value) for name, value in self.fields.items()}
         return {"error": {"code": self.code, "what": self.what, **fields}, "exit_code": self.exit_code}
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """A signal asked the work to stop, and it stopped at a safe point. No error: `str` says what is kept."""
+
+    def __init__(self, what: str, *, number: int, kept: str, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.number, self.kept, self.hint = what, number, kept, hint
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        lines = [printable(self.what), f"  kept: {printable(self.kept)}"]
+        return "\n".join([*lines, f"  try: {printable(self.hint)}"] if self.hint else lines)
 
 
 class MismatchError(GoraError):

@@ -33,7 +33,9 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/gora/gamma.py": frozenset(),
     "gora_serve/gora/settle.py": frozenset(),
     "deploy": frozenset({"torch", "safetensors"}),
-    "training": frozenset({"torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "psutil"}),
+    "training": frozenset(
+        {"torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "psutil", "numpy"}
+    ),
     "gora_serve/training/run_files.py": frozenset(),  # what `ranks` needs, without torch
     "serving": frozenset(),
     "vllm_plugin": frozenset({"torch", "vllm"}),

@@ -44,20 +44,23 @@ from gora_serve.config import (
 @click.option("--ranks", "ranks_file", type=FILE, help="Take the ranks from this ranks.json, perhaps edited.")
 @train_options
 @seed_option
+@click.option("--resume", is_flag=True, help="Go on with RUN.partial, if there is one, to the same adapter.")
 @overwrite_option
 @json_option
 def fit(base: str, data: str, output: Path, **options: Any) -> None:
     """Train an adapter for one task: probe gradients, give each module its rank, initialise, train.
 
     BASE is a model folder or a hub id. Its weights are never changed: they are hashed before and after.
-    While the run goes on it is RUN.partial; that is also what a failed run leaves behind.
+    While the run goes on it is RUN.partial; that is also what a failed, stopped or killed run leaves behind, and
+    what --resume goes on with.
     On several GPUs: accelerate launch -m gora_serve fit BASE ...
     """
     from gora_serve.cli.render import emit, fit_summary, watching
+    from gora_serve.cli.stopping import stopping
     from gora_serve.training.fit import fit as fit_adapter
 
     config = _fit_config(options)
-    with watching() as listen:
+    with watching() as listen, stopping() as stop:
         result = fit_adapter(
             base,
             data,
@@ -66,6 +69,8 @@ def fit(base: str, data: str, output: Path, **options: Any) -> None:
             eval_data=options["eval_data"],
             ranks_file=options["ranks_file"],
             overwrite=options["overwrite"],
+            resume=options["resume"],
+            stop=stop,
             listen=listen,
         )
     emit(fit_summary(result), as_json=options["as_json"])
@@ -74,7 +79,8 @@ def fit(base: str, data: str, output: Path, **options: Any) -> None:
 def _fit_config(options: dict[str, Any]) -> FitConfig:
     """Sort the options of `fit` into its dataclasses. Fields without an option keep their default."""
     train = ("method", "steps", "epochs", "grad_accum", "lr", "lr_ratio", "warmup", "weight_decay", "max_grad_norm",
-             "mixed_precision", "gradient_checkpointing", "eval_every", "seed")  # fmt: skip
+             "mixed_precision", "gradient_checkpointing", "eval_every", "save_every",
+             "seed")  # fmt: skip
     return FitConfig(
         model=ModelConfig(options["targets"], options["dtype"], options["quantize"]),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),

@@ -16,7 +16,7 @@ from gora_serve.cli.adapters import export, hash_, verify
 from gora_serve.cli.demo import demo
 from gora_serve.cli.fitting import fit, probe, ranks
 from gora_serve.cli.serve import serve
-from gora_serve.errors import GoraError
+from gora_serve.errors import GoraError, Stopped
 
 BUG = 70
 
@@ -55,6 +55,10 @@ def main(argv: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except GoraError as err:
         return _report(err, as_json="--json" in ours, debug=debug)
+    except Stopped as err:
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(str(err), err=True)
+        return err.exit_code
     except click.ClickException as err:
         err.show()
         return err.exit_code

@@ -187,5 +187,9 @@ train_options = together(
         help="Recompute each block's activations: less memory, more time.",
     ),
     click.option("--eval-every", type=int, default=TrainConfig.eval_every, help="Steps between evaluations."),
+    click.option(
+        "--save-every", type=int, default=TrainConfig.save_every, show_default="a tenth of the run",
+        help="Steps between checkpoints, for --resume; the newest two are kept.",
+    ),
 )  # fmt: skip
 seed_option = click.option("--seed", default=TrainConfig.seed, show_default=True)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gora_serve.integrity.verify import Verified
     from gora_serve.serving.plan import ServePlan
     from gora_serve.training.export import Exported
-    from gora_serve.training.fit import FitResult
+    from gora_serve.training.run import FitResult
 
 QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
 

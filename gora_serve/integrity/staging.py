@@ -29,25 +29,31 @@ SEAL = "gora_manifest.json"  # what a finished output folder of ours holds
 
 @contextmanager
 def staged_folder(
-    target: Path, *, overwrite: bool = False, protect: Sequence[Path] = (), visible: bool = False
+    target: Path,
+    *,
+    overwrite: bool = False,
+    protect: Sequence[Path] = (),
+    visible: bool = False,
+    resume: bool = False,
 ) -> Iterator[Path]:
     """Yield a new folder beside `target` to write into; on leaving without an exception it becomes `target`.
 
-    With `visible` the folder is `<target>.partial` and survives a failure. `protect` lists inputs that the target must
+    With `visible` the folder is `<target>.partial` and survives a failure; with `resume` too, one that is there already
+    is taken as it is, without the temporary files of a dead process. `protect` lists inputs that the target must
     not be, contain or lie in. Raises UsageError (GS-251 to GS-255), OutputError (GS-601 exists, GS-602 locked, GS-603
     a partial folder exists), MachineError (GS-505 nothing was changed, GS-506 published but not surely on disk); an
     OSError of the body becomes GS-505 too.
     """
     target = target.absolute()
-    check_target(target, overwrite=overwrite, protect=protect)
+    check_target(target, overwrite=overwrite, protect=protect, resume=resume)
     with _os_errors(target, UNCHANGED):
         target.parent.mkdir(parents=True, exist_ok=True)
         target = target.parent.resolve() / target.name
     with _locked(target):
         with _os_errors(target, UNCHANGED):
             _recover(target)
-            check_target(target, overwrite=overwrite, protect=protect)
-            stage = _new_partial(target, overwrite=overwrite) if visible else _new_stage(target)
+            check_target(target, overwrite=overwrite, protect=protect, resume=resume)
+            stage = _open_partial(target, overwrite=overwrite, resume=resume) if visible else _new_stage(target)
         kept = f"the unfinished output is in {stage}" if visible else UNCHANGED
         try:
             with _os_errors(target, kept):
@@ -63,7 +69,7 @@ def staged_folder(
             _delete_old(old)
 
 
-def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Path] = ()) -> None:
+def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Path] = (), resume: bool = False) -> None:
     """Raise UsageError or OutputError if `staged_folder` would refuse `target` before work starts; changes nothing."""
     if target.name in ("", ".."):
         raise UsageError("the output needs a name of its own", code="GS-255", file=target)
@@ -83,6 +89,8 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
         raise UsageError("the output is not a folder", code="GS-253", file=target, kept=UNCHANGED)
     if not overwrite:
         hint = "choose another output, or pass --overwrite"
+        if resume:
+            hint = "it is complete, there is nothing to resume; to start anew: --overwrite without --resume"
         raise OutputError("the output exists", code="GS-601", file=target, kept=UNCHANGED, hint=hint)
     if (target / "config.json").exists() and not (target / SEAL).exists():
         hint = "choose another output; a model folder is not overwritten"
@@ -191,23 +199,42 @@ def _new_stage(target: Path) -> Path:
     return stage
 
 
-def check_partial(target: Path, *, overwrite: bool) -> Path:
+def partial_of(target: Path) -> Path:
+    """Return the name of the visible stage of `target`."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def check_partial(target: Path, *, overwrite: bool, resume: bool = False) -> Path:
     """Return the partial folder of `target`; raise as `staged_folder` would if it is in the way. Changes nothing."""
-    stage = target.with_name(f"{target.name}.partial")
+    stage = partial_of(target)
     if stage.is_symlink():
         raise UsageError("the partial output is a symlink", code="GS-252", file=stage)
-    if stage.exists() and not overwrite:
-        hint = "look at it and remove it, or pass --overwrite"
+    if stage.exists() and not overwrite and not resume:
+        hint = "go on with it by --resume, or start anew with --overwrite"
         raise OutputError("an unfinished output exists", code="GS-603", file=stage, kept=UNCHANGED, hint=hint)
     return stage
 
 
-def _new_partial(target: Path, *, overwrite: bool) -> Path:
-    stage = check_partial(target, overwrite=overwrite)
+def _open_partial(target: Path, *, overwrite: bool, resume: bool) -> Path:
+    stage = check_partial(target, overwrite=overwrite, resume=resume)
+    if stage.exists() and resume:
+        _sweep(stage)
+        return stage
     if stage.exists():
         shutil.rmtree(stage)
     stage.mkdir()
     return stage
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing below `folder`: stages, temporary files, locks."""
+    leftover = re.compile(r"\.(.+\.)?gora-\d+-[0-9a-f]{8}\.(tmp|old)|\..+\.lock")
+    for place, folders, names in os.walk(folder):
+        for name in filter(leftover.fullmatch, names):
+            Path(place, name).unlink()
+        for name in [name for name in folders if leftover.fullmatch(name)]:
+            shutil.rmtree(Path(place, name))
+            folders.remove(name)
 
 
 def fsync_path(path: Path) -> None:

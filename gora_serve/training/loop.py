@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ from gora_serve.progress import Listener, Progress
 from gora_serve.training.loss import Batch, input_tokens, loss_tokens, mean_loss
 
 Record = Callable[[Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: optimizer steps taken, tokens seen by all processes, seconds spent."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+START = Position()
 
 
 def cosine_with_floor(step: int, steps: int, *, warmup: float, floor: float) -> float:
@@ -52,20 +65,26 @@ def train(
     record: Record,
     after_step: Callable[[int], None],
     listen: Listener,
+    start: Position = START,
+    restore: Callable[[Any], None] = lambda optimizer: None,
+    save: Callable[[Position, Any], None] = lambda position, optimizer: None,
 ) -> None:
     """Take len(batches) / grad_accum optimiser steps. The model is trained in place.
 
     `batches` are this process's micro-batches. `record` gets the numbers of each step, `after_step` its 1-based
-    number. Raises RunError naming the step when the loss or the gradient is not finite; that step is not taken.
+    number, and then `save` the position and the optimizer, to keep them. Training that was interrupted goes on at
+    `start`, once `restore` has put model, optimizer and random generators into the state that they had there.
+    Raises RunError naming the step when the loss or the gradient is not finite; that step is not taken.
     """
     steps = len(batches) // config.grad_accum
     optimizer = make_optimizer(model, config)
     model.train()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    started = time.perf_counter()
-    seen = 0
-    for step in range(steps):
+    restore(optimizer)
+    started = time.perf_counter() - start.seconds
+    seen = start.tokens
+    for step in range(start.step, steps):
         factor = cosine_with_floor(step, steps, warmup=config.warmup, floor=config.floor)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -85,6 +104,7 @@ def train(
         record({"step": step + 1, **numbers, "seconds": seconds})
         listen(Progress("train", step + 1, steps, {"loss": loss, "tokens/s": seen / seconds}))
         after_step(step + 1)
+        save(Position(step + 1, seen, time.perf_counter() - started), optimizer)
     accelerator.free_memory()
 
 

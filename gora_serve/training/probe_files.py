@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gora_serve.config import Importance
-from gora_serve.gora.statistics import GradientStatistics
+from gora_serve.errors import InputError
+from gora_serve.gora.statistics import GradientStatistics, ModuleStatistics
 from gora_serve.integrity.files import write_json
-from gora_serve.training.run_files import PROBE_SCHEMA
+from gora_serve.training.run_files import PROBE_SCHEMA, read_probe
 
 
 def probe_json(
@@ -55,3 +56,30 @@ def write_probe(
         tensors[f"{path}.compressed"] = module.compressed.contiguous()
     save_file(tensors, folder / "statistics.safetensors")
     write_json(folder / "probe.json", probe_json(statistics, base, importance))
+
+
+def read_statistics(folder: Path) -> GradientStatistics:
+    """Read the probe that `write_probe` wrote into `folder`: the same value, with all tensors on the CPU.
+
+    Raises InputError for a file of another kind, or where the two files do not belong together.
+    """
+    probe = read_probe(folder)
+    tensors = load_file(folder / "statistics.safetensors")
+    names = {f"{path}.{part}" for path in probe["modules"] for part in ("A", "compressed")}
+    if names != tensors.keys():
+        odd = sorted(names ^ tensors.keys())[0]
+        raise InputError("the files of the probe do not belong together", code="GS-394", file=folder, tensor=odd)
+    modules = {
+        path: ModuleStatistics(
+            shape=(module["shape"][0], module["shape"][1]),
+            importance={probe["metric"]: module["importance"], **module.get("others", {})},
+            A=tensors[f"{path}.A"],
+            compressed=tensors[f"{path}.compressed"],
+            gradient_norm=module["gradient_norm"],
+            importance_error=module.get("importance_error", 0.0),
+            rows=module.get("rows", module["shape"][0]),
+        )
+        for path, module in probe["modules"].items()
+    }
+    numbers = (probe[name] for name in ("steps", "samples", "tokens", "loss", "stopped_early"))
+    return GradientStatistics(probe["mode"], modules, *numbers)

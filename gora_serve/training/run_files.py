@@ -17,6 +17,7 @@ from gora_serve.integrity.canonical import read_json
 PROBE_SCHEMA = "gora-serve/probe/1"
 RANKS_SCHEMA = "gora-serve/ranks/1"
 RUN_SCHEMA = "gora-serve/run/1"
+GAMMA_SCHEMA = "gora-serve/gamma/1"
 
 
 def read_object(path: Path, schema: str) -> dict[str, Any]:

@@ -355,3 +355,31 @@ def test_the_second_writer_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=f"pid {os.getpid()}"), staged_folder(tmp_path / "out"):
             pytest.fail("the body must not run")
     assert content(tmp_path / "out") == NEW
+
+
+def test_a_partial_folder_is_gone_on_with(tmp_path: Path) -> None:
+    """What a killed process was writing is swept, what it had finished stays."""
+    partial = tmp_path / "out.partial"
+    (partial / "inner").mkdir(parents=True)
+    (partial / "done").write_text("kept")
+    for name in (".gora-7-0123abcd.tmp", "inner/.gora-7-0123abcd.tmp", "inner/.step-1.lock"):
+        (partial / name).write_text("torn")
+    torn = partial / "inner" / ".step-1.gora-7-0123abcd.tmp"
+    torn.mkdir()
+    (torn / "file").write_text("torn")
+    with staged_folder(tmp_path / "out", visible=True, resume=True) as again:
+        assert again == partial
+        found = sorted(path.relative_to(again).as_posix() for path in again.rglob("*"))
+        assert found == ["done", "inner"]
+    assert (tmp_path / "out" / "done").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_complete_folder_has_nothing_to_resume(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(OutputError, match="nothing to resume"),
+        staged_folder(tmp_path / "out", visible=True, resume=True),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -35,10 +35,10 @@ from gora_serve.config import (
 )
 from gora_serve.errors import BindingError, InputError, MismatchError, OutputError, RunError, UsageError
 from gora_serve.progress import Progress
-from gora_serve.training import fit as fit_module
-from gora_serve.training import loop
+from gora_serve.training import loop, train_stage
 from gora_serve.training.data import Example
-from gora_serve.training.fit import FitResult, fit, split_rows
+from gora_serve.training.fit import fit
+from gora_serve.training.run import FitResult, split_rows
 
 QUICK = FitConfig(
     model=ModelConfig(dtype="float32"),
@@ -93,6 +93,7 @@ def test_the_folder_holds_what_it_should_and_nothing_else(finished: Any) -> None
     output = finished[0]
     assert set(digests(output)) == {
         "run.json", "ranks.json", "gamma.json", "metrics.jsonl", "probe/probe.json", "probe/statistics.safetensors",
+        "probe/gora_manifest.json",
         "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/gora_manifest.json",
     }  # fmt: skip
     assert sorted(path.name for path in output.parent.iterdir()) == ["run"], "no partial folder, lock or stage is left"
@@ -306,15 +307,15 @@ def assert_failed(output: Path, code: str) -> None:
 def test_a_weight_changed_by_one_ulp_is_found(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after_step = fit_module._Run.after_step
+    after_step = train_stage.TrainStage.after_step
 
-    def sabotage(self: Any, model: Any, step: int, steps: int) -> None:
+    def sabotage(self: Any, model: Any, step: int) -> None:
         if step == 2:
             weight = model.get_submodule("base_model.model.model.norm").weight.data
             weight[5] = torch.nextafter(weight[5], torch.tensor(10.0))
-        after_step(self, model, step, steps)
+        after_step(self, model, step)
 
-    monkeypatch.setattr(fit_module._Run, "after_step", sabotage)
+    monkeypatch.setattr(train_stage.TrainStage, "after_step", sabotage)
     with pytest.raises(MismatchError, match="GS-110") as caught:
         run(tiny_base, tiny_data, tmp_path / "run")
     assert caught.value.exit_code == 1
@@ -327,9 +328,9 @@ def test_a_base_file_changed_during_the_run_is_found(
 ) -> None:
     """The file is replaced, as a download would: the loaded model still holds the old bytes."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
-    after_step = fit_module._Run.after_step
+    after_step = train_stage.TrainStage.after_step
 
-    def sabotage(self: Any, model: Any, step: int, steps: int) -> None:
+    def sabotage(self: Any, model: Any, step: int) -> None:
         if step == 1:
             content = bytearray((base / name).read_bytes())
             if name.endswith("safetensors"):
@@ -338,9 +339,9 @@ def test_a_base_file_changed_during_the_run_is_found(
                 content = bytearray(content.replace(b"<|endoftext|>", b"<|endofbook|>").replace(b'"llama"', b'"llamb"'))
             (tmp_path / "new").write_bytes(content)
             (tmp_path / "new").replace(base / name)
-        after_step(self, model, step, steps)
+        after_step(self, model, step)
 
-    monkeypatch.setattr(fit_module._Run, "after_step", sabotage)
+    monkeypatch.setattr(train_stage.TrainStage, "after_step", sabotage)
     with pytest.raises(MismatchError, match="GS-111"):
         run(base, tiny_data, tmp_path / "run")
     assert_failed(tmp_path / "run", "GS-111")
@@ -383,7 +384,7 @@ def test_a_base_loss_of_nan_in_the_search_is_a_run_error(
 def test_an_evaluation_of_nan_is_a_run_error(
     tiny_base: Path, tiny_data: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_module, "evaluate", lambda *_, **__: float("nan"))
+    monkeypatch.setattr(train_stage, "evaluate", lambda *_, **__: float("nan"))
     with pytest.raises(RunError, match="GS-704"):
         run(tiny_base, tiny_data, tmp_path / "run", LORA, eval_data=str(held_out))
     assert_failed(tmp_path / "run", "GS-704")

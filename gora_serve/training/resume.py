@@ -1,0 +1,160 @@
+"""What an unfinished run left that a new process may go on from, once it is proved to be the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gora_serve.config import FREE_SETTINGS
+from gora_serve.errors import BindingError, GoraError, InputError
+from gora_serve.gora.ranks import RankPlan
+from gora_serve.gora.statistics import GradientStatistics
+from gora_serve.integrity.binding import check_folder
+from gora_serve.training.checkpoint import Checkpoint, newest_checkpoint
+from gora_serve.training.probe_files import read_statistics
+from gora_serve.training.run_files import GAMMA_SCHEMA, RANKS_SCHEMA, RUN_SCHEMA, ranks_json, read_object
+
+log = logging.getLogger(__name__)
+
+ANEW = "start anew with --overwrite, without --resume"
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run left: None where a stage was not finished. `ranks` is the content of ranks.json."""
+
+    statistics: GradientStatistics | None = None
+    ranks: Mapping[str, Any] | None = None
+    gamma: float | None = None
+    checkpoint: Checkpoint | None = None
+
+
+NOTHING = Left()
+
+
+def pick_up(run: Path, facts: Mapping[str, Any]) -> Left:
+    """Return what the unfinished run at `run` left. `facts` are those of the new process, as run.json records them.
+
+    Raises BindingError (GS-420) naming every setting and input that differs. A damaged probe or checkpoint is passed
+    over with a warning.
+    """
+    if not (run / "run.json").exists():  # killed before its first file
+        return NOTHING
+    before = read_object(run / "run.json", RUN_SCHEMA)
+    check_same(before, facts, run)
+    _warn_of_versions(before, facts, run)
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is not None and checkpoint.inputs != digests(facts):
+        raise BindingError(
+            "a checkpoint of another run lies in the unfinished run", code="GS-422", file=run / "checkpoints", hint=ANEW
+        )
+    ranks = run / "ranks.json"
+    return Left(
+        statistics=_statistics(run / "probe"),
+        ranks=read_object(ranks, RANKS_SCHEMA) if ranks.exists() else None,
+        gamma=_gamma(run / "gamma.json"),
+        checkpoint=checkpoint,
+    )
+
+
+def check_settings(run: Path, config: Mapping[str, Any]) -> None:
+    """Raise as `check_same` where the settings alone tell that it is another run: before a model is loaded."""
+    if (run / "run.json").exists():
+        before = read_object(run / "run.json", RUN_SCHEMA)
+        check_same(before, {**before, "config": config}, run)
+
+
+def decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides a run's numbers, by name: settings without the free ones, and digests of all inputs."""
+    config = {name: value for name, value in _flat(facts.get("config", {})) if name not in FREE_SETTINGS}
+    found = {"the base's memory_root": facts.get("memory_root")}
+    found |= {f"the base's {kind} root": root for kind, root in facts.get("base", {}).get("roots", {}).items()}
+    for kind in ("data", "eval_data"):
+        summary = facts.get(kind) or {}
+        found |= {f"{kind} {key}": summary.get(key) for key in ("sha256", "used")}
+    return config | found | {name: facts.get(name) for name in ("ranks_file", "processes")}
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(item) if isinstance(item, tuple) else item
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> None:
+    """Raise BindingError (GS-420) where the records are of different runs, naming what differs."""
+    theirs, ours = decisive(before), decisive(now)
+    names = [name for name in (*ours, *(theirs.keys() - ours)) if theirs.get(name) != ours.get(name)]
+    if names:
+        raise BindingError(
+            f"the unfinished run was made with another {', '.join(names)}", code="GS-420", file=run,
+            expected=_shown(theirs, names), actual=_shown(ours, names), kept="nothing was changed",
+            hint=f"resume with the settings and inputs of its run.json, or {ANEW}",
+        )  # fmt: skip
+
+
+def _shown(values: Mapping[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name} {values.get(name)}" for name in names)
+
+
+def digests(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint records of its run: the digest of the settings, the base's roots, the data's digests."""
+    settings = {name: value for name, value in _flat(facts["config"]) if name not in FREE_SETTINGS}
+    text = json.dumps({name: float(v) if type(v) is int else v for name, v in settings.items()}, sort_keys=True)
+    return {
+        "config": hashlib.sha256(text.encode()).hexdigest(),
+        "base": facts["base"]["roots"],
+        "data": facts["data"]["sha256"],
+        "eval_data": facts["eval_data"]["sha256"] if facts["eval_data"] else None,
+    }
+
+
+def digest_of_ranks(plan: RankPlan | None) -> str | None:
+    """Return the SHA-256 of the ranks that the user gave, or None."""
+    return hashlib.sha256(json.dumps(sorted(plan.ranks.items())).encode()).hexdigest() if plan else None
+
+
+def check_ranks(left: Left, plan: RankPlan, run: Path) -> None:
+    """Raise BindingError (GS-423) if the ranks.json of the unfinished run is not what its probe gives."""
+    if left.ranks is not None and left.ranks != ranks_json(plan):
+        raise BindingError(
+            "the ranks.json of the unfinished run was changed", code="GS-423", file=run / "ranks.json",
+            hint="to train with other ranks, give the file to a new run: fit --ranks",
+        )  # fmt: skip
+
+
+def _warn_of_versions(before: Mapping[str, Any], facts: Mapping[str, Any], run: Path) -> None:
+    for name, now in {**facts["versions"], "device": facts["device"]}.items():
+        was = before["device"] if name == "device" else before.get("versions", {}).get(name)
+        if was != now:
+            log.warning("%s began with %s %s and goes on with %s: the numbers may differ", run, name, was, now)
+
+
+def _statistics(folder: Path) -> GradientStatistics | None:
+    if not folder.exists():
+        return None
+    try:
+        check_folder(folder)
+        return read_statistics(folder)
+    except GoraError as err:
+        log.warning("%s is damaged (%s); probing again", folder, err.what)
+        return None
+
+
+def _gamma(path: Path) -> float | None:
+    if not path.exists():
+        return None
+    gamma = read_object(path, GAMMA_SCHEMA).get("gamma")
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not (math.isfinite(gamma) and gamma >= 0):
+        raise InputError(
+            "not a gamma", code="GS-393", file=path, expected="a number of 0 or more", actual=gamma, hint=ANEW
+        )
+    return float(gamma)
