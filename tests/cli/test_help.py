@@ -42,8 +42,10 @@ COMMANDS = sorted(cli.commands)
 OBVIOUS = {"--rank-min", "--rank-max", "--port", "--seed", "--dtype", "--weight-decay", "--max-grad-norm",
            "--mixed-precision"}  # fmt: skip
 # Options that choose files and manners of this one call: they have no place in a configuration.
-OF_THE_CALL = {"data", "output", "eval_data", "ranks_file", "overwrite", "resume", "as_json", "base", "manifest", "strict",
-               "plot", "adapters", "log", "dry_run", "debug", "help", "version"}  # fmt: skip
+OF_THE_CALL = {
+    "data", "output", "eval_data", "ranks_file", "overwrite", "resume", "as_json", "base", "manifest", "strict",
+    "plot", "adapters", "log", "dry_run", "debug", "help", "version",
+}  # fmt: skip
 
 
 def run_help(*words: str) -> tuple[int, str, set[str]]:
