@@ -53,7 +53,7 @@ def fit(base: str, data: str, output: Path, **options: Any) -> None:
     BASE is a model folder or a hub id. Its weights are never changed: they are hashed before and after.
     While the run goes on it is RUN.partial; that is also what a failed, stopped or killed run leaves behind, and
     what --resume goes on with.
-    On several GPUs: accelerate launch -m gora_serve fit BASE ...
+    On several GPUs: accelerate launch --multi_gpu -m gora_serve fit BASE ...
     """
     from gora_serve.cli.render import emit, fit_summary, watching
     from gora_serve.cli.stopping import stopping

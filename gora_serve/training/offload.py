@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gora_serve.config import Offload
 from gora_serve.errors import UsageError
@@ -51,7 +52,8 @@ def _quiet(name: str) -> Iterator[None]:
 def offload(model: nn.Module, where: Offload, device: torch.device) -> None:
     """Let the layers run on `device` with weights fetched from the CPU, or from where `load_on_disk` left them.
 
-    Raises UsageError for a model without gradient checkpointing, without which offloading would save nothing.
+    Raises UsageError for a model without gradient checkpointing, without which offloading would save nothing, and
+    for one that uses a weight outside of the layer that holds it.
     """
     from accelerate import cpu_offload
 
@@ -66,7 +68,39 @@ def offload(model: nn.Module, where: Offload, device: torch.device) -> None:
         cpu_offload(model, device)
     else:
         _fetch_onto(model, device)
+    _check_fetches(model, device)
     model.gradient_checkpointing_enable(CHECKPOINTING)  # type: ignore[operator]
+
+
+class _NothingAbsent(TorchFunctionMode):
+    """While open, an operation on a weight that has not been fetched is an error.
+
+    Torch itself takes such a weight in a matrix product on the CPU, and computes with memory that nobody has written.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        there = {tensor.is_meta for tensor in _tensors((args, tuple((kwargs or {}).values())))}
+        if len(there) == 2:
+            raise UsageError(
+                "this model uses a weight outside of the layer that holds it: it cannot be offloaded", code="GS-222",
+                actual=getattr(func, "__name__", str(func)), hint="--offload none",
+            )  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _check_fetches(model: nn.Module, device: torch.device) -> None:
+    """Run a few tokens through the model and see that every weight is there when it is used."""
+    inputs = {name: tensor.to(device) for name, tensor in model.dummy_inputs.items()}  # type: ignore[operator, union-attr]
+    with torch.no_grad(), _NothingAbsent():
+        model(**inputs, use_cache=False)
 
 
 def _fetch_onto(model: nn.Module, device: torch.device) -> None:
@@ -77,5 +111,5 @@ def _fetch_onto(model: nn.Module, device: torch.device) -> None:
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     loader = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)  # type: ignore[union-attr]
     remove_hook_from_submodules(model)
-    weights = OffloadedWeightsLoader(index=loader.index)  # type: ignore[union-attr]
+    weights = OffloadedWeightsLoader(index=loader.index)
     attach_align_device_hook(model, execution_device=device, offload=True, weights_map=weights)

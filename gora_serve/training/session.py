@@ -171,20 +171,13 @@ def _check_length(model: nn.Module, rows: DataConfig) -> None:
 
 @contextmanager
 def naming_memory() -> Iterator[None]:
-    """Turn a device that ran out of memory, or a weight that is not there, into an error that says what to do."""
+    """Turn a device that ran out of memory into an error that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as err:
         raise MachineError(
             "the device ran out of memory", code="GS-526", actual=str(err).splitlines()[0],
             hint="a smaller --batch-size or --max-length, --gradient-checkpointing, or --offload cpu",
-        ) from err  # fmt: skip
-    except (RuntimeError, NotImplementedError) as err:
-        if "meta" not in str(err):
-            raise
-        raise UsageError(
-            "this model uses a weight outside of the layer that holds it: it cannot be offloaded", code="GS-222",
-            actual=str(err).splitlines()[0], hint="--offload none",
         ) from err  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def whole_tensor(module: nn.Module, name: str) -> Tensor:
         offloaded: Tensor = module._hf_hook.weights_map[name]  # type: ignore[union-attr, index]
         return offloaded.detach()
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        whole: Tensor = tensor.full_tensor()
+        return whole.detach()
     return tensor.detach()
 
 
