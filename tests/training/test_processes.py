@@ -75,8 +75,8 @@ def alone(
 
 @pytest.mark.parametrize(
     ("ways", "options"),
-    [(PLAIN, ()), (PLAIN, ("--offload", "disk")), (FSDP, ()), (FSDP, ("--gradient-checkpointing",))],
-    ids=["replicated", "offloaded", "sharded", "sharded-checkpointed"],
+    [(PLAIN, ()), (PLAIN, ("--offload", "disk")), (FSDP, ("--gradient-checkpointing",))],
+    ids=["replicated", "offloaded", "sharded"],
 )
 def test_two_processes_make_the_run_of_one(
     tiny_base: Path, tiny_data: Path, few_rows: Path, alone: Any, tmp_path: Path, ways: Any, options: Any
