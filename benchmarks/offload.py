@@ -10,6 +10,7 @@ without gradient checkpointing, which offloading always uses.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from machine import facts, write
 from gora_serve.config import DataConfig, FitConfig, ModelConfig, ProbeConfig, RankConfig, TrainConfig
 
 STEPS, BATCH, TOKENS = 3, 2, 128
+# glibc otherwise keeps freed memory by a rule of its own, and the same run peaks 100 MB higher or lower
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 RUNS = (("none", False), ("none", True), ("cpu", True), ("disk", True))  # offload, gradient checkpointing
 
 
@@ -66,7 +69,7 @@ def child(stage: str, base: str, data: str, offload: str, checkpointing: bool) -
 
 def measure(stage: str, base: str, data: str, offload: str, checkpointing: bool) -> dict[str, Any]:
     command = [sys.executable, __file__, base, data, "--child", stage, offload, str(int(checkpointing))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True, check=True)
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(f"{stage:5} --offload {offload:4} checkpointing {checkpointing!s:5} {answer['peak'] / 2**20:7.1f} MiB")
     return {"offload": offload, "gradient_checkpointing": checkpointing, **answer}
@@ -93,7 +96,7 @@ def main() -> None:
         **facts(".venv/bin/python benchmarks/offload.py BASE DATA"),
         "base": {"name": Path(base).name, "bytes": size},
         "data": Path(data).parent.name,
-        "settings": {"steps": STEPS, "batch_size": BATCH, "tokens": TOKENS, "threads": 1},
+        "settings": {"steps": STEPS, "batch_size": BATCH, "tokens": TOKENS, "threads": 1, "allocator": ALLOCATOR},
         "stages": stages,
     }
     write("offload", result)
