@@ -30,6 +30,11 @@ def check_sharding(accelerator: Any, config: ModelConfig) -> None:
             "the first version of FSDP is not supported", code="GS-224", expected="--fsdp_version 2",
             actual=f"--fsdp_version {os.environ.get('FSDP_VERSION', '1')}",
         )  # fmt: skip
+    if config.quantize != "none":
+        raise UsageError(
+            "FSDP cannot spread weights that --quantize packs", code="GS-228", actual=f"--quantize {config.quantize}",
+            hint="--quantize none, or launch without FSDP",
+        )  # fmt: skip
     if config.offload != "none":
         raise UsageError(
             "--offload and FSDP are two ways to keep weights elsewhere", code="GS-223",

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,7 +182,7 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that cannot be: FSDP of the first version, or together with --offload."""
+    """A launch that cannot be: FSDP of the first version, or together with what it cannot shard."""
 
     version: str
     model: ModelConfig
@@ -191,8 +191,12 @@ class Launch:
 
 @pytest.mark.parametrize(
     "wrong",
-    [Launch("1", ModelConfig(), "GS-224"), Launch("2", replace(ModelConfig(), offload="disk"), "GS-223")],
-    ids=["version-1", "offload"],
+    [
+        Launch("1", ModelConfig(), "GS-224"),
+        Launch("2", ModelConfig(offload="disk"), "GS-223"),
+        Launch("2", ModelConfig(quantize="nf4"), "GS-228"),
+    ],
+    ids=["version-1", "offload", "quantize"],
 )
 def test_fsdp_settings_that_cannot_be(monkeypatch: pytest.MonkeyPatch, wrong: Launch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
