@@ -16,6 +16,7 @@ ProbeMode = Literal["exact", "sketch", "auto"]
 Method = Literal["gora", "lora"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["none", "nf4"]
+Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["unit", "padded", "native"]
 
@@ -30,14 +31,16 @@ def _require(condition: bool, what: str, **fields: object) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which modules of the base are adapted, and the dtype that its weights are loaded in.
+    """Which modules of the base are adapted, the dtype that its weights are loaded in, and where they are kept.
 
     With `quantize` nf4 the linear layers lie in memory in 4 bits, and `dtype` is what they compute in.
+    `offload`: "cpu" or "disk" keep the weights there; the device holds those of one block at a time.
     """
 
     targets: str = "all-linear"
     dtype: Dtype = "auto"
     quantize: Quantize = "none"
+    offload: Offload = "none"
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,10 @@ class FitConfig:
         if self.model.quantize != "none":
             what = "--quantize nf4 packs the weights, which GoRA-pro would have to move"
             _require(not self.probe.lr, what, expected="no --probe-lr", actual=self.probe.lr)
+        still = not self.probe.lr or self.model.offload == "none"
+        _require(still, "exploratory steps (--probe-lr) move weights, which --offload keeps elsewhere")
+        together = self.model.quantize == "none" or self.model.offload == "none"
+        _require(together, "--offload moves weights that --quantize packs", expected="one of the two")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def fit(base: str, data: str, output: Path, **options: Any) -> None:
     BASE is a model folder or a hub id. Its weights are never changed: they are hashed before and after.
     While the run goes on it is RUN.partial; that is also what a failed, stopped or killed run leaves behind, and
     what --resume goes on with.
-    On several GPUs: accelerate launch -m gora_serve fit BASE ...
+    On several GPUs: accelerate launch --multi_gpu -m gora_serve fit BASE ...
     """
     from gora_serve.cli.render import emit, fit_summary, watching
     from gora_serve.cli.stopping import stopping
@@ -82,7 +82,7 @@ def _fit_config(options: dict[str, Any]) -> FitConfig:
              "mixed_precision", "gradient_checkpointing", "eval_every", "save_every",
              "seed")  # fmt: skip
     return FitConfig(
-        model=ModelConfig(options["targets"], options["dtype"], options["quantize"]),
+        model=_model_config(options),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
         probe=_probe_config(options),
         ranks=_rank_config(options),
@@ -100,6 +100,10 @@ def _probe_config(options: dict[str, Any]) -> ProbeConfig:
         error=options["probe_error"],
         lr=options["probe_lr"],
     )
+
+
+def _model_config(options: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(options["targets"], options["dtype"], options["quantize"], options["offload"])
 
 
 def _rank_config(options: dict[str, Any]) -> RankConfig:
@@ -126,7 +130,7 @@ def probe(base: str, data: str, output: Path, **options: Any) -> None:
     from gora_serve.training.probe_run import probe_only
 
     config = FitConfig(
-        model=ModelConfig(options["targets"], options["dtype"], options["quantize"]),
+        model=_model_config(options),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
         probe=_probe_config(options),
         train=TrainConfig(seed=options["seed"]),

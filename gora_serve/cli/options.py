@@ -98,6 +98,10 @@ model_options = together(
         "--quantize", default=ModelConfig.quantize, show_default=True, type=click.Choice(["none", "nf4"]),
         help="nf4: the base's linear layers in 4 bits, by bitsandbytes; they compute in --dtype.",
     ),
+    click.option(
+        "--offload", default=ModelConfig.offload, show_default=True, type=click.Choice(["none", "cpu", "disk"]),
+        help="Keep the base's weights on the CPU or on disk; the device holds one block's at a time.",
+    ),
 )  # fmt: skip
 data_options = together(
     click.option(

@@ -15,6 +15,7 @@ from gora_serve.adapter.peft_config import make_config
 from gora_serve.gora.initialize import draw_A, initialize, rank_stabilized_scale
 from gora_serve.gora.ranks import RankPlan
 from gora_serve.gora.statistics import GradientStatistics
+from gora_serve.training.weights import execution_device
 
 NAME = "default"  # PEFT's name of the one adapter that is trained
 
@@ -64,10 +65,19 @@ def attach(
     peft_model: nn.Module = get_peft_model(model, LoraConfig(**config))
     with torch.no_grad():
         for path, layer in lora_layers(peft_model).items():
+            _make_real(layer)
             layer.lora_A[NAME].weight.copy_(factors[path].A)
             layer.lora_B[NAME].weight.copy_(factors[path].B)
             layer.scaling[NAME] = factors[path].scale
     return peft_model
+
+
+def _make_real(layer: Any) -> None:
+    """Give factors memory on the device that the layer runs on: over an offloaded weight PEFT leaves them without."""
+    if layer.get_base_layer().weight.is_meta:
+        device = execution_device(layer.get_base_layer())
+        for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
+            factor.to_empty(device=device).to(torch.float32)
 
 
 def lora_layers(peft_model: nn.Module) -> dict[str, Any]:
@@ -120,6 +130,14 @@ def extract(
 
 
 def detach(peft_model: nn.Module) -> nn.Module:
-    """Take the LoRA layers off again, without merging, and return the base model."""
-    base: nn.Module = peft_model.unload()  # type: ignore[operator]
+    """Take the LoRA layers off again, without merging, and return the base model.
+
+    By hand, because PEFT's `unload` fetches every offloaded weight and keeps it in memory.
+    """
+    base: nn.Module = peft_model.get_base_model()  # type: ignore[operator]
+    for path, layer in lora_layers(peft_model).items():
+        parent, _, name = path.rpartition(".")
+        setattr(base.get_submodule(parent), name, layer.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
     return base

@@ -15,6 +15,7 @@ from gora_serve.config import TrainConfig
 from gora_serve.errors import RunError
 from gora_serve.progress import Listener, Progress
 from gora_serve.training.loss import Batch, input_tokens, loss_tokens, mean_loss
+from gora_serve.training.processes import average_gradients, share_start
 
 Record = Callable[[Mapping[str, float]], None]
 
@@ -77,11 +78,11 @@ def train(
     Raises RunError naming the step when the loss or the gradient is not finite; that step is not taken.
     """
     steps = len(batches) // config.grad_accum
-    optimizer = make_optimizer(model, config)
     model.train()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     restore(optimizer)
+    share_start(parameters, accelerator)
     started = time.perf_counter() - start.seconds
     seen = start.tokens
     for step in range(start.step, steps):
@@ -90,14 +91,13 @@ def train(
             group["lr"] = group["peak"] * factor
         total = torch.zeros(2, device=accelerator.device)  # loss, tokens
         for batch in batches[step * config.grad_accum : (step + 1) * config.grad_accum]:
-            with accelerator.accumulate(wrapped):
-                total += _backward(wrapped, batch(), accelerator, config.grad_accum)
-                if accelerator.sync_gradients:
-                    loss, tokens = _over_processes(total, accelerator)
-                    norm = _clip(accelerator, parameters, config)
-                    _check_finite(loss, norm, step + 1, fp16=accelerator.mixed_precision == "fp16")
-                optimizer.step()
-                optimizer.zero_grad()
+            total += _backward(model, batch(), accelerator, config.grad_accum)
+        average_gradients(parameters, accelerator)
+        loss, tokens = _over_processes(total, accelerator)
+        norm = _clip(accelerator, parameters, config)
+        _check_finite(loss, norm, step + 1, fp16=accelerator.mixed_precision == "fp16")
+        optimizer.step()
+        optimizer.zero_grad()
         seen += int(tokens)
         seconds = time.perf_counter() - started
         numbers = {"loss": loss, "lr": config.lr * factor, "grad_norm": norm, "tokens": seen}
@@ -123,7 +123,8 @@ def _over_processes(total: Tensor, accelerator: Any) -> tuple[float, float]:
 
 def _clip(accelerator: Any, parameters: list[nn.Parameter], config: TrainConfig) -> float:
     limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
-    return float(accelerator.clip_grad_norm_(parameters, limit))
+    accelerator.unscale_gradients()
+    return float(nn.utils.clip_grad_norm_(parameters, limit))
 
 
 def _check_finite(loss: float, norm: float, step: int, *, fp16: bool) -> None:
@@ -145,9 +146,9 @@ def evaluate(model: nn.Module, batches: Sequence[Callable[[], Batch]], *, accele
     with torch.inference_mode(), accelerator.autocast():
         for batch in batches:
             values = batch()
-            tokens = loss_tokens(values)
+            tokens, loss = loss_tokens(values), mean_loss(model, values)  # run also without loss: see Session.in_order
             if tokens:
-                total += torch.tensor([float(mean_loss(model, values)) * tokens, tokens], dtype=torch.float64)
+                total += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
     model.train(training)
     total = accelerator.reduce(total.to(torch.float32).to(accelerator.device), "sum")
     return float(total[0] / total[1]) if total[1] else math.nan

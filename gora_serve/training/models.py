@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from gora_serve.config import ModelConfig
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
+from gora_serve.training.offload import load_on_disk
 from gora_serve.training.quantize import load_options, prepare_layers
 
 
@@ -45,9 +47,11 @@ def load_model(base: Base, config: ModelConfig, *, device: torch.device | None =
     if config.quantize == "nf4":
         options = load_options() | {"device_map": {"": device or torch.device("cpu")}}
     with _loading(base):
-        model, loaded = loader.from_pretrained(
-            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
+        load = partial(
+            loader.from_pretrained,
+            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options,
+        )  # fmt: skip
+        model, loaded = load_on_disk(load) if config.offload == "disk" else load()
     _check_loaded(model, loaded, base)
     if config.quantize == "nf4":
         prepare_layers(model, base.path)

@@ -24,7 +24,7 @@ from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training.explore import Explorer, exploring
 from gora_serve.training.taps import tapped
 from gora_serve.training.targets import linear_modules
-from gora_serve.training.weights import weight_matrix, weight_shape
+from gora_serve.training.weights import execution_device, weight_matrix, weight_shape
 
 CHECK_EVERY = 4  # micro-batches between two looks at whether the ranks stand still
 
@@ -124,9 +124,7 @@ class _Probe:
     def place(self, module: nn.Module) -> torch.device:
         if self.device is not None:
             return self.device
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return weight.device
+        return execution_device(module)
 
     def measure(self, batches: Iterable[Any], gradients: dict[str, Gradient]) -> GradientStatistics:
         """Run the batches and turn what the gradients saw into statistics."""

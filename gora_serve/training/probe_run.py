@@ -25,15 +25,16 @@ from gora_serve.training.encode import Example
 from gora_serve.training.loss import input_tokens, mean_loss
 from gora_serve.training.probe import probe
 from gora_serve.training.probe_files import write_probe
+from gora_serve.training.processes import sum_over_processes
 from gora_serve.training.session import (
     Session,
     check_memory,
     check_untouched,
     naming_memory,
     open_session,
-    sum_over_processes,
     versions,
 )
+from gora_serve.training.sharding import check_unsharded
 from gora_serve.training.weights import weight_shape
 
 PROBE_RUN_SCHEMA = "gora-serve/probe-run/1"
@@ -53,6 +54,8 @@ def probe_session(
     After exploratory steps (GoRA-pro) the weights in memory are hashed: MismatchError if one is not what it was.
     """
     world = session.accelerator.num_processes
+    if config.lr:
+        check_unsharded(session.accelerator, "exploratory steps (--probe-lr)")
     steps = -(-config.most_steps // world) * world
     batches = session.batches(examples, schedule(len(examples), session.batch_size, batches=steps, seed=session.seed))
     chosen, device = choose_mode(session, config)

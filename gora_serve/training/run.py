@@ -200,7 +200,7 @@ class Run:
             "rank_min": plan.rank_min,
             "rank_max": plan.rank_max,
             "rank_rule": plan.rule,
-            **asdict(config.model),
+            **{name: value for name, value in asdict(config.model).items() if name != "offload"},  # decides no number
             **asdict(config.data),
             "probe_steps": config.probe.steps,
             "importance": config.probe.importance[0],

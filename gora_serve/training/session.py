@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -20,9 +20,12 @@ from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
 from gora_serve.training.data import Dataset, collate, load_data
-from gora_serve.training.encode import Example
+from gora_serve.training.encode import IGNORED, Example
 from gora_serve.training.models import load_model, load_settings, load_tokenizer
+from gora_serve.training.offload import offload
+from gora_serve.training.processes import make_accelerator
 from gora_serve.training.quantize import quantization_record
+from gora_serve.training.sharding import check_sharding, shard, wants_sharding
 from gora_serve.training.targets import find_targets
 from gora_serve.training.weights import is_conv1d, memory_root
 
@@ -88,10 +91,17 @@ class Session:
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
     def in_order(self, examples: Sequence[Example]) -> list[LazyBatch]:
-        """Return this process's micro-batches of one pass over the examples, in file order."""
+        """Return this process's micro-batches of one pass over the examples, in file order.
+
+        All processes get equally many, as a sharded base needs; where rows run out, one without loss fills up.
+        """
         places = range(len(examples))
         size = self.batch_size
-        return self.batches(examples, [places[start : start + size] for start in places[::size]])
+        whole: list[Sequence[int]] = [places[start : start + size] for start in places[::size]]
+        missing = -len(whole) % self.accelerator.num_processes
+        if missing:
+            examples = [*examples, replace(examples[0], labels=[IGNORED] * len(examples[0].labels))]
+        return self.batches(examples, whole + [[len(examples) - 1]] * missing)
 
 
 def roots_json(roots: Roots) -> dict[str, str | None]:
@@ -113,16 +123,15 @@ def open_session(
     tokenizer = load_tokenizer(located)
     dataset = load_data(data, tokenizer, rows, encoder_decoder=settings.is_encoder_decoder)
     manifest = hash_model(located.path, listen=listen)
-    accelerator = _make_accelerator(train)
+    accelerator = make_accelerator(train)
+    check_sharding(accelerator, model)
     torch.manual_seed(train.seed)
     loaded = load_model(located, model, device=accelerator.device)
-    modules = find_targets(loaded, model.targets)
     _check_length(loaded, rows)
+    loaded = _place(loaded, model, train, accelerator)
+    modules = find_targets(loaded, model.targets)
     memory = memory_root(loaded)
     quantization = quantization_record(loaded, modules, stored=files.weights, memory_root=memory)
-    if train.gradient_checkpointing:
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    loaded.to(accelerator.device)
     return Session(
         located,
         loaded,
@@ -138,15 +147,17 @@ def open_session(
     )
 
 
-def _make_accelerator(train: TrainConfig) -> Any:
-    from accelerate import Accelerator
-
-    try:
-        accelerator = Accelerator(mixed_precision=train.mixed_precision)
-    except ValueError as err:
-        raise UsageError("Accelerate refuses these settings", code="GS-204", actual=str(err)) from err
-    accelerator.gradient_accumulation_steps = train.grad_accum  # the environment would win over the constructor
-    return accelerator
+def _place(model: nn.Module, config: ModelConfig, train: TrainConfig, accelerator: Any) -> nn.Module:
+    """Put the weights where they stay: on the device, spread over the processes, or off the device."""
+    if train.gradient_checkpointing and config.offload == "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if config.offload != "none":
+        offload(model, config.offload, accelerator.device)
+        return model
+    if wants_sharding(accelerator):
+        return shard(model, accelerator)
+    on_device: nn.Module = model.to(accelerator.device)
+    return on_device
 
 
 def _check_length(model: nn.Module, rows: DataConfig) -> None:
@@ -166,16 +177,8 @@ def naming_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as err:
         raise MachineError(
             "the device ran out of memory", code="GS-526", actual=str(err).splitlines()[0],
-            hint="a smaller --batch-size or --max-length, or --gradient-checkpointing",
+            hint="a smaller --batch-size or --max-length, --gradient-checkpointing, or --offload cpu",
         ) from err  # fmt: skip
-
-
-def sum_over_processes(tensor: Tensor, accelerator: Any) -> Tensor:
-    """Return the sum over processes, on the tensor's own device and in its dtype."""
-    if accelerator.num_processes == 1:
-        return tensor
-    summed: Tensor = accelerator.reduce(tensor.to(accelerator.device), "sum")
-    return summed.to(tensor.device)
 
 
 def check_memory(session: Session, model: nn.Module) -> str:
@@ -196,10 +199,9 @@ def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> 
     Returns the digests of afterwards, for run.json. Raises MismatchError (exit 1) naming the first tensor whose
     bytes changed.
     """
-    memory = check_memory(session, model)
     after = hash_model(session.base.path, listen=listen)
     if after.roots == session.manifest.roots:
-        return {"roots": roots_json(after.roots), "memory_root": memory}
+        return {"roots": roots_json(after.roots), "memory_root": check_memory(session, model)}
     changed = differences(session.manifest.tensors, after.tensors)
     first = next(iter((*changed.changed, *changed.missing, *changed.extra)), None)
     raise MismatchError(

@@ -176,7 +176,8 @@ def test_every_option_of_fit_reaches_the_configuration() -> None:
     from gora_serve.cli.fitting import _fit_config
 
     changes = {
-        "targets": "q_proj", "dtype": "bfloat16", "quantize": "nf4", "max_length": "9", "batch_size": "3",
+        "targets": "q_proj", "dtype": "bfloat16", "offload": "disk", "quantize": "nf4",
+        "max_length": "9", "batch_size": "3",
         "probe_steps": "5", "probe_mode": "sketch", "probe_memory": "3", "probe_error": "0.1", "probe_lr": "0.1",
         "importance": "gradient-nuclear", "rank": "5", "rank_min": "1", "rank_max": "64", "rank_rule": "exact",
         "method": "lora", "alpha": "3", "gamma": "0.5", "steps": "7", "epochs": "2", "grad_accum": "2", "lr": "1",

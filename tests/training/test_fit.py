@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -462,66 +458,3 @@ def test_epochs_become_steps(tiny_base: Path, tmp_path: Path, epochs: float, row
     config = replace(LORA, train=replace(LORA.train, steps=None, epochs=epochs))
     run(tiny_base, data, tmp_path / "run", config)
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == steps
-
-
-WORKER = """
-import sys, json, warnings
-from dataclasses import replace
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from gora_serve.config import *
-from gora_serve.training.fit import fit
-config = FitConfig(
-    model=ModelConfig(dtype="float32"), data=DataConfig(max_length=96, batch_size=4), probe=ProbeConfig(steps=4),
-    ranks=RankConfig(rank=4), init=InitConfig(gamma="auto", search_batches=2),
-    train=TrainConfig(steps=2, lr=1e-3, grad_accum=int(sys.argv[5])),
-)
-result = fit(sys.argv[2], sys.argv[3], Path(sys.argv[4]), config, eval_data=sys.argv[3])
-print(json.dumps({"gamma": result.gamma, "ranks": result.adapter.ranks, "losses": result.losses}), flush=True)
-"""
-
-
-def test_two_processes_make_one_run(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """Two processes with one micro-batch each follow the gradient of one process with two."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(worker), str(Path(__file__).parents[2]), str(tiny_base), str(tiny_data)]
-    together = tmp_path / "together"
-    environment = {
-        **os.environ, "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [*command, str(together), "1"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**environment, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"},
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
-    assert first == second
-    run_json = read(together / "run.json")
-    assert (run_json["status"], run_json["processes"]) == ("complete", 2)
-    assert [entry["step"] for entry in lines(together / "metrics.jsonl") if "loss" in entry] == [1, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["together", "worker.py"]
-
-    config = replace(AUTO, probe=ProbeConfig(steps=4), train=TrainConfig(steps=2, lr=1e-3, grad_accum=2))
-    alone = run(tiny_base, tiny_data, tmp_path / "alone", config, eval_data=str(tiny_data))
-    assert first["ranks"] == alone.adapter.ranks
-    assert first["gamma"] == pytest.approx(alone.gamma, rel=1e-6)
-    assert first["losses"] == pytest.approx(dict(alone.losses), rel=1e-4)
-    found = read_adapter(together / "adapter")
-    for path, factors in alone.adapter.modules.items():
-        expected = factors.delta()
-        assert float((found.modules[path].delta() - expected).norm() / expected.norm()) < 1e-3, path
