@@ -43,8 +43,7 @@ from gora_serve.errors import InputError, MachineError, MismatchError, UsageErro
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.verify import verify_adapter
 from gora_serve.serving.plan import ServeConfig, plan_server, read_served_adapters
-from gora_serve.training import fit as fit_module
-from gora_serve.training import inject
+from gora_serve.training import inject, train_stage
 from gora_serve.training.data import collate, load_data
 from gora_serve.training.export import export
 from gora_serve.training.fit import FitResult, fit
@@ -402,7 +401,7 @@ def test_a_scale_that_changes_in_training_is_an_error(
     def train(model: Any, *args: Any, **options: Any) -> None:
         model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.quant_state.absmax[3] *= 1.5
 
-    monkeypatch.setattr(fit_module, "train", train)
+    monkeypatch.setattr(train_stage, "train", train)
     with pytest.raises(MismatchError) as caught:
         fit(str(base), str(tiny_data), tmp_path / "run", replace(QUICK, init=InitConfig(gamma=0.1)))
     assert caught.value.code == "GS-110"
