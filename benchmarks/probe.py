@@ -97,21 +97,17 @@ def probe_steps(model: nn.Module, batch: dict[str, Tensor], mode: str, between: 
     seconds: list[float] = []
 
     def batches() -> Iterator[dict[str, Tensor]]:
+        yield batch  # the pilot of a sketch, and the first step
         for _ in range(count):
             between()
             started = time.perf_counter()
             yield batch
             seconds.append(time.perf_counter() - started)
+        yield batch  # so that the step before it is timed
 
-    chosen = ProbeConfig(steps=count, mode=mode)  # type: ignore[arg-type]
-    probe(model, _after_first(batches(), batch, mode), mean_loss, config=chosen)
+    chosen = ProbeConfig(steps=count + 2, mode=mode)  # type: ignore[arg-type]
+    probe(model, batches(), mean_loss, config=chosen)
     return seconds
-
-
-def _after_first(batches: Iterator[Any], batch: Any, mode: str) -> Iterator[Any]:
-    if mode == "sketch":
-        yield batch  # the pilot; probe() runs it again as its first step, which is not timed either
-    yield from batches
 
 
 def lora_ga_steps(model: nn.Module, batch: dict[str, Tensor], count: int) -> list[float]:

@@ -40,6 +40,7 @@ Collate = Callable[[Sequence[Example]], Mapping[str, Tensor]]
 
 def start(base: nn.Module, examples: Sequence[Example], collated: Collate, options: Any) -> Mapping[str, LoraFactors]:
     """Return the starting adapter: gradients of some batches, a rank for every module, B from the gradients."""
+    ranks = RankConfig(rank=options.rank)
     device = next(base.parameters()).device
     indices = schedule(len(examples), options.batch_size, batches=options.probe_steps, seed=0)
     batches = (collated([examples[i] for i in chosen]) for chosen in indices)
@@ -48,9 +49,10 @@ def start(base: nn.Module, examples: Sequence[Example], collated: Collate, optio
         ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches),
         mean_loss,
         config=ProbeConfig(steps=options.probe_steps),
+        ranks=ranks,
     )
     shapes = {path: module.shape for path, module in statistics.modules.items()}
-    plan = allocate_ranks(statistics.importances("sensitivity"), shapes, RankConfig(rank=options.rank))
+    plan = allocate_ranks(statistics.importances("sensitivity"), shapes, ranks)
     return inject.gora_factors(statistics, plan, gamma=options.gamma, alpha=16.0)
 
 

@@ -110,7 +110,7 @@ def fit_head(model: Any, rows: Batch, steps: int) -> None:
 
 def gora_start(base: Any, rows: Batch, held_out: Batch, ranks: RankConfig) -> tuple[RankPlan, dict[str, LoraFactors]]:
     """Probe, allocate, initialise: `probe` needs the model, batches and a loss, and takes every linear layer."""
-    statistics = probe(base, batches(rows, 16, seed=2), loss_fn)
+    statistics = probe(base, batches(rows, 16, seed=2), loss_fn, ranks=ranks)
     shapes = {path: module.shape for path, module in statistics.modules.items()}
     plan = allocate_ranks(statistics.importances("sensitivity"), shapes, ranks)
     factors = inject.gora_factors(statistics, plan, gamma=1.0, alpha=16.0)

@@ -83,27 +83,27 @@ def build_gpt2(seed: int = 0, *, n_embd: int = 32) -> Any:
     return GPT2LMHeadModel(config).float().requires_grad_(False).eval()
 
 
-def build_t5(seed: int = 0, **changes: int) -> Any:
+def build_t5(seed: int = 0, *, dropout: float = 0.0, **changes: int) -> Any:
     """A small encoder-decoder: two layers each side, gated feed-forward."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(seed)
     sizes = {"vocab_size": 96, "d_model": 16, "d_kv": 8, "d_ff": 32} | changes
     config = T5Config(
-        **sizes, num_layers=2, num_heads=2, dropout_rate=0.0, feed_forward_proj="gated-gelu",
+        **sizes, num_layers=2, num_heads=2, dropout_rate=dropout, feed_forward_proj="gated-gelu",
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).float().requires_grad_(False).eval()
 
 
-def build_bart(seed: int = 0) -> Any:
+def build_bart(seed: int = 0, *, dropout: float = 0.0) -> Any:
     """Another encoder-decoder: learned positions, biases, a final bias on the logits."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     torch.manual_seed(seed)
     config = BartConfig(
         vocab_size=96, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=0.0,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=dropout,
         init_std=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=1,
     )  # fmt: skip
     return BartForConditionalGeneration(config).float().requires_grad_(False).eval()

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from gora_serve.errors import InputError
+
 
 def draw_A(shape: tuple[int, int], rank_max: int, generator: torch.Generator) -> Tensor:
     """Draw A_max, (k, in) with k = min(rank_max, out, in), in float32 on the CPU.
@@ -36,8 +38,14 @@ def initialize(A_max: Tensor, compressed: Tensor, *, rank: int, gamma: float, al
 
     ξ = γ √in / α, so that with the forward scale α / √rank the first update is
     -γ √(in / rank) * (G projected on the rows of A), of expected size γ |G|. B is linear in γ.
-    The solve is a Cholesky factorisation in float64. Raises torch.linalg.LinAlgError if A's rows are dependent.
+    The solve is a Cholesky factorisation in float64. Raises torch.linalg.LinAlgError if A's rows are dependent, and
+    InputError if A_max has fewer than `rank` rows.
     """
+    if rank > A_max.shape[0]:
+        raise InputError(
+            "the probe's A_max has too few rows for this rank", code="GS-395", expected=f"at most {A_max.shape[0]}",
+            actual=rank, hint="probe again with a larger rank_max, the largest rank that may be allocated",
+        )  # fmt: skip
     A = A_max[:rank]  # (r, in)
     gram = A.double() @ A.double().T  # (r, r)
     projected = torch.cholesky_solve(compressed[:, :rank].double().T, torch.linalg.cholesky(gram)).T  # (out, r)

@@ -54,7 +54,7 @@ class SketchedGradient:
         self._rows = sample.rows.to(device)
 
     def add(self, dY: Tensor, X: Tensor) -> None:
-        dY, X = flat(dY), flat(X)  # (tokens, out), (tokens, in)
+        dY, X = flat(dY), flat(X).to(dY.dtype)  # (tokens, out), (tokens, in); under autocast X may still be wider
         chosen = dY if len(self._rows) == self.shape[0] else dY.index_select(1, self._rows)  # (tokens, n)
         self.S += dY.T @ (X @ self._A.to(X.dtype).T)
         self.R += chosen.T @ X

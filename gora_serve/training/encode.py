@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from gora_serve.errors import InputError
@@ -89,8 +90,9 @@ def encode_pair(row: Row, tokenizer: Any, *, template: bool) -> Example:
     if not input_ids:
         raise row.refused("the prompt has no token", "a prompt that is not empty")
     labels = tokenizer(text_target=completion)["input_ids"]
-    ends = labels[-1:] == [tokenizer.eos_token_id]
-    return Example(input_ids, labels if ends else [*labels, tokenizer.eos_token_id])
+    special = set(tokenizer.all_special_ids)
+    tail = list(takewhile(special.__contains__, reversed(labels)))  # mBART's ends in EOS and the language
+    return Example(input_ids, labels if tokenizer.eos_token_id in tail else [*labels, tokenizer.eos_token_id])
 
 
 def predicts(labels: Sequence[int]) -> bool:

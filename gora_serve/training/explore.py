@@ -31,9 +31,11 @@ class Explorer:
         That is where n steps of plain SGD lead, without its rounding in between: the sum is in float32.
         """
         with torch.no_grad():
-            for path, module in self.modules.items():
-                total = reduce(self.totals[path])  # (out, in)
-                start = self.start[path].to(total.device, torch.float32)
+            for paths in _by_weight(self.modules):
+                module = self.modules[paths[0]]
+                first, *others = (self.totals[path] for path in paths)
+                total = reduce(sum(others, start=first))  # (out, in)
+                start = self.start[paths[0]].to(total.device, torch.float32)
                 moved = total.T if is_transposed(module) else total
                 _parameter(module).copy_(torch.sub(start, moved, alpha=self.lr / processes))
 
@@ -52,6 +54,14 @@ def exploring(modules: Mapping[str, nn.Module], totals: Mapping[str, Tensor], *,
         yield explorer
     finally:
         explorer.restore()
+
+
+def _by_weight(modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The paths of the modules, those that share one weight together."""
+    paths: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        paths.setdefault(id(_parameter(module)), []).append(path)
+    return list(paths.values())
 
 
 def _parameter(module: nn.Module) -> Tensor:

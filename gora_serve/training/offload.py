@@ -98,7 +98,10 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 def _check_fetches(model: nn.Module, device: torch.device) -> None:
     """Run a few tokens through the model and see that every weight is there when it is used."""
-    inputs = {name: tensor.to(device) for name, tensor in model.dummy_inputs.items()}  # type: ignore[operator, union-attr]
+    tokens = torch.tensor([[1, 2, 3]], device=device)
+    inputs = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        inputs["decoder_input_ids"] = tokens
     with torch.no_grad(), _NothingAbsent():
         model(**inputs, use_cache=False)
 

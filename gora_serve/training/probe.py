@@ -6,9 +6,9 @@ Works on any `nn.Module` with linear layers; knows nothing of files, tokenizers 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -63,14 +63,29 @@ def probe(
     is not finite.
     """
     config, ranks = config or ProbeConfig(), ranks or RankConfig()
+    config.validate()
     modules = linear_modules(model) if modules is None else modules
     generator = generator or torch.Generator().manual_seed(0)
     matrices = {path: draw_A(weight_shape(m), rank_max or ranks.highest, generator) for path, m in modules.items()}
     run = _Probe(model, loss_fn, modules, matrices, config, ranks, count_batch, reduce, processes, device, listen)
-    if config.mode == "sketch":
-        first, batches = _first_and_all(batches)
-        return run.measure(batches, run.sketches(first, generator))
-    return run.measure(batches, run.exact())
+    with _frozen(model):
+        if config.mode == "sketch":
+            first, batches = _first_and_all(batches)
+            return run.measure(batches, run.sketches(first, generator))
+        return run.measure(batches, run.exact())
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """While open, no parameter asks for a gradient: none is made, and what lies in `.grad` stays as it is."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def _first_and_all(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
@@ -134,7 +149,7 @@ class _Probe:
         receivers = {path: gradient.add for path, gradient in gradients.items()}
         most = self.config.most_steps
         with self.explorer(gradients) as explorer:
-            for step, batch in enumerate(_first(batches, most), start=1):
+            for step, batch in enumerate(islice(batches, most), start=1):
                 with tapped(self.modules, receivers), torch.enable_grad():
                     loss = self.backward(batch, step=step)
                 sums += torch.tensor([1, *self.count_batch(batch), loss], dtype=torch.float64)
@@ -186,13 +201,6 @@ class _Probe:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {path: weight_shape(module) for path, module in self.modules.items()}
-
-
-def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    for index, batch in enumerate(batches):
-        if index == count:
-            return
-        yield batch
 
 
 def _no_batch() -> InputError:

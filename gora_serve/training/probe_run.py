@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gora_serve.config import FitConfig, ProbeConfig, RankConfig
 from gora_serve.gora.statistics import GradientStatistics
@@ -61,7 +63,7 @@ def probe_session(
     chosen, device = choose_mode(session, config)
     local = len(batches)
     chosen = replace(chosen, longest=local) if config.steps == "auto" else replace(chosen, steps=local)
-    with _checkpointing_in_eval(session.model):
+    with checkpointing_in_eval(session.model):
         statistics = probe(
             session.model,
             (batch() for batch in batches),
@@ -113,17 +115,37 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> Te
 
 
 @contextmanager
-def _checkpointing_in_eval(model: nn.Module) -> Iterator[None]:
-    """Let blocks with gradient checkpointing use it although the model is in eval mode, without dropout."""
-    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    before = [block.training for block in blocks]
+def checkpointing_in_eval(model: nn.Module) -> Iterator[None]:
+    """Let blocks with gradient checkpointing use it although the model is in eval mode, and compute as in eval mode.
+
+    A block asks its own flag whether to use checkpoints, and so does the dropout that it applies itself: the flag is
+    up when the block is called and down while it computes, the second time too.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [block for block in blocks if block.gradient_checkpointing and not block.training]
+    checkpoints = {block: block._gradient_checkpointing_func for block in blocks}
     for block in blocks:
         block.training = True
+        block._gradient_checkpointing_func = partial(_computing_in_eval, block, checkpoints[block])
     try:
         yield
     finally:
-        for block, training in zip(blocks, before, strict=True):
-            block.training = training
+        for block in blocks:
+            block.training = False
+            block._gradient_checkpointing_func = checkpoints[block]
+
+
+def _computing_in_eval(
+    block: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
+) -> Any:
+    def compute(*inner: Any) -> Any:
+        block.training = False
+        try:
+            return function(*inner)
+        finally:
+            block.training = True
+
+    return checkpoint(compute, *args)
 
 
 def probe_only(

@@ -202,8 +202,10 @@ class Run:
             "rank_rule": plan.rule,
             **{name: value for name, value in asdict(config.model).items() if name != "offload"},  # decides no number
             **asdict(config.data),
-            "probe_steps": config.probe.steps,
+            **{f"probe_{name}": getattr(config.probe, name) for name in ("steps", "mode", "error", "lr")},
             "importance": config.probe.importance[0],
+            "search_batches": config.init.search_batches,
+            "processes": self.session.accelerator.num_processes,
             **{name: value for name, value in asdict(config.train).items() if f"train.{name}" not in FREE_SETTINGS},
             "lr_ratio": config.train.ratio,
         }

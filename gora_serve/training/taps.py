@@ -45,17 +45,18 @@ def tapped(modules: Mapping[str, nn.Module], receivers: Mapping[str, Receiver]) 
     first target on although everything is frozen; layers before it cost nothing.
     """
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def tap(_module: nn.Module, inputs: tuple[Any, ...], Y: Tensor) -> Tensor:
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        def tap(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], Y: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return Y
+            (X, *_) = (*args, *named.values())
             anchor = torch.zeros((), device=Y.device, requires_grad=True)
-            tapped_output: Tensor = _Tap.apply(Y, inputs[0].detach(), anchor, receivers[path])  # type: ignore[no-untyped-call]
+            tapped_output: Tensor = _Tap.apply(Y, X.detach(), anchor, receivers[path])  # type: ignore[no-untyped-call]
             return tapped_output
 
         return tap
 
-    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+    handles = [module.register_forward_hook(hook(path), with_kwargs=True) for path, module in modules.items()]
     try:
         yield
     finally:

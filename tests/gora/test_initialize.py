@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gora_serve.errors import InputError
 from gora_serve.gora.initialize import draw_A, initialize, rank_stabilized_scale
 
 CASES = [((48, 64), 8), ((64, 48), 5), ((200, 30), 30), ((16, 256), 1), ((300, 300), 32)]  # (out, in), rank
@@ -138,3 +139,9 @@ def test_dependent_rows_are_an_error_not_a_wrong_solution() -> None:
 def test_the_forward_scale_is_rank_stabilized() -> None:
     assert rank_stabilized_scale(16, 4) == 8.0
     assert rank_stabilized_scale(16, 64) == 2.0
+
+
+def test_a_rank_above_the_rows_of_a_max_is_an_error() -> None:
+    A_max = drawn((16, 16), 4)
+    with pytest.raises(InputError, match="GS-395"):
+        initialize(A_max, torch.zeros(16, 4), rank=5, gamma=0.1, alpha=16.0)

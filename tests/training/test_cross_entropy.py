@@ -115,3 +115,17 @@ def test_values_that_are_not_finite_give_what_torch_gives(value: float) -> None:
     loss, gradient = value_and_gradient(cross_entropy(logits, target), logits)
     torch.testing.assert_close(loss, expected, equal_nan=True)
     torch.testing.assert_close(gradient, slope, equal_nan=True)
+
+
+def test_float16_leaves_a_loss_scaler_something_to_scale() -> None:
+    """Over many tokens an unscaled gradient is mostly below what float16 holds. Sums over tokens tell of a bias."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(512, 4000, generator=generator).half().requires_grad_()
+    target = torch.randint(4000, (512,), generator=generator)
+    scale = 2.0**16
+    _, gradient = value_and_gradient(cross_entropy(logits, target) * scale, logits)
+    exact = logits.detach().double().requires_grad_()
+    _, expected = value_and_gradient(functional.cross_entropy(exact, target) * scale, exact)
+    assert float((gradient.double() - expected).norm() / expected.norm()) < 1e-3
+    columns = gradient.double().sum(0) - expected.sum(0)
+    assert float(columns.norm() / expected.sum(0).norm()) < 1e-3

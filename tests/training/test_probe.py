@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import build_gpt2, build_llama, build_t5
+from tiny_models import build_bart, build_gpt2, build_llama, build_t5
 from torch import Tensor, nn
 
 from gora_serve.config import IMPORTANCES, ProbeConfig
-from gora_serve.errors import InputError, RunError
+from gora_serve.errors import InputError, RunError, UsageError
 from gora_serve.gora.initialize import initialize
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.progress import Progress
 from gora_serve.training.loss import mean_loss
 from gora_serve.training.probe import probe
+from gora_serve.training.probe_run import checkpointing_in_eval
 from gora_serve.training.taps import tapped
 from gora_serve.training.targets import linear_modules
 from gora_serve.training.weights import memory_root
@@ -452,3 +453,91 @@ def test_exploratory_steps_are_undone_when_the_probe_fails() -> None:
         run_probe(model, causal_batches(), loss_fn, settings={"mode": "exact", "lr": 0.1})
     assert calls[0] == before != calls[2]
     assert memory_root(model) == before
+
+
+@pytest.mark.parametrize("build", [build_t5, build_bart])
+def test_checkpoints_in_eval_mode_bring_no_dropout(build: Callable[..., Any]) -> None:
+    """Their blocks apply dropout by the flag that also decides whether they use checkpoints."""
+    plain = run_probe(build(dropout=0.5), t5_batches(), hugging_face_loss)
+    model = build(dropout=0.5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    path = next(iter(linear_modules(model)))
+    handle = model.get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+    with checkpointing_in_eval(model):
+        again = run_probe(model, t5_batches(), hugging_face_loss)
+    handle.remove()
+    assert len(calls) == 2 * len(t5_batches()), "the blocks were not recomputed"
+    assert not any(module.training for module in model.modules())
+    for path, module in plain.modules.items():
+        assert relative(again.modules[path].compressed, module.compressed.double().numpy()) < 1e-5
+
+
+def test_a_sketch_under_autocast() -> None:
+    """There the output's gradient is bfloat16 and the input still float32, as the layer got it."""
+    model, batches = build_llama(), causal_batches()
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return mean_loss(model, batch)
+
+    sketch = run_probe(model, batches, loss_fn, settings=SKETCH)
+    exact = run_probe(model, batches, loss_fn)
+    for path, module in exact.modules.items():
+        assert relative(sketch.modules[path].compressed, module.compressed.double().numpy()) < 0.03
+
+
+def test_a_model_that_is_not_frozen_gets_no_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    kept = torch.ones_like(model[0].weight)
+    model[0].weight.grad = kept.clone()
+    probe(model, [torch.randn(5, 6)] * 2, lambda model, batch: model(batch).square().mean())
+    assert torch.equal(model[0].weight.grad, kept)
+    assert model[2].weight.grad is None
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_that_is_called_by_keyword() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(input=x)
+            return y
+
+    torch.manual_seed(0)
+    model, x = ByKeyword().requires_grad_(False), torch.randn(5, 6)
+    statistics = probe(model, [x], lambda model, batch: model(batch).square().mean())
+    G = (2 * model(x).double() / 15).T @ x.double()
+    module = statistics.modules["layer"]
+    assert relative(module.compressed, (G @ module.A.double().T).numpy()) < 1e-5
+
+
+def test_exploratory_steps_of_a_weight_that_two_layers_share() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False)).requires_grad_(False)
+    model[2].weight = model[0].weight
+    batches = [torch.randn(5, 6) for _ in range(3)]
+    losses: list[float] = []
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        loss: Tensor = model(batch).square().mean()
+        losses.append(float(loss.detach()))
+        return loss
+
+    probe(model, batches, loss_fn, config=ProbeConfig(steps=3, mode="exact", lr=0.5))
+    twin = nn.Parameter(model[0].weight.double())
+    for batch, seen in zip(batches, losses, strict=True):
+        loss = (torch.tanh(batch.double() @ twin.T) @ twin.T).square().mean()
+        assert seen == pytest.approx(float(loss), rel=1e-5)
+        (gradient,) = torch.autograd.grad(loss, twin)
+        with torch.no_grad():
+            twin -= 0.5 * gradient
+
+
+def test_settings_that_cannot_be_are_refused_from_python_too() -> None:
+    with pytest.raises(UsageError, match="GS-201"):
+        run_probe(build_llama(), causal_batches(), mean_loss, settings=SKETCH, metrics=("gradient-nuclear",))
