@@ -103,7 +103,7 @@ def build_bart(seed: int = 0, *, dropout: float = 0.0) -> Any:
     torch.manual_seed(seed)
     config = BartConfig(
         vocab_size=96, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=dropout,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=128, dropout=dropout,
         init_std=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=1,
     )  # fmt: skip
     return BartForConditionalGeneration(config).float().requires_grad_(False).eval()

@@ -85,7 +85,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("name", "dtype"),
     [
         ("tiny_base", "float32"), ("tiny_gpt2", "auto"), ("tied_base", "bfloat16"), ("tied_base", "float32"),
-        ("tiny_t5", "auto"),
+        ("tiny_t5", "auto"), ("tiny_bart", "auto"),
     ],
 )  # fmt: skip
 def test_a_run_is_the_same_bit_for_bit(
@@ -95,7 +95,7 @@ def test_a_run_is_the_same_bit_for_bit(
     before = digests(base)
     held_out = write_jsonl(tmp_path / "eval.jsonl", color_rows(50)[40:])
     # Checkpointing an encoder-decoder sums the gradients of the encoder's output in another order: so in all three.
-    train = replace(CONFIG.train, gradient_checkpointing=name == "tiny_t5")
+    train = replace(CONFIG.train, gradient_checkpointing=name in ("tiny_t5", "tiny_bart"))
     config = replace(CONFIG, model=ModelConfig(dtype=dtype), train=train)
     roots, losses = [], []
     for where in ("none", *AWAY):
