@@ -3,12 +3,14 @@
     .venv/bin/python benchmarks/resume.py [BASE DATA]
 
 On a tiny Llama: 20 runs killed after a random time, and 20 at a random file operation, one in each twentieth of the
-run. With BASE and DATA also 4 of each on that base. Each is resumed once; all its files must be those of an unbroken
-run, times left out. The fork that is killed has everything imported, so the moments fall into the work.
+run. With BASE and DATA also 2 of each on that base, in a shorter run. A run that was done before its moment is tried
+again at an earlier one. Each is resumed once; all its files must be those of an unbroken run, times left out. The
+fork that is killed has everything imported, so the moments fall into the work.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,23 @@ CONFIG = FitConfig(
     train=TrainConfig(steps=12, lr=4e-4, save_every=3, eval_every=6),
 )
 
+SHORT = replace(
+    CONFIG, probe=ProbeConfig(steps=2), init=InitConfig(gamma=0.1), train=TrainConfig(steps=4, lr=4e-4, save_every=1)
+)
+
 
 @dataclass(frozen=True)
 class Case:
-    """A base with data, and the folder to work in."""
+    """A base with data, the settings, and the folder to work in."""
 
     base: Path
     data: Path
     held_out: Path
     work: Path
+    config: FitConfig = CONFIG
 
     def fit(self, run: Path, *, resume: bool = False) -> None:
-        fit(str(self.base), str(self.data), run, CONFIG, eval_data=str(self.held_out), resume=resume)
+        fit(str(self.base), str(self.data), run, self.config, eval_data=str(self.held_out), resume=resume)
 
 
 def stage_of(partial: Path) -> str:
@@ -90,14 +97,18 @@ def measure(case: Case, count: int) -> dict[str, Any]:
     generator = random.Random(0)
     kinds: dict[str, list[dict[str, Any]]] = {"moments": [], "file operations": []}
     for number in range(count):
-        after = round(generator.uniform(0, seconds), 3)
-        result = try_kill(
-            case,
-            f"moment-{number}",
-            lambda folder, log, after=after: killed_after(after, lambda: case.fit(folder / "run"), log=log),  # type: ignore[misc]
-            unbroken,
-        )
-        kinds["moments"].append({"after seconds": after, **result})
+        after = generator.uniform(0, seconds)
+        for attempt in itertools.count():
+            result = try_kill(
+                case,
+                f"moment-{number}-{attempt}",
+                lambda folder, log, after=after: killed_after(after, lambda: case.fit(folder / "run"), log=log),  # type: ignore[misc]
+                unbroken,
+            )
+            if result["killed"]:
+                break
+            after /= 2
+        kinds["moments"].append({"after seconds": round(after, 3), **result})
         at = 1 + int((number + generator.random()) * operations / count)
         result = try_kill(
             case,
@@ -107,7 +118,9 @@ def measure(case: Case, count: int) -> dict[str, Any]:
         )
         kinds["file operations"].append({"at": at, **result})
         print(json.dumps({name: found[-1] for name, found in kinds.items()}), file=sys.stderr, flush=True)
-    totals = {name: f"{sum(one['same'] for one in found)} of {count}" for name, found in kinds.items()}
+    totals = {
+        name: f"{sum(one['killed'] and one['same'] for one in found)} of {count}" for name, found in kinds.items()
+    }
     return {"same files": totals, "seconds unbroken": round(seconds, 2), "file operations": operations, "points": kinds}
 
 
@@ -124,7 +137,7 @@ def real(base: Path, data: Path, work: Path) -> Case:
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     (work / "data.jsonl").write_text("".join(lines[:64]), encoding="utf-8")
     (work / "eval.jsonl").write_text("".join(lines[64:68]), encoding="utf-8")
-    return Case(base, work / "data.jsonl", work / "eval.jsonl", work)
+    return Case(base, work / "data.jsonl", work / "eval.jsonl", work, SHORT)
 
 
 def main() -> None:
@@ -133,10 +146,11 @@ def main() -> None:
     result: dict[str, Any] = facts(command)
     with tempfile.TemporaryDirectory() as work:
         result["tiny Llama"] = measure(tiny(Path(work)), 20)
+    write("resume", result)
     if len(sys.argv) > 2:
         with tempfile.TemporaryDirectory() as work:
-            result[Path(sys.argv[1]).name] = measure(real(Path(sys.argv[1]), Path(sys.argv[2]), Path(work)), 4)
-    write("resume", result)
+            result[Path(sys.argv[1]).name] = measure(real(Path(sys.argv[1]), Path(sys.argv[2]), Path(work)), 2)
+        write("resume", result)
 
 
 if __name__ == "__main__":

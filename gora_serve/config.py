@@ -20,7 +20,7 @@ Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["unit", "padded", "native"]
 
-FREE_SETTINGS = frozenset({"train.save_every"})  # decide no number: a run may be resumed with others
+FREE_SETTINGS = frozenset({"model.offload", "train.save_every"})  # decide no number: a run may be resumed with others
 IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
 
 

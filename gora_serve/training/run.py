@@ -16,7 +16,7 @@ from torch import nn
 import gora_serve
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
-from gora_serve.config import FREE_SETTINGS, FitConfig
+from gora_serve.config import FREE_SETTINGS, FitConfig, ModelConfig, TrainConfig
 from gora_serve.errors import RunError
 from gora_serve.gora.gamma import GammaSearch, search_gamma
 from gora_serve.gora.ranks import RankPlan, allocate_ranks, uniform_ranks
@@ -200,13 +200,13 @@ class Run:
             "rank_min": plan.rank_min,
             "rank_max": plan.rank_max,
             "rank_rule": plan.rule,
-            **{name: value for name, value in asdict(config.model).items() if name != "offload"},  # decides no number
+            **_decisive("model", config.model),
             **asdict(config.data),
             **{f"probe_{name}": getattr(config.probe, name) for name in ("steps", "mode", "error", "lr")},
             "importance": config.probe.importance[0],
             "search_batches": config.init.search_batches,
             "processes": self.session.accelerator.num_processes,
-            **{name: value for name, value in asdict(config.train).items() if f"train.{name}" not in FREE_SETTINGS},
+            **_decisive("train", config.train),
             "lr_ratio": config.train.ratio,
         }
         return {
@@ -229,6 +229,10 @@ class Run:
             base = adapter.base
             binding = binding_json(base.name, base.revision, base.roots)
             seal_folder(stage, {"adapter_root": root, "binding": binding})
+
+
+def _decisive(stage: str, config: ModelConfig | TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if f"{stage}.{name}" not in FREE_SETTINGS}
 
 
 def split_rows(rows: tuple[Example, ...], config: FitConfig) -> tuple[tuple[Example, ...], tuple[Example, ...]]:

@@ -212,6 +212,12 @@ def test_other_checkpoints_same_adapter(fitting: Fit, unbroken: dict[str, object
     assert content(copied) == unbroken
 
 
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_weights_may_move_elsewhere(fitting: Fit, unbroken: dict[str, object], copied: Path, offload: Any) -> None:
+    fitting(copied, replace(CONFIG, model=replace(CONFIG.model, offload=offload)), resume=True)
+    assert content(copied) == unbroken
+
+
 def test_lora(fitting: Fit, tmp_path: Path) -> None:
     fitting(tmp_path / "whole", LORA)
     stop_after(fitting, tmp_path / "run", 3, LORA)
