@@ -97,6 +97,7 @@ def _speaks() -> bool:
 def watching() -> Iterator[Listener]:
     """Show progress on standard error while open: bars on a terminal, a line now and then elsewhere."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # PEFT imports it where it is installed
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it talks of kernels
