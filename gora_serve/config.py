@@ -219,6 +219,32 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What memory is planned for: `fit`'s own settings, and how many processes share the work.
+
+    sharded: each of the processes holds its share of the weights (FSDP2); else each holds all. device: what computes.
+    padded: rows of unequal length, as data has them.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    ranks: RankConfig = field(default_factory=RankConfig)
+    processes: int = 1
+    sharded: bool = False
+    device: Literal["gpu", "cpu"] = "gpu"
+    padded: bool = True
+
+    def validate(self) -> None:
+        """Raise UsageError for the first value that makes no sense."""
+        self.data.validate()
+        self.ranks.validate()
+        _require(self.processes >= 1, "--processes must be at least 1", actual=self.processes)
+        _require(self.processes > 1 or not self.sharded, "--sharded needs several --processes", actual=self.processes)
+        packed = self.sharded and self.model.quantize != "none"
+        _require(not packed, "weights that --quantize packs are not sharded", hint="--quantize none, or no --sharded")
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """The demo: settings that two cores can run in minutes on a model of 135M parameters."""
 

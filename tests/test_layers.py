@@ -37,11 +37,17 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
         {"torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "psutil", "numpy"}
     ),
     "gora_serve/training/run_files.py": frozenset(),  # what `ranks` needs, without torch
+    "gora_serve/training/selection.py": frozenset(),  # what `plan` needs, without torch
+    "gora_serve/training/shapes.py": frozenset(),
+    "gora_serve/training/activations.py": frozenset(),
+    "gora_serve/training/memory.py": frozenset(),
+    "gora_serve/training/advice.py": frozenset(),
     "serving": frozenset(),
     "vllm_plugin": frozenset({"torch", "vllm"}),
     "flow": frozenset(),
     "cli": frozenset({"click"}),
     "gora_serve/cli/render.py": frozenset({"rich"}),
+    "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "converters": frozenset({"torch", "safetensors"}),
 }
 # What may be imported inside functions beyond that.

@@ -15,6 +15,7 @@ from gora_serve import __version__
 from gora_serve.cli.adapters import export, hash_, verify
 from gora_serve.cli.demo import demo
 from gora_serve.cli.fitting import fit, probe, ranks
+from gora_serve.cli.plan import plan
 from gora_serve.cli.serve import serve
 from gora_serve.errors import GoraError, Stopped
 
@@ -28,6 +29,7 @@ def cli(debug: bool) -> None:
     """One untouched base model, many tasks: from training data to a verified multi-adapter server.
 
     \b
+    plan BASE                            what memory it will take
     fit BASE --data FILE --output RUN    train an adapter with GoRA
     export RUN --output DIR              write it as a standard LoRA adapter
     verify DIR --base BASE               prove files, tensors and base
@@ -35,7 +37,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (fit, probe, ranks, export, hash_, verify, serve, demo):
+for command in (plan, fit, probe, ranks, export, hash_, verify, serve, demo):
     cli.add_command(command)
 
 

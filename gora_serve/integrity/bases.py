@@ -23,6 +23,15 @@ def locate_base(name: str) -> Base:
 
     Raises InputError for something that is not a model folder, MachineError when the hub cannot be reached.
     """
+    return _locate(name, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+
+
+def locate_settings(name: str) -> Base:
+    """Find BASE as `locate_base` does, but of a hub id download the JSON files alone: no weights."""
+    return _locate(name, ["*.json"])
+
+
+def _locate(name: str, wanted: list[str]) -> Base:
     path = Path(name)
     if path.exists():
         _check_model_folder(path)
@@ -31,7 +40,7 @@ def locate_base(name: str) -> Base:
         raise MachineError(
             "no such base", code="GS-520", file=name, hint="give a model folder or a hub id such as org/name"
         )
-    snapshot = _download(name)
+    snapshot = _download(name, wanted)
     _check_model_folder(snapshot)
     commit = snapshot.name if snapshot.parent.name == "snapshots" else None
     return Base(name, snapshot, commit)
@@ -52,11 +61,10 @@ def _check_model_folder(path: Path) -> None:
         )  # fmt: skip
 
 
-def _download(name: str) -> Path:
+def _download(name: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as err:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from gora_serve.errors import UsageError
+from gora_serve.training.selection import no_target, select
 from gora_serve.training.weights import is_transposed
 
 
@@ -35,43 +32,11 @@ def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
     Raises UsageError when nothing matches, naming what there is.
     """
     linear = linear_modules(model)
-    if targets == "all-linear":
-        chosen = set(linear)
-    elif targets == "attention":
+    if targets != "attention":
+        chosen = select(linear, targets)
+    else:
         inside = [path for path, module in model.named_modules() if "Attention" in type(module).__name__]
         chosen = {path for path in linear if any(path.startswith(f"{parent}.") for parent in inside)}
-    elif re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)*", targets):
-        chosen = _by_name(linear, [name.strip() for name in targets.split(",")])
-    else:
-        chosen = _by_pattern(linear, targets)
-    if not chosen:
-        raise _no_target(linear, targets)
+        if not chosen:
+            raise no_target(linear, targets)
     return {path: module for path, module in linear.items() if path in chosen}
-
-
-def _by_name(linear: Mapping[str, nn.Module], names: list[str]) -> set[str]:
-    chosen: set[str] = set()
-    for name in names:
-        found = {path for path in linear if path == name or path.endswith(f".{name}")}
-        if not found:
-            raise _no_target(linear, name)
-        chosen |= found
-    return chosen
-
-
-def _by_pattern(linear: Mapping[str, nn.Module], pattern: str) -> set[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as err:
-        raise UsageError(
-            "--targets is neither names nor a regular expression", code="GS-202", actual=f"{pattern}: {err}"
-        ) from err
-    return {path for path in linear if compiled.fullmatch(path)}
-
-
-def _no_target(linear: Mapping[str, nn.Module], targets: str) -> UsageError:
-    names = sorted({path.rsplit(".", 1)[-1] for path in linear})
-    return UsageError(
-        "no module matches --targets", code="GS-203", expected=f"some of {', '.join(names)}", actual=targets,
-        hint="--targets all-linear",
-    )  # fmt: skip

@@ -13,7 +13,17 @@ import pytest
 from shell import TIMEOUT, environment
 
 from gora_serve.cli.main import cli
-from gora_serve.config import DataConfig, DemoConfig, ExportConfig, FitConfig, ProbeConfig, RankConfig, TrainConfig
+from gora_serve.config import (
+    DataConfig,
+    DemoConfig,
+    ExportConfig,
+    FitConfig,
+    ModelConfig,
+    PlanConfig,
+    ProbeConfig,
+    RankConfig,
+    TrainConfig,
+)
 from gora_serve.serving.plan import ServeConfig
 
 HEAVY = (
@@ -117,6 +127,7 @@ NAMES = {  # of an option -> of the field, where they differ
 SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "fit": (("base", "--data", "d", "--output", "o"), [FIT.model, FIT.data, FIT.probe, FIT.ranks, FIT.init, FIT.train]),
     "probe": (("base", "--data", "d", "--output", "o"), [FIT.model, FIT.data, FIT.probe, TrainConfig()]),
+    "plan": (("base",), [ModelConfig(), RankConfig(), PlanConfig()]),
     "ranks": (("probe",), [RankConfig()]),
     "export": (("run", "--output", "o"), [ExportConfig()]),
     "serve": (("base",), [ServeConfig()]),
@@ -150,6 +161,8 @@ def default_of(name: str, option: str, configs: list[object]) -> Any:
     special: dict[tuple[str, str], Any] = {
         ("probe", "rank_max"): RankConfig().highest,  # B can be made up to the rank that fit goes to
         ("ranks", "importance"): None,  # the probe's own
+        ("plan", "device"): None,  # what this machine has
+        ("plan", "memory"): None,
     }
     if (name, option) in special:
         return special[name, option]

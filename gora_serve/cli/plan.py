@@ -1,0 +1,100 @@
+"""`plan`: the memory that `probe` and `fit` will take, from headers and configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gora_serve.cli.options import json_option
+from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig
+
+
+@click.command()
+@click.argument("base")
+@click.option(
+    "--targets",
+    default=ModelConfig.targets,
+    show_default=True,
+    metavar="all-linear|attention|NAMES|REGEX",
+    help="As for fit; attention goes by names alone.",
+)
+@click.option(
+    "--dtype",
+    default=ModelConfig.dtype,
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Of the base's weights in memory; auto: as config.json says.",
+)
+@click.option(
+    "--quantize",
+    default=ModelConfig.quantize,
+    show_default=True,
+    type=click.Choice(["none", "nf4"]),
+    help="nf4: linear layers in 4 bits; embeddings, head and norms stay as they are.",
+)
+@click.option("--max-length", default=DataConfig.max_length, show_default=True, help="Tokens of the longest row.")
+@click.option("--batch-size", default=DataConfig.batch_size, show_default=True, help="Rows of a micro-batch.")
+@click.option("--rank", default=RankConfig.rank, show_default=True, help="Reference rank: sets the adapter's size.")
+@click.option("--rank-max", type=int, default=RankConfig.rank_max, show_default="4 * rank")
+@click.option(
+    "--processes", default=PlanConfig.processes, show_default=True, help="Devices that share the work, on one machine."
+)
+@click.option(
+    "--sharded",
+    is_flag=True,
+    default=PlanConfig.sharded,
+    help="The processes share the weights out (FSDP2); without it each has them all.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["gpu", "cpu"]),
+    show_default="gpu where there is one",
+    help="What computes. On a CPU everything lies in one memory.",
+)
+@click.option(
+    "--memory",
+    type=float,
+    metavar="GIB",
+    show_default="what is free on this machine",
+    help="Memory of each device, to recommend settings for.",
+)
+@json_option
+def plan(base: str, **options: Any) -> None:
+    """Reckon parameters and memory of probing and training before anything is loaded.
+
+    BASE is a model folder or a hub id, of which only the JSON files are fetched; without weights the shapes follow
+    from config.json for Llama, Mistral, Qwen2 and Qwen3. docs/memory.md says what each part is.
+    """
+    from gora_serve.cli.render import emit
+    from gora_serve.cli.render_plan import memory_summary
+    from gora_serve.integrity.bases import locate_settings
+    from gora_serve.training.advice import advise, free_memory
+    from gora_serve.training.memory import estimate
+    from gora_serve.training.shapes import read_shapes
+
+    memory = _given_memory(options["memory"])
+    device = options["device"]
+    if memory is None or device is None:
+        found, free = free_memory(device)
+        device, memory = device or found, free if memory is None else memory
+    config = PlanConfig(
+        model=ModelConfig(options["targets"], options["dtype"], options["quantize"]),
+        data=DataConfig(options["max_length"], batch_size=options["batch_size"]),
+        ranks=RankConfig(options["rank"], rank_max=options["rank_max"]),
+        processes=options["processes"], sharded=options["sharded"], device=device,
+    )  # fmt: skip
+    located = locate_settings(base)
+    planned = estimate(read_shapes(Path(located.path)), config)
+    emit(memory_summary(base, planned, config, memory, advise(planned, memory)), as_json=options["as_json"])
+
+
+def _given_memory(gib: float | None) -> int | None:
+    from gora_serve.errors import UsageError
+
+    if gib is None:
+        return None
+    if not 0 < gib < 1e6:
+        raise UsageError("--memory must be positive", code="GS-209", actual=gib)
+    return int(gib * 2**30)
