@@ -29,7 +29,7 @@ from gora_serve.training.loss import mean_loss
 from gora_serve.training.probe import probe
 from gora_serve.training.targets import linear_modules
 
-ROWS, LENGTH, ROUNDS = 4, 256, 5
+ROWS, LENGTH, ROUNDS = 4, 256, 3
 SEED = 0
 # Llama-3.1-8B, all linear layers: (out, in) and how many.
 LLAMA_8B = {
@@ -95,19 +95,21 @@ def timed(step: Step) -> float:
 def probe_steps(model: nn.Module, batch: dict[str, Tensor], mode: str, between: Step, count: int) -> list[float]:
     """Seconds of `count` steps of a probe, each after a call of `between`. A sketch's pilot step is not among them."""
     seconds: list[float] = []
+    started = [0.0]
 
     def batches() -> Iterator[dict[str, Tensor]]:
-        yield batch  # the pilot of a sketch, and the first step
-        for _ in range(count):
-            between()
-            started = time.perf_counter()
+        for number in range(count + (mode == "sketch")):
+            if number or mode != "sketch":
+                between()
+            started[0] = time.perf_counter()
             yield batch
-            seconds.append(time.perf_counter() - started)
-        yield batch  # so that the step before it is timed
 
-    chosen = ProbeConfig(steps=count + 2, mode=mode)  # type: ignore[arg-type]
-    probe(model, batches(), mean_loss, config=chosen)
-    return seconds
+    def after_step(_event: object) -> None:
+        seconds.append(time.perf_counter() - started[0])
+
+    chosen = ProbeConfig(steps=count + (mode == "sketch"), mode=mode)  # type: ignore[arg-type]
+    probe(model, batches(), mean_loss, config=chosen, listen=after_step)
+    return seconds[-count:]  # the first of a sketch holds the pilot
 
 
 def lora_ga_steps(model: nn.Module, batch: dict[str, Tensor], count: int) -> list[float]:
@@ -129,7 +131,7 @@ def lora_ga_steps(model: nn.Module, batch: dict[str, Tensor], count: int) -> lis
     return seconds
 
 
-def probe_times(model: nn.Module) -> dict[str, Any]:
+def probe_times(model: nn.Module, *, rounds: int) -> dict[str, Any]:
     batch = a_batch(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     kinds = {"plain": mean_loss, "plain, transformers' loss": transformers_loss}
     steps = {name: plain(model, batch, loss_fn) for name, loss_fn in kinds.items()}
@@ -141,15 +143,18 @@ def probe_times(model: nn.Module) -> dict[str, Any]:
         for name, step in steps.items():
             seconds[name].append(timed(step))
 
-    for _ in range(ROUNDS):
-        seconds["sketch"] += probe_steps(model, batch, "sketch", between, 2)
-        seconds["exact"] += probe_steps(model, batch, "exact", between, 1)
-        seconds["LoRA-GA of PEFT"] += lora_ga_steps(model, batch, 2)
+    for _ in range(rounds):
+        seconds["sketch"] += probe_steps(model, batch, "sketch", between, 3)
+        seconds["exact"] += probe_steps(model, batch, "exact", lambda: None, 1)
+        seconds["LoRA-GA of PEFT"] += lora_ga_steps(model, batch, 1)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    pairs = {
+        f"sketch / {name}": [one / other for one, other in zip(seconds["sketch"], seconds[name], strict=True)]
+        for name in kinds
+    }
     return {
         "median seconds of a step": {name: round(value, 4) for name, value in medians.items()},
-        "sketch / plain": round(medians["sketch"] / medians["plain"], 4),
-        "sketch / plain, transformers' loss": round(medians["sketch"] / medians["plain, transformers' loss"], 4),
+        **{f"{name}, median of pairs": round(statistics.median(values), 4) for name, values in pairs.items()},
         "sketch / LoRA-GA of PEFT": round(medians["sketch"] / medians["LoRA-GA of PEFT"], 4),
         "exact / plain": round(medians["exact"] / medians["plain"], 4),
         "seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
@@ -271,7 +276,7 @@ def training_times(base: str) -> dict[str, Any]:
 
     last[0] = time.perf_counter()
     train(
-        model, [lambda: batch] * (2 * ROUNDS + 1), accelerator=Accelerator(cpu=True), config=TrainConfig(),
+        model, [lambda: batch] * 6, accelerator=Accelerator(cpu=True), config=TrainConfig(),
         record=lambda numbers: None, after_step=after_step, listen=lambda event: None,
     )  # fmt: skip
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
@@ -289,8 +294,8 @@ def main() -> None:
     result = facts("make demo && .venv/bin/python benchmarks/probe.py gora-demo/base")
     result["settings"] = {"rows": ROWS, "tokens a row": LENGTH, "dtype": "bfloat16", "threads": torch.get_num_threads()}
     for name, part in (
-        ("time of a probe step", lambda: probe_times(load(base))),
-        ("time of a probe step, one block of Llama-3.1-8B", lambda: probe_times(block_8b())),
+        ("time of a probe step", lambda: probe_times(load(base), rounds=ROUNDS)),
+        ("time of a probe step, one block of Llama-3.1-8B", lambda: probe_times(block_8b(), rounds=2)),
         ("memory of a probe step", lambda: probe_memory(base)),
         ("allocation and initialisation, Llama-3.1-8B, all linear layers", initialization),
         ("time of a training step", lambda: training_times(base)),
