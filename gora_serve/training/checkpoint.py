@@ -119,14 +119,14 @@ def _step_of(path: Path) -> int | None:
 
 
 def check_entries(run: Path) -> None:
-    """Raise InputError (GS-397) where something that is no checkpoint stands where one is, or will be, written."""
+    """Raise InputError (GS-399) where something that is no checkpoint stands where one is, or will be, written."""
     folder = run / FOLDER
     odd = [folder] if folder.is_symlink() or (folder.exists() and not folder.is_dir()) else []
     if folder.is_dir():
         odd += [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _step_of(path) is None]
     if odd:
         raise InputError(
-            "this is no checkpoint of ours", code="GS-397", file=odd[0], kept="nothing was changed",
+            "this is no checkpoint of ours", code="GS-399", file=odd[0], kept="nothing was changed",
             expected="a folder step-N in the folder checkpoints", hint="move it away, then --resume again",
         )  # fmt: skip
 

@@ -84,7 +84,7 @@ def _read(path: Path, schema: str, *, hint: str) -> dict[str, Any]:
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    """Read run.json. Raises InputError (GS-396) where a record in it is no object."""
+    """Read run.json. Raises InputError (GS-398) where a record in it is no object."""
     value = _read(path, RUN_SCHEMA, hint=ANEW)
     records = {name: value.get(name) for name in ("config", "base", "data", "versions")}
     records |= {"base.roots": records["base"].get("roots")} if isinstance(records["base"], dict) else {}
@@ -92,7 +92,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     for name, record in records.items():
         if not isinstance(record, dict):
             raise InputError(
-                f"{name} of this run.json is malformed", code="GS-396", file=path, expected="an object",
+                f"{name} of this run.json is malformed", code="GS-398", file=path, expected="an object",
                 actual=json.dumps(record), kept=UNCHANGED, hint=ANEW,
             )  # fmt: skip
     return value

@@ -204,7 +204,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
         (folder / name).symlink_to(folder / "step-1")
     else:
         (folder / name).mkdir()
-    with pytest.raises(InputError, match="GS-397") as caught:
+    with pytest.raises(InputError, match="GS-399") as caught:
         newest_checkpoint(tmp_path)
     assert caught.value.fields["file"] == folder / name
     assert steps_of(tmp_path) == [1]
@@ -212,7 +212,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_a_file_where_checkpoints_belong_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(InputError, match="GS-397"):
+    with pytest.raises(InputError, match="GS-399"):
         newest_checkpoint(tmp_path)
 
 

@@ -443,7 +443,7 @@ def test_a_malformed_run_json_is_refused(fitting: Fit, copied: Path, key: str, v
     file = copied.with_name("run.partial") / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     before = state(copied.parent)
-    with pytest.raises(InputError, match="GS-396") as caught:
+    with pytest.raises(InputError, match="GS-398") as caught:
         fitting(copied, resume=True)
     assert caught.value.fields["file"] == file
     assert key in caught.value.what
