@@ -61,10 +61,11 @@ class GoraError(Exception):
         lines += [f"  {name}: {printable(value)}" for name, value in self.fields.items()]
         return "\n".join(lines)
 
-    def keeping(self, kept: str) -> Self:
-        """Return the same error with another `kept`, for a caller that knows what is left."""
+    def keeping(self, kept: str, *, hint: str | None = None) -> Self:
+        """Return the same error with another `kept`, and `hint` if given, for a caller that knows what is left."""
         fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
-        return type(self)(self.what, code=self.code, **(fields | {"kept": kept}))  # type: ignore[arg-type]
+        fields |= {"kept": kept} | ({"hint": hint} if hint else {})
+        return type(self)(self.what, code=self.code, **fields)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, object]:
         """Return the same fields for `--json`."""

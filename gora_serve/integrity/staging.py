@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 UNCHANGED = "nothing was changed"
+_LEFTOVER = re.compile(r"\.(.+\.)?gora-\d+-[0-9a-f]{8}\.(tmp|old)|\..+\.lock")  # of a killed process
 SEAL = "gora_manifest.json"  # what a finished output folder of ours holds
 
 
@@ -35,14 +36,16 @@ def staged_folder(
     protect: Sequence[Path] = (),
     visible: bool = False,
     resume: bool = False,
+    mark: str | None = None,
 ) -> Iterator[Path]:
     """Yield a new folder beside `target` to write into; on leaving without an exception it becomes `target`.
 
     With `visible` the folder is `<target>.partial` and survives a failure; with `resume` too, one that is there already
-    is taken as it is, without the temporary files of a dead process. `protect` lists inputs that the target must
-    not be, contain or lie in. Raises UsageError (GS-251 to GS-255), OutputError (GS-601 exists, GS-602 locked, GS-603
-    a partial folder exists), MachineError (GS-505 nothing was changed, GS-506 published but not surely on disk); an
-    OSError of the body becomes GS-505 too.
+    is taken as it is, without the temporary files of a dead process. `mark` names the file that is written first: a
+    partial folder that holds files but not this one is not ours. `protect` lists inputs that the target must not be,
+    contain or lie in. Raises UsageError (GS-251 to GS-255), OutputError (GS-601 exists, GS-602 locked, GS-603 a partial
+    folder exists, GS-604 it is not ours), MachineError (GS-505 nothing was changed, GS-506 published but not surely on
+    disk); an OSError of the body becomes GS-505 too.
     """
     target = target.absolute()
     check_target(target, overwrite=overwrite, protect=protect, resume=resume)
@@ -53,20 +56,24 @@ def staged_folder(
         with _os_errors(target, UNCHANGED):
             _recover(target)
             check_target(target, overwrite=overwrite, protect=protect, resume=resume)
-            stage = _open_partial(target, overwrite=overwrite, resume=resume) if visible else _new_stage(target)
-        kept = f"the unfinished output is in {stage}" if visible else UNCHANGED
+            stage = (
+                _open_partial(target, overwrite=overwrite, resume=resume, mark=mark) if visible else _new_stage(target)
+            )
+        kept = f"the unfinished output is in {stage}; --resume goes on with it" if visible else UNCHANGED
         try:
             with _os_errors(target, kept):
                 yield stage
                 _fsync_tree(stage)
                 old = _publish(stage, target, overwrite=overwrite)
-        except BaseException:
+        except BaseException as err:
             if not visible:
                 shutil.rmtree(stage, ignore_errors=True)
+            elif isinstance(err, MachineError) and err.fields.get("kept") == UNCHANGED:  # said of one file
+                raise err.keeping(kept) from err
             raise
         sync_published(target)
         if old is not None:
-            _delete_old(old)
+            _delete_old(old, target)
 
 
 def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Path] = (), resume: bool = False) -> None:
@@ -204,35 +211,49 @@ def partial_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def check_partial(target: Path, *, overwrite: bool, resume: bool = False) -> Path:
+def check_partial(target: Path, *, overwrite: bool, resume: bool = False, mark: str | None = None) -> Path:
     """Return the partial folder of `target`; raise as `staged_folder` would if it is in the way. Changes nothing."""
     stage = partial_of(target)
     if stage.is_symlink():
         raise UsageError("the partial output is a symlink", code="GS-252", file=stage)
+    if stage.exists() and not stage.is_dir():
+        raise UsageError("the partial output is not a folder", code="GS-253", file=stage, kept=UNCHANGED)
+    _check_ours(stage, mark)
     if stage.exists() and not overwrite and not resume:
         hint = "go on with it by --resume, or start anew with --overwrite"
         raise OutputError("an unfinished output exists", code="GS-603", file=stage, kept=UNCHANGED, hint=hint)
     return stage
 
 
-def _open_partial(target: Path, *, overwrite: bool, resume: bool) -> Path:
-    stage = check_partial(target, overwrite=overwrite, resume=resume)
+def _check_ours(stage: Path, mark: str | None) -> None:
+    """Raise OutputError (GS-604) if the folder holds anything but leftovers of a dead process, and no `mark`."""
+    if mark is None or not stage.is_dir() or (stage / mark).is_file():
+        return
+    names = sorted(path.name for path in stage.iterdir() if not _LEFTOVER.fullmatch(path.name))
+    if names:
+        raise OutputError(
+            f"this folder is no unfinished run of ours: it holds files, but no {mark}", code="GS-604", file=stage,
+            actual=", ".join(names[:5]), kept=UNCHANGED, hint="move it away, or choose another output",
+        )  # fmt: skip
+
+
+def _open_partial(target: Path, *, overwrite: bool, resume: bool, mark: str | None) -> Path:
+    stage = check_partial(target, overwrite=overwrite, resume=resume, mark=mark)
     if stage.exists() and resume:
         _sweep(stage)
         return stage
     if stage.exists():
-        shutil.rmtree(stage)
+        _remove(stage, target)
     stage.mkdir()
     return stage
 
 
 def _sweep(folder: Path) -> None:
     """Remove what a killed process was in the middle of writing below `folder`: stages, temporary files, locks."""
-    leftover = re.compile(r"\.(.+\.)?gora-\d+-[0-9a-f]{8}\.(tmp|old)|\..+\.lock")
     for place, folders, names in os.walk(folder):
-        for name in filter(leftover.fullmatch, names):
+        for name in filter(_LEFTOVER.fullmatch, names):
             Path(place, name).unlink()
-        for name in [name for name in folders if leftover.fullmatch(name)]:
+        for name in [name for name in folders if _LEFTOVER.fullmatch(name)]:
             shutil.rmtree(Path(place, name))
             folders.remove(name)
 
@@ -299,8 +320,15 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     raise OSError(number, os.strerror(number), os.fspath(source), None, os.fspath(target))
 
 
-def _delete_old(old: Path) -> None:
+def _remove(folder: Path, target: Path) -> None:
+    """Delete a folder beside `target`, under a name that the next run sweeps: half of it is never taken for a whole."""
+    aside = _beside(target, "tmp")
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _delete_old(old: Path, target: Path) -> None:
     try:
-        shutil.rmtree(old)
+        _remove(old, target)
     except OSError as err:
         log.warning("the new output is in place, but the old one cannot be removed from %s: %s", old, err.strerror)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gora_serve.errors import BindingError, GoraError
+from gora_serve.errors import BindingError, GoraError, InputError
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_bytes, write_json
 from gora_serve.training.loop import Position
@@ -109,8 +109,26 @@ def step_folder(run: Path, step: int) -> Path:
 
 def steps_of(run: Path) -> list[int]:
     """Return the steps that the run has a checkpoint of, complete or not, from the newest back."""
-    names = [path.name for path in (run / FOLDER).iterdir()] if (run / FOLDER).is_dir() else []
-    return sorted((int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))), reverse=True)
+    places = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
+    return sorted((step for path in places if (step := _step_of(path)) is not None), reverse=True)
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"step-([1-9][0-9]*)", path.name)
+    return int(match[1]) if match and path.is_dir() and not path.is_symlink() else None
+
+
+def check_entries(run: Path) -> None:
+    """Raise InputError (GS-399) where something that is no checkpoint stands where one is, or will be, written."""
+    folder = run / FOLDER
+    odd = [folder] if folder.is_symlink() or (folder.exists() and not folder.is_dir()) else []
+    if folder.is_dir():
+        odd += [path for path in sorted(folder.iterdir()) if path.name[0] != "." and _step_of(path) is None]
+    if odd:
+        raise InputError(
+            "this is no checkpoint of ours", code="GS-399", file=odd[0], kept="nothing was changed",
+            expected="a folder step-N in the folder checkpoints", hint="move it away, then --resume again",
+        )  # fmt: skip
 
 
 def write_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
@@ -146,7 +164,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that is complete, or None. A damaged one is passed over with a warning."""
+    """Return the newest checkpoint that is complete, or None. A damaged one is passed over with a warning.
+
+    Raises InputError as `check_entries`.
+    """
+    check_entries(run)
     for step in steps_of(run):
         folder = step_folder(run, step)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -11,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from gora_serve.config import FitConfig
-from gora_serve.errors import GoraError, Stopped, UsageError
+from gora_serve.errors import GoraError, MachineError, Stopped, UsageError
 from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.files import staged_folder
 from gora_serve.integrity.staging import check_partial, check_target, partial_of
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training.checkpoint import discard_all
-from gora_serve.training.resume import check_settings
+from gora_serve.training.resume import RUN, check_settings
 from gora_serve.training.run import FitResult, Run
 from gora_serve.training.run_files import read_ranks
 from gora_serve.training.run_folder import RunFolder
 from gora_serve.training.session import Session, naming_memory, open_session
 from gora_serve.training.train_stage import NEXT, Stop
 from gora_serve.training.weights import weight_shape
+
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -55,7 +58,7 @@ def fit(
         raise UsageError("--resume goes on and --overwrite starts anew: give one of them", code="GS-211")
     started = time.perf_counter()
     check_target(output, overwrite=overwrite, protect=[locate_base(base).path], resume=resume)
-    partial = check_partial(output, overwrite=overwrite, resume=resume)
+    partial = check_partial(output, overwrite=overwrite, resume=resume, mark=RUN)
     if resume:
         check_settings(partial, asdict(config))
     early = stoppable(listen, stop, kept="nothing was written")
@@ -73,8 +76,7 @@ def fit(
             with naming_memory():
                 result = run.stages(shapes, output)
         except BaseException as err:  # whatever ends the run, run.json says so; the error goes on
-            status = "stopped" if isinstance(err, Stopped | KeyboardInterrupt | SystemExit) else "failed"
-            run.note(status=status, error=_error_json(err), seconds=time.perf_counter() - started)
+            _note_end(run, err, time.perf_counter() - started)
             raise
         seconds = time.perf_counter() - started
         run.note(status="complete", seconds=seconds, result=_summary(result), base_after=result.base_after)
@@ -102,8 +104,17 @@ def _run_folder(output: Path, session: Session, *, overwrite: bool, resume: bool
         yield RunFolder(partial_of(output), writes=False)
         return
     protect = [session.base.path]
-    with staged_folder(output, overwrite=overwrite, protect=protect, visible=True, resume=resume) as path:
+    staged = staged_folder(output, overwrite=overwrite, protect=protect, visible=True, resume=resume, mark=RUN)
+    with staged as path:
         yield RunFolder(path, writes=True)
+
+
+def _note_end(run: Run, err: BaseException, seconds: float) -> None:
+    status = "stopped" if isinstance(err, Stopped | KeyboardInterrupt | SystemExit) else "failed"
+    try:
+        run.note(status=status, error=_error_json(err), seconds=seconds)
+    except MachineError as fault:  # a full disk, say: it must not hide what ended the run
+        log.warning("run.json does not say how the run ended: %s", fault.what)
 
 
 def _error_json(err: BaseException) -> object:

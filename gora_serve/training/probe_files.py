@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gora_serve.config import Importance
 from gora_serve.errors import InputError
 from gora_serve.gora.statistics import GradientStatistics, ModuleStatistics
-from gora_serve.integrity.files import write_json
+from gora_serve.integrity.files import write_bytes, write_json
 from gora_serve.training.run_files import PROBE_SCHEMA, read_probe
 
 
@@ -54,7 +54,7 @@ def write_probe(
     for path, module in statistics.modules.items():
         tensors[f"{path}.A"] = module.A.contiguous()
         tensors[f"{path}.compressed"] = module.compressed.contiguous()
-    save_file(tensors, folder / "statistics.safetensors")
+    write_bytes(folder / "statistics.safetensors", save(tensors))
     write_json(folder / "probe.json", probe_json(statistics, base, importance))
 
 

@@ -16,6 +16,7 @@ from gora_serve.errors import BindingError, GoraError, InputError
 from gora_serve.gora.ranks import RankPlan
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.binding import check_folder
+from gora_serve.integrity.staging import UNCHANGED
 from gora_serve.training.checkpoint import Checkpoint, newest_checkpoint
 from gora_serve.training.probe_files import read_statistics
 from gora_serve.training.run_files import GAMMA_SCHEMA, RANKS_SCHEMA, RUN_SCHEMA, ranks_json, read_object
@@ -23,6 +24,10 @@ from gora_serve.training.run_files import GAMMA_SCHEMA, RANKS_SCHEMA, RUN_SCHEMA
 log = logging.getLogger(__name__)
 
 ANEW = "start anew with --overwrite, without --resume"
+REMADE = f"delete this file, then --resume makes it anew, or {ANEW}"
+RUN = "run.json"  # the first file that a run writes
+OTHER_GAMMA = "to train with another gamma, give it to a new run: fit --gamma"
+SHOWN = 5  # how many differences a message names
 
 
 @dataclass(frozen=True)
@@ -44,30 +49,53 @@ def pick_up(run: Path, facts: Mapping[str, Any]) -> Left:
     Raises BindingError (GS-420) naming every setting and input that differs. A damaged probe or checkpoint is passed
     over with a warning.
     """
-    if not (run / "run.json").exists():  # killed before its first file
+    if not (run / RUN).exists():  # killed before its first file
         return NOTHING
-    before = read_object(run / "run.json", RUN_SCHEMA)
+    before = _read_run(run / RUN)
     check_same(before, facts, run)
     _warn_of_versions(before, facts, run)
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is not None and checkpoint.inputs != digests(facts):
+    checkpoint, inputs = newest_checkpoint(run), digests(facts)
+    if checkpoint is not None and {**checkpoint.inputs, "gamma": None} != {**inputs, "gamma": None}:
         raise BindingError(
             "a checkpoint of another run lies in the unfinished run", code="GS-422", file=run / "checkpoints", hint=ANEW
         )
     ranks = run / "ranks.json"
     return Left(
         statistics=_statistics(run / "probe"),
-        ranks=read_object(ranks, RANKS_SCHEMA) if ranks.exists() else None,
-        gamma=_gamma(run / "gamma.json"),
+        ranks=_read(ranks, RANKS_SCHEMA, hint=REMADE) if ranks.exists() else None,
+        gamma=_gamma(run / "gamma.json", inputs),
         checkpoint=checkpoint,
     )
 
 
 def check_settings(run: Path, config: Mapping[str, Any]) -> None:
     """Raise as `check_same` where the settings alone tell that it is another run: before a model is loaded."""
-    if (run / "run.json").exists():
-        before = read_object(run / "run.json", RUN_SCHEMA)
+    if (run / RUN).exists():
+        before = _read_run(run / RUN)
         check_same(before, {**before, "config": config}, run)
+
+
+def _read(path: Path, schema: str, *, hint: str) -> dict[str, Any]:
+    """Read a JSON file of the unfinished run. `hint`: what to do about one that cannot be used."""
+    try:
+        return read_object(path, schema)
+    except InputError as err:
+        raise err.keeping(UNCHANGED, hint=hint) from err
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """Read run.json. Raises InputError (GS-398) where a record in it is no object."""
+    value = _read(path, RUN_SCHEMA, hint=ANEW)
+    records = {name: value.get(name) for name in ("config", "base", "data", "versions")}
+    records |= {"base.roots": records["base"].get("roots")} if isinstance(records["base"], dict) else {}
+    records |= {"eval_data": value["eval_data"]} if value.get("eval_data") is not None else {}
+    for name, record in records.items():
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{name} of this run.json is malformed", code="GS-398", file=path, expected="an object",
+                actual=json.dumps(record), kept=UNCHANGED, hint=ANEW,
+            )  # fmt: skip
+    return value
 
 
 def decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,14 +123,18 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> 
     names = [name for name in (*ours, *(theirs.keys() - ours)) if theirs.get(name) != ours.get(name)]
     if names:
         raise BindingError(
-            f"the unfinished run was made with another {', '.join(names)}", code="GS-420", file=run,
-            expected=_shown(theirs, names), actual=_shown(ours, names), kept="nothing was changed",
+            f"the unfinished run differs in: {_listed(names)}", code="GS-420", file=run,
+            expected=_shown(theirs, names), actual=_shown(ours, names), kept=UNCHANGED,
             hint=f"resume with the settings and inputs of its run.json, or {ANEW}",
         )  # fmt: skip
 
 
+def _listed(items: list[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
 def _shown(values: Mapping[str, Any], names: list[str]) -> str:
-    return ", ".join(f"{name} {values.get(name)}" for name in names)
+    return _listed([f"{name} {values.get(name)}" for name in names])
 
 
 def digests(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +165,7 @@ def check_ranks(left: Left, plan: RankPlan, run: Path) -> None:
 
 def _warn_of_versions(before: Mapping[str, Any], facts: Mapping[str, Any], run: Path) -> None:
     for name, now in {**facts["versions"], "device": facts["device"]}.items():
-        was = before["device"] if name == "device" else before.get("versions", {}).get(name)
+        was = before.get("device") if name == "device" else before["versions"].get(name)
         if was != now:
             log.warning("%s began with %s %s and goes on with %s: the numbers may differ", run, name, was, now)
 
@@ -149,12 +181,34 @@ def _statistics(folder: Path) -> GradientStatistics | None:
         return None
 
 
-def _gamma(path: Path) -> float | None:
+def seal_gamma(value: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the content of gamma.json, without its seal, and of the run's inputs (`digests`)."""
+    content = {name: item for name, item in value.items() if name != "seal"}
+    return hashlib.sha256(json.dumps([content, inputs], sort_keys=True).encode()).hexdigest()
+
+
+def check_gamma(left: Left, gamma: float, run: Path) -> None:
+    """Raise BindingError (GS-424) if the checkpoint that the run goes on from was trained from another gamma."""
+    began = left.checkpoint.inputs.get("gamma") if left.checkpoint else gamma
+    if began != gamma:
+        raise BindingError(
+            "the checkpoints of the unfinished run began with another gamma", code="GS-424", file=run / "checkpoints",
+            expected=began, actual=gamma, hint=f"{OTHER_GAMMA}, or {ANEW}",
+        )  # fmt: skip
+
+
+def _gamma(path: Path, inputs: Mapping[str, Any]) -> float | None:
     if not path.exists():
         return None
-    gamma = read_object(path, GAMMA_SCHEMA).get("gamma")
+    value = _read(path, GAMMA_SCHEMA, hint=REMADE)
+    gamma = value.get("gamma")
     if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not (math.isfinite(gamma) and gamma >= 0):
         raise InputError(
-            "not a gamma", code="GS-393", file=path, expected="a number of 0 or more", actual=gamma, hint=ANEW
+            "not a gamma", code="GS-393", file=path, expected="a number of 0 or more", actual=gamma, hint=REMADE
         )
+    if value.get("seal") != seal_gamma(value, inputs):
+        raise BindingError(
+            "the gamma.json of the unfinished run was changed", code="GS-424", file=path, kept=UNCHANGED,
+            hint=f"{OTHER_GAMMA}; to keep this one: {REMADE}",
+        )  # fmt: skip
     return float(gamma)

@@ -31,7 +31,17 @@ from gora_serve.training.encode import Example
 from gora_serve.training.loop import evaluate
 from gora_serve.training.probe_files import write_probe
 from gora_serve.training.probe_run import probe_session
-from gora_serve.training.resume import NOTHING, Left, check_ranks, digest_of_ranks, digests, pick_up
+from gora_serve.training.resume import (
+    NOTHING,
+    RUN,
+    Left,
+    check_gamma,
+    check_ranks,
+    digest_of_ranks,
+    digests,
+    pick_up,
+    seal_gamma,
+)
 from gora_serve.training.run_files import GAMMA_SCHEMA, RUN_SCHEMA, ranks_json
 from gora_serve.training.run_folder import RunFolder
 from gora_serve.training.session import Session, check_untouched, versions
@@ -98,7 +108,7 @@ class Run:
     def note(self, **facts: object) -> None:
         """Write run.json: the settings and inputs, and how the run stands."""
         resumed = {"resumed_from": self.left.checkpoint.position.step} if self.left.checkpoint else {}
-        self.folder.json("run.json", {"schema": RUN_SCHEMA, **facts, **resumed, **self.facts()})
+        self.folder.json(RUN, {"schema": RUN_SCHEMA, **facts, **resumed, **self.facts()})
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -118,9 +128,10 @@ class Run:
         )
         if gamma is None:
             gamma = self.search(model, search_rows)
+        check_gamma(self.left, gamma, self.folder.path)
         training = TrainStage(
             self.session, self.config.train, self.folder, self.held_out, checkpoint=self.left.checkpoint,
-            inputs=digests(self.facts()), stop=self.stop, listen=self.listen,
+            inputs={**digests(self.facts()), "gamma": gamma}, stop=self.stop, listen=self.listen,
         )  # fmt: skip
         with self.timed("train"):
             training.run(model)
@@ -187,7 +198,8 @@ class Run:
             found = search_gamma(loss_at)
         check_loss(found.base_loss, "the base's loss on the rows of the gamma search", code="GS-703")
         inject.multiply_B(model, found.gamma)
-        self.folder.json("gamma.json", _gamma_json(found, len(rows)))
+        content = _gamma_json(found, len(rows))
+        self.folder.json("gamma.json", {**content, "seal": seal_gamma(content, digests(self.facts()))})
         return found.gamma
 
     def origin(self, gamma: float, plan: RankPlan) -> dict[str, str]:

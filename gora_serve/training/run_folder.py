@@ -33,8 +33,11 @@ class RunFolder:
         """Append a line to metrics.jsonl; a number that is not finite becomes null."""
         if self.writes:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-            with (self.path / METRICS).open("a") as file:
-                file.write(json.dumps(finite) + "\n")
+            try:
+                with (self.path / METRICS).open("a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as err:  # of a full disk; it does not know the file's name by itself
+                raise OSError(err.errno, err.strerror, str(self.path / METRICS)) from err
 
     def sync_metrics(self) -> None:
         """Wait until the lines so far are on disk."""
@@ -42,20 +45,23 @@ class RunFolder:
             fsync_path(self.path / METRICS)
 
     def cut_metrics(self, step: int | None) -> None:
-        """Drop the lines after `step` (None: all), and what a killed process left of its last line."""
+        """Drop the lines after `step` (None: all), and what is no line of ours, as a killed process's last one.
+
+        Warns where lines of steps up to `step` are lost.
+        """
         path = self.path / METRICS
-        if not self.writes or not path.exists():
+        if not self.writes:
             return
         if step is None:
-            path.unlink()
+            path.unlink(missing_ok=True)
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            at = _step_of(line)
-            if at is None or at > step:
-                break
-            kept.append(line)
-        write_text(path, "".join(kept))
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        lines = [(_step_of(line), line) for line in text.splitlines(keepends=True)]
+        kept = [(at, line) for at, line in lines if at is not None and at <= step]
+        write_text(path, "".join(line for _, line in kept))
+        lost = len(set(range(1, step + 1)) - {at for at, _ in kept})
+        if lost:
+            log.warning("%s has lost the lines of %d of the %d steps before the checkpoint", path, lost, step)
 
 
 def _step_of(line: str) -> int | None:

@@ -375,6 +375,73 @@ def test_a_partial_folder_is_gone_on_with(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=["new", "resume", "overwrite"])
+def test_a_partial_folder_of_others_is_not_taken(tmp_path: Path, how: dict[str, bool]) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("mine")
+    with (
+        pytest.raises(OutputError, match="GS-604") as caught,
+        staged_folder(tmp_path / "out", visible=True, mark="first", **how),
+    ):
+        pytest.fail("the body must not run")
+    assert caught.value.fields["file"] == partial
+    assert "thesis.tex" in str(caught.value.fields["actual"])
+    assert content(tmp_path) == {"out.partial/thesis.tex": "mine"}
+
+
+def test_a_partial_folder_of_a_writer_killed_before_its_first_file(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".gora-7-0123abcd.tmp").write_text("torn")
+    with staged_folder(tmp_path / "out", visible=True, resume=True, mark="first") as stage:
+        (stage / "first").write_text("1")
+    assert content(tmp_path) == {"out/first": "1"}
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=["new", "resume", "overwrite"])
+def test_a_partial_folder_that_is_a_file(tmp_path: Path, how: dict[str, bool]) -> None:
+    (tmp_path / "out.partial").write_text("mine")
+    with pytest.raises(UsageError, match="GS-253") as caught, staged_folder(tmp_path / "out", visible=True, **how):
+        pytest.fail("the body must not run")
+    assert caught.value.fields["file"] == tmp_path / "out.partial"
+    assert content(tmp_path) == {"out.partial": "mine"}
+
+
+def test_a_partial_folder_half_deleted_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A death while --overwrite deletes the old partial leaves nothing that stands in the way of the next run."""
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    for name in ("first", "second"):
+        (partial / name).write_text("old")
+
+    def dying(folder: Path) -> None:
+        (Path(folder) / "first").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dying)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            staged_folder(tmp_path / "out", visible=True, overwrite=True, mark="first"),
+        ):
+            pytest.fail("the body must not run")
+    with staged_folder(tmp_path / "out", visible=True, resume=True, mark="first") as stage:
+        (stage / "first").write_text("new")
+    assert content(tmp_path) == {"out/first": "new"}
+
+
+def test_a_failed_write_in_a_visible_stage_names_the_stage(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MachineError, match="GS-505") as caught,
+        staged_folder(tmp_path / "out", visible=True) as stage,
+    ):
+        write_bytes(stage / "missing" / "file", b"1")
+    kept = str(caught.value.fields["kept"])
+    assert str(tmp_path / "out.partial") in kept
+    assert "--resume" in kept
+
+
 def test_a_complete_folder_has_nothing_to_resume(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with (

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gora_serve.config import TrainConfig
-from gora_serve.errors import BindingError, MismatchError
+from gora_serve.errors import BindingError, InputError, MismatchError
 from gora_serve.training import checkpoint as checkpoints
 from gora_serve.training.checkpoint import (
     Checkpoint,
@@ -193,6 +193,27 @@ def test_a_folder_without_its_seal_is_no_checkpoint(tmp_path: Path, caplog: pyte
     assert str(torn) in caplog.text
     discard_after(tmp_path, 1)
     assert steps_of(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("name", ["step-0008", "step-0", "step-x", "step-6", "step-7", "thesis.tex"])
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write_checkpoint(tmp_path, made(1)).parent
+    if name == "step-6":
+        (folder / name).write_text("a file")
+    elif name == "step-7":
+        (folder / name).symlink_to(folder / "step-1")
+    else:
+        (folder / name).mkdir()
+    with pytest.raises(InputError, match="GS-399") as caught:
+        newest_checkpoint(tmp_path)
+    assert caught.value.fields["file"] == folder / name
+    assert steps_of(tmp_path) == [1]
+
+
+def test_a_file_where_checkpoints_belong_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(InputError, match="GS-399"):
+        newest_checkpoint(tmp_path)
 
 
 def test_one_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -34,11 +35,13 @@ from gora_serve.config import (
     RankConfig,
     TrainConfig,
 )
-from gora_serve.errors import BindingError, OutputError, RunError, Stopped, UsageError
+from gora_serve.errors import BindingError, InputError, OutputError, RunError, Stopped, UsageError
 from gora_serve.integrity.files import staged_folder
 from gora_serve.progress import Progress
 from gora_serve.training import loop
+from gora_serve.training.checkpoint import newest_checkpoint
 from gora_serve.training.fit import fit
+from gora_serve.training.resume import Left, check_gamma, check_same
 from gora_serve.training.run import FitResult
 
 STEPS = 6
@@ -305,6 +308,23 @@ def test_a_torn_line_of_metrics_is_cut(fitting: Fit, unbroken: dict[str, object]
     assert content(copied) == unbroken
 
 
+@pytest.mark.parametrize("damage", ["lost", "junk", "beginning"])
+def test_lost_metrics_are_told(
+    fitting: Fit, unbroken: dict[str, object], copied: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    file = copied.with_name("run.partial") / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_text("junk\n\0" if damage == "junk" else "".join(lines[5:]))
+    fitting(copied, resume=True)
+    assert ["metrics.jsonl has lost the lines of" in message for message in warnings_of(caplog)] == [True]
+    after = content(copied)
+    assert {**after, "metrics.jsonl": None} == {**unbroken, "metrics.jsonl": None}
+    assert json.loads((copied / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS
+
+
 # Refusals
 
 
@@ -367,6 +387,119 @@ def test_edited_ranks_are_refused(fitting: Fit, copied: Path) -> None:
     with pytest.raises(BindingError, match="GS-423") as caught:
         fitting(copied, resume=True)
     assert "--ranks" in str(caught.value)
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_an_edited_gamma_is_refused(fitting: Fit, copied: Path, checkpoints: bool) -> None:
+    partial = copied.with_name("run.partial")
+    if not checkpoints:
+        shutil.rmtree(partial / "checkpoints")
+    gamma = json.loads((partial / "gamma.json").read_text())
+    (partial / "gamma.json").write_text(json.dumps(gamma | {"gamma": gamma["gamma"] * 2}))
+    before = state(copied.parent)
+    with pytest.raises(BindingError, match="GS-424") as caught:
+        fitting(copied, resume=True)
+    assert caught.value.exit_code == 4
+    assert "--gamma" in str(caught.value)
+    assert state(copied.parent) == before
+
+
+def test_a_gamma_of_another_run_is_refused(fitting: Fit, copied: Path, tmp_path: Path) -> None:
+    stop_after(fitting, tmp_path / "other", 1, replace(CONFIG, train=replace(CONFIG.train, seed=7)))
+    shutil.copy(tmp_path / "other.partial" / "gamma.json", copied.with_name("run.partial"))
+    with pytest.raises(BindingError, match="GS-424"):
+        fitting(copied, resume=True)
+
+
+def test_a_gamma_that_the_checkpoints_do_not_know_is_refused(copied: Path) -> None:
+    checkpoint = newest_checkpoint(copied.with_name("run.partial"))
+    assert checkpoint is not None
+    gamma = checkpoint.inputs["gamma"]
+    check_gamma(Left(checkpoint=checkpoint), gamma, copied)
+    check_gamma(Left(), 2 * gamma, copied)
+    with pytest.raises(BindingError, match="GS-424"):
+        check_gamma(Left(checkpoint=checkpoint), 2 * gamma, copied)
+
+
+@pytest.mark.parametrize("name", ["ranks.json", "gamma.json"])
+def test_a_deleted_file_is_made_anew(fitting: Fit, unbroken: dict[str, object], copied: Path, name: str) -> None:
+    """What the messages about an empty file advise."""
+    file = copied.with_name("run.partial") / name
+    file.write_text("")
+    with pytest.raises(InputError, match="GS-319") as caught:
+        fitting(copied, resume=True)
+    assert caught.value.fields["file"] == file
+    assert "delete this file" in str(caught.value.fields["try"])
+    file.unlink()
+    fitting(copied, resume=True)
+    assert content(copied) == unbroken
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("config", "x"), ("base", "x"), ("base", {"roots": []}), ("data", None), ("eval_data", [1]), ("versions", "x")],
+)
+def test_a_malformed_run_json_is_refused(fitting: Fit, copied: Path, key: str, value: object) -> None:
+    file = copied.with_name("run.partial") / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    before = state(copied.parent)
+    with pytest.raises(InputError, match="GS-398") as caught:
+        fitting(copied, resume=True)
+    assert caught.value.fields["file"] == file
+    assert key in caught.value.what
+    assert "--overwrite" in str(caught.value)
+    assert state(copied.parent) == before
+
+
+def test_a_partial_folder_without_its_run_json_is_refused(fitting: Fit, copied: Path) -> None:
+    (copied.with_name("run.partial") / "run.json").unlink()
+    before = state(copied.parent)
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(OutputError, match="GS-604"):
+            fitting(copied, **how)
+    assert state(copied.parent) == before
+
+
+def test_many_differences_are_counted() -> None:
+    """Of two records without anything in common the first five are named."""
+    now = {"config": {f"setting{number}": number for number in range(9)}}
+    with pytest.raises(BindingError, match="GS-420") as caught:
+        check_same({}, now, Path("run.partial"))
+    names = ", ".join(f"setting{number}" for number in range(5))
+    assert caught.value.what == f"the unfinished run differs in: {names} and 4 more"
+    assert "setting5" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "limit", "file", "status"),
+    [("hash", 8192, "statistics.safetensors", "failed"), ("train", 64, "metrics.jsonl", "running")],
+)
+def test_a_full_disk_keeps_the_run(
+    fitting: Fit, unbroken: dict[str, object], tmp_path: Path, stage: str, limit: int, file: str, status: str
+) -> None:
+    """A limit on the size of files stands in for the disk, from this stage on. The smaller one takes run.json too."""
+    run, log = tmp_path / "run", tmp_path / "log"
+
+    def listen(event: Progress) -> None:
+        if event.stage == stage:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            fitting(run, listen=listen)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    assert killed_at(0, work, folder=tmp_path, log=log) == 1
+    error = log.read_text().rpartition("error[")[2]
+    assert error.startswith("GS-505")
+    assert file in error
+    assert f"the unfinished output is in {tmp_path / 'run.partial'}; --resume" in error
+    assert json.loads((tmp_path / "run.partial" / "run.json").read_text())["status"] == status
+    fitting(run, resume=True)
+    assert content(run) == unbroken
+    assert (run / "probe" / "statistics.safetensors").stat().st_mode == (run / "run.json").stat().st_mode
 
 
 def test_resume_and_overwrite_exclude_each_other(fitting: Fit, copied: Path) -> None:
@@ -473,7 +606,9 @@ import torch
 torch.set_num_threads(1)
 from gora_serve.config import *
 from gora_serve.errors import Stopped
+from gora_serve.training.checkpoint import newest_checkpoint
 from gora_serve.training.fit import fit
+from gora_serve.training.resume import Left, check_gamma, check_same
 stop_at, resume = int(sys.argv[5]), sys.argv[6] == "resume"
 config = FitConfig(
     model=ModelConfig(dtype="float32"), data=DataConfig(max_length=96, batch_size=2), probe=ProbeConfig(steps=2),
