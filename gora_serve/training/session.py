@@ -19,9 +19,9 @@ from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
-from gora_serve.training.data import Dataset, collate, load_data
+from gora_serve.training.data import Dataset, check_ids, collate, load_data
 from gora_serve.training.encode import IGNORED, Example
-from gora_serve.training.models import load_model, load_settings, load_tokenizer
+from gora_serve.training.models import check_causal, load_model, load_settings, load_tokenizer, vocabulary
 from gora_serve.training.offload import offload
 from gora_serve.training.processes import make_accelerator
 from gora_serve.training.quantize import quantization_record
@@ -77,7 +77,9 @@ class Session:
 
     def load(self, source: str, rows: DataConfig) -> Dataset:
         """Read more rows as the session's own were read."""
-        return load_data(source, self.tokenizer, rows, encoder_decoder=self.encoder_decoder)
+        data = load_data(source, self.tokenizer, rows, encoder_decoder=self.encoder_decoder)
+        check_ids(data, vocabulary(self.model), padding=self.tokenizer.pad_token_id)
+        return data
 
     def batches(self, examples: Sequence[Example], indices: Sequence[Sequence[int]]) -> list[LazyBatch]:
         """Return this process's share of the micro-batches, each made when it is called, on the device."""
@@ -128,7 +130,10 @@ def open_session(
     torch.manual_seed(train.seed)
     loaded = load_model(located, model, device=accelerator.device)
     _check_length(loaded, rows)
+    check_ids(dataset, vocabulary(loaded), padding=tokenizer.pad_token_id)
     loaded = _place(loaded, model, train, accelerator)
+    if not settings.is_encoder_decoder:
+        check_causal(loaded, located, device=accelerator.device)
     modules = find_targets(loaded, model.targets)
     memory = memory_root(loaded)
     quantization = quantization_record(loaded, modules, stored=files.weights, memory_root=memory)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from shell import SMALL, TIMEOUT, Answer, command, environment, fit_words, gora_here, snapshot
+from tiny_models import build_llama
 
 LONG = json.dumps({"prompt": "the red apple and the blue river " * 60, "completion": "green"})
 
@@ -119,6 +120,18 @@ def test_all_prompts_longer_than_the_limit(space: Space) -> None:
     file = space.write("long.jsonl", LONG, LONG, LONG)
     answer = space.refuses(space.fit(data=file), 3, "GS-373", "all 3 rows", file)
     assert answer.field("try") == "raise --max-length"
+
+
+def test_a_token_that_the_base_has_no_embedding_for(space: Space) -> None:
+    small = space.folder / "small"
+    build_llama(vocab_size=200).save_pretrained(small)
+    for file in space.base.glob("tok*"):
+        shutil.copy(file, small)
+    shutil.copy(space.base / "chat_template.jinja", small)
+    answer = space.refuses(space.fit(base=small), 3, "GS-392")
+    assert answer.field("file") == f"{space.data}:1"
+    assert answer.field("expected") == "token ids below 200"
+    assert int(answer.field("actual") or 0) >= 200
 
 
 # Targets and settings
