@@ -96,12 +96,14 @@ def check_causal(model: nn.Module, base: Base, *, device: torch.device) -> None:
     `device`, or fetches its weights to there. Raises InputError.
     """
     size = vocabulary(model)
-    first, one, other = torch.arange(size // 2, size // 2 + 15, device=device).remainder(size).split([1, 7, 7])
-    tokens = torch.stack([torch.cat([first, one]), torch.cat([first, other])])  # (2, 8)
+    ids = torch.arange(size // 2, size // 2 + 15, device=device).remainder(size)
+    tokens = torch.stack([ids[:8], torch.cat([ids[:1], ids[8:]])])  # (2, 8)
     keep = torch.zeros(1, dtype=torch.long, device=device)
     output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, logits_to_keep=keep)
     logits = output.logits.float()  # (2, 1, vocabulary)
-    rounding = torch.finfo(model.dtype).eps ** 0.5  # type: ignore[arg-type]
+    dtype = model.dtype
+    assert isinstance(dtype, torch.dtype)
+    rounding = torch.finfo(dtype).eps ** 0.5
     if float((logits[0] - logits[1]).abs().max()) > rounding * float(logits.abs().max()):
         raise InputError(
             "not a causal language model: it sees the tokens that it is to predict", code="GS-345", file=base.path,
