@@ -53,7 +53,7 @@ def _writing(folder: str) -> Iterator[None]:
             raise
         raise MachineError(
             "weights that have to be converted cannot be written for --offload disk", code="GS-527", file=folder,
-            actual=str(err), hint="set TMPDIR to a folder with as much free space as the base has bytes, or --offload cpu",
+            actual=str(err), hint="set TMPDIR to a folder with as much space as the base takes, or --offload cpu",
         ) from err  # fmt: skip
 
 
@@ -142,6 +142,7 @@ def _check_fetches(model: nn.Module, device: torch.device) -> None:
 def _fetch_onto(model: nn.Module, device: torch.device) -> None:
     """Hook the model anew: transformers lets a model that is wholly on disk run on the CPU."""
     from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
+
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     loader = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)  # type: ignore[union-attr]
     remove_hook_from_submodules(model)
