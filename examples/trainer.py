@@ -9,6 +9,7 @@ against, which `gora-serve verify OUTPUT --base BASE` proves. BASE is a model fo
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,18 +21,21 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from gora_serve.adapter.factors import BaseId, LoraFactors
-from gora_serve.config import DataConfig, ModelConfig, ProbeConfig, RankConfig, TrainConfig
+from gora_serve.config import DataConfig, FitConfig, InitConfig, ModelConfig, ProbeConfig, RankConfig, TrainConfig
+from gora_serve.errors import GoraError, InputError
 from gora_serve.gora.ranks import allocate_ranks
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.staging import check_target
 from gora_serve.training import inject
-from gora_serve.training.data import collate, load_data, schedule
+from gora_serve.training.data import check_ids, collate, load_data, schedule
 from gora_serve.training.encode import Example
 from gora_serve.training.export import export_adapter
 from gora_serve.training.loop import make_optimizer
 from gora_serve.training.loss import mean_loss
-from gora_serve.training.models import load_model, load_tokenizer
+from gora_serve.training.models import check_causal, load_model, load_settings, load_tokenizer, vocabulary
 from gora_serve.training.probe import probe
+from gora_serve.training.session import check_length
 from gora_serve.training.weights import is_transposed, memory_root
 
 DATA = Path(__file__).parent / "data" / "requests" / "train.jsonl"
@@ -99,6 +103,33 @@ def reload(base: Base, adapter: Path) -> nn.Module:
     return model
 
 
+def load(options: Any) -> tuple[Base, nn.Module, Any, tuple[Example, ...]]:
+    """Return base, model, tokenizer and rows, or raise GoraError, before the work that takes time.
+
+    The configurations know which settings make no sense; the checks are those of `gora-serve fit`.
+    """
+    rows = DataConfig(max_length=options.max_length, batch_size=options.batch_size)
+    FitConfig(
+        data=rows,
+        probe=ProbeConfig(steps=options.probe_steps),
+        ranks=RankConfig(rank=options.rank),
+        init=InitConfig(gamma=options.gamma),
+        train=TrainConfig(steps=options.steps, lr=options.lr),
+    ).validate()
+    located = locate_base(options.base)
+    check_target(options.output, overwrite=False, protect=[located.path])
+    if load_settings(located).is_encoder_decoder:
+        what = "this example trains causal language models; gora-serve fit takes encoder-decoders too"
+        raise InputError(what, code="GS-345", file=located.path)
+    tokenizer = load_tokenizer(located)
+    data = load_data(options.data, tokenizer, rows)
+    base = load_model(located, ModelConfig(dtype="float32"))
+    check_length(base, rows)
+    check_ids(data, vocabulary(base), padding=tokenizer.pad_token_id)
+    check_causal(base, located, device=torch.device("cpu"))
+    return located, base, tokenizer, data.examples
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("base", help="model folder or hub id of a causal language model")
@@ -111,17 +142,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--gamma", type=float, default=0.1, help="size of the first step")
     parser.add_argument("--lr", type=float, default=4e-4)
-    options = parser.parse_args(arguments)
+    try:
+        run(parser.parse_args(arguments))
+    except GoraError as err:  # its text says what to do
+        print(err, file=sys.stderr)
+        sys.exit(err.exit_code)
 
-    located = locate_base(options.base)
+
+def run(options: Any) -> None:
+    located, base, tokenizer, examples = load(options)
     roots = hash_model(located.path).roots
-    tokenizer = load_tokenizer(located)
-    examples = load_data(options.data, tokenizer, DataConfig(max_length=options.max_length)).examples
 
     def collated(rows: Sequence[Example]) -> dict[str, Tensor]:
         return collate(rows, tokenizer.pad_token_id)
 
-    base = load_model(located, ModelConfig(dtype="float32"))
     before = memory_root(base)
     batch = collated(examples[: options.batch_size])
     print(f"loss of the base         {loss_of(base, batch):.4f}")

@@ -145,11 +145,18 @@ def best(base: Any, method: Method, factors: dict[str, LoraFactors], data: dict[
     return min(found, key=lambda entry: entry[0])[1:]
 
 
+def count(text: str) -> int:
+    """A whole number that is at least 1, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--base-steps", type=int, default=300, help="of training on the digits 0 to 4")
-    parser.add_argument("--steps", type=int, default=60, help="of every adaptation")
-    parser.add_argument("--rank", type=int, default=2, help="LoRA's; GoRA gets as many parameters")
+    parser.add_argument("--base-steps", type=count, default=300, help="of training on the digits 0 to 4")
+    parser.add_argument("--steps", type=count, default=60, help="of every adaptation")
+    parser.add_argument("--rank", type=count, default=2, help="LoRA's; GoRA gets as many parameters")
     options = parser.parse_args(arguments)
     base = make_base(options.base_steps)
     print(f"base: {measure(base, images(range(5))['test'])[1]:.3f} of the digits 0 to 4 are right")

@@ -21,6 +21,7 @@ ExportDtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["unit", "padded", "native"]
 
 FREE_SETTINGS = frozenset({"model.offload", "train.save_every"})  # decide no number: a run may be resumed with others
+MOST_STEPS = 10**7  # an order of batches is drawn for all steps at once
 IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
 
 
@@ -88,12 +89,14 @@ class ProbeConfig:
         return self.lr > 0 or any(name != "sensitivity" for name in self.importance)
 
     def validate(self) -> None:
-        _require(self.steps == "auto" or self.steps >= 1, "--probe-steps must be at least 1", actual=self.steps)
+        fits = self.steps == "auto" or 1 <= self.steps <= MOST_STEPS
+        _require(fits, f"--probe-steps must be 'auto' or between 1 and {MOST_STEPS}", actual=self.steps)
         unknown = [name for name in self.importance if name not in IMPORTANCES]
         known = ", ".join(IMPORTANCES)
         _require(bool(self.importance) and not unknown, "unknown --importance", expected=known, actual=unknown)
-        _require(self.memory is None or self.memory >= 0, "--probe-memory must not be negative", actual=self.memory)
-        _require(0 < self.error < 1, "--probe-error must be between 0 and 1", actual=self.error)
+        finite = self.memory is None or 0 <= self.memory < float("inf")
+        _require(finite, "--probe-memory must be finite and not negative", actual=self.memory)
+        _require(1e-4 <= self.error < 1, "--probe-error must be at least 0.0001 and less than 1", actual=self.error)
         _require(0 <= self.lr < float("inf"), "--probe-lr must be finite and not negative", actual=self.lr)
         _require(
             self.mode != "sketch" or not self.needs_exact,
@@ -179,8 +182,10 @@ class TrainConfig:
 
     def validate(self) -> None:
         _require(self.steps is None or self.epochs is None, "give --steps or --epochs, not both")
-        _require(self.steps is None or self.steps >= 1, "--steps must be at least 1", actual=self.steps)
-        _require(self.epochs is None or 0 < self.epochs < 1e6, "--epochs must be positive", actual=self.epochs)
+        fits = self.steps is None or 1 <= self.steps <= MOST_STEPS
+        _require(fits, f"--steps must be between 1 and {MOST_STEPS}", actual=self.steps)
+        fits = self.epochs is None or 0 < self.epochs < 1e6
+        _require(fits, "--epochs must be more than 0 and less than 1000000", actual=self.epochs)
         _require(self.grad_accum >= 1, "--grad-accum must be at least 1", actual=self.grad_accum)
         _require(0 <= self.lr < float("inf"), "--lr must be finite and not negative", actual=self.lr)
         _require(0 < self.ratio < float("inf"), "--lr-ratio must be positive", actual=self.ratio)

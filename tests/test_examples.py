@@ -18,11 +18,15 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run_example(name: str, *words: object) -> str:
     """Run an example in a process of its own and return what it printed."""
-    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = started(name, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def started(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 def number(pattern: str, text: str) -> float:
@@ -44,6 +48,35 @@ def test_vision() -> None:
     lora, gora = (number(rf"^{method} +(\d+) ", out) for method in ("lora", "gora"))
     assert 0.9 * lora < gora <= lora
     assert number(r"differs by (\S+)$", out) < 1e-5
+
+
+@pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed (the extra `examples`)")
+@pytest.mark.parametrize("words", [("--rank", 0), ("--steps", -1), ("--base-steps", "x")])
+def test_vision_refuses_counts_that_are_none(words: tuple[str, object]) -> None:
+    done = started("vision.py", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"argument {words[0]}: invalid count value: '{words[1]}'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("base", "words", "status", "code"),
+    [
+        ("tiny_base", ("--rank", 0), 2, "GS-201"),
+        ("tiny_base", ("--max-length", 257), 2, "GS-205"),
+        ("tiny_base", ("--output", "."), 6, "GS-601"),
+        ("tiny_t5", (), 3, "GS-345"),
+    ],
+)
+def test_trainer_refuses_as_fit_does(
+    base: str, words: tuple[object, ...], status: int, code: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Before anything is trained, and without a traceback."""
+    (tmp_path / "there").mkdir()
+    words = tuple(tmp_path / "there" if word == "." else word for word in words)
+    done = started("trainer.py", request.getfixturevalue(base), "--output", tmp_path / "adapter", *words)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert f"error[{code}]" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_trainer(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -83,6 +83,19 @@ def build_gpt2(seed: int = 0, *, n_embd: int = 32) -> Any:
     return GPT2LMHeadModel(config).float().requires_grad_(False).eval()
 
 
+def build_mixtral(seed: int = 0) -> Any:
+    """A 1-layer mixture: four experts in fused parameters, which transformers stacks while it loads them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=None,
+        eos_token_id=2,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).float().requires_grad_(False).eval()
+
+
 def build_t5(seed: int = 0, *, dropout: float = 0.0, **changes: int) -> Any:
     """A small encoder-decoder: two layers each side, gated feed-forward."""
     from transformers import T5Config, T5ForConditionalGeneration

@@ -28,7 +28,7 @@ AS_TEXT = dict.fromkeys(("prompt", "completion", "text"), str)  # columns in whi
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised rows, and what is known about where they come from."""
+    """Tokenised rows, and what is known about where they come from. places: file and line of each example."""
 
     name: str
     examples: tuple[Example, ...]
@@ -36,6 +36,7 @@ class Dataset:
     rows: int
     cut: int
     left_out: int
+    places: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
         """Return what run.json records: name, sha256 of the file, and how many rows were used, cut, left out."""
@@ -63,7 +64,7 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decode
         raise InputError("the data file has no rows", code="GS-372", file=source)
     template = config.chat_template and bool(getattr(tokenizer, "chat_template", None))
     encode, fit_length = (encode_pair, _fit_pair) if encoder_decoder else (encode_row, _fit_length)
-    examples, cut, left_out = [], 0, 0
+    examples, places, cut, left_out = [], [], 0, 0
     for row in rows:
         example = encode(row, tokenizer, template=template)
         shorter = fit_length(example, config.max_length)
@@ -71,12 +72,31 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decode
         if shorter is not None:
             cut += len(shorter.labels) < len(example.labels)
             examples.append(shorter)
+            places.append(row.place)
     if not examples:
         raise InputError(
             f"no row fits: in all {len(rows)} rows the prompt alone reaches --max-length", code="GS-373",
             file=source, expected=f"prompts under {config.max_length} tokens", hint="raise --max-length",
         )  # fmt: skip
-    return Dataset(path.name if path.exists() else source, tuple(examples), digest, len(rows), cut, left_out)
+    name = path.name if path.exists() else source
+    return Dataset(name, tuple(examples), digest, len(rows), cut, left_out, tuple(places))
+
+
+def check_ids(data: Dataset, vocabulary: int, *, padding: int) -> None:
+    """Refuse a token that the model has no embedding for: ids must be below `vocabulary`. Raises InputError."""
+    hint = "the tokenizer is another model's, or tokens were added to it and not to the model"
+    for place, example in zip(data.places, data.examples, strict=True):
+        largest = max(*example.input_ids, *example.labels)
+        if largest >= vocabulary:
+            raise InputError(
+                "a token of this row has no embedding in the base", code="GS-392", file=place,
+                expected=f"token ids below {vocabulary}", actual=largest, hint=hint,
+            )  # fmt: skip
+    if padding >= vocabulary:
+        raise InputError(
+            "the tokenizer's padding token has no embedding in the base", code="GS-392", file=data.name,
+            expected=f"token ids below {vocabulary}", actual=padding, hint=hint,
+        )  # fmt: skip
 
 
 def _read_file(path: Path) -> tuple[list[Row], str]:

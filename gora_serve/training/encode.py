@@ -72,10 +72,10 @@ def encode_pair(row: Row, tokenizer: Any, *, template: bool) -> Example:
     that has not both fields.
     """
     prompt, completion = row.values.get("prompt"), row.values.get("completion")
-    if prompt is None or completion is None:
-        raise row.refused(
-            "an encoder-decoder needs a prompt and a completion", f"both fields; got {sorted(row.values)}"
-        )
+    absent = [name for name in ("prompt", "completion") if row.values.get(name) is None]
+    if absent:
+        how = " and ".join(f"{name} is {'null' if name in row.values else 'missing'}" for name in absent)
+        raise row.refused(f"an encoder-decoder needs a prompt and a completion: {how}", "both fields, as text")
     if template and isinstance(prompt, list):
         prompt = _render(_turns(prompt, row), tokenizer, row, add_generation_prompt=True)
     elif template and isinstance(prompt, str):

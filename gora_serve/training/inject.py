@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.peft_config import make_config
+from gora_serve.errors import UsageError
 from gora_serve.gora.initialize import draw_A, initialize, rank_stabilized_scale
 from gora_serve.gora.ranks import RankPlan
 from gora_serve.gora.statistics import GradientStatistics
@@ -46,10 +47,35 @@ def lora_factors(plan: RankPlan, *, alpha: float, generator: torch.Generator) ->
     return factors
 
 
+def check_targets(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse targets that PEFT takes for no LoRA layers, before the work that comes first. Raises UsageError."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    for name in sorted({path.rpartition(".")[2] for path in paths}):
+        with _refusing():
+            _check_lora_target_modules_mamba(LoraConfig(), model, name)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Say in our words that PEFT makes no LoRA layer of a target."""
+    try:
+        yield
+    except ValueError as err:
+        raise UsageError(
+            "PEFT makes no LoRA layer of one of the targets", code="GS-210", actual=str(err),
+            hint="name other modules with --targets",
+        ) from err  # fmt: skip
+
+
 def attach(
     model: nn.Module, factors: Mapping[str, LoraFactors], *, task_type: str | None, fan_in_fan_out: bool
 ) -> nn.Module:
-    """Wrap the model with trainable float32 LoRA layers that hold `factors`. The base stays frozen."""
+    """Wrap the model with trainable float32 LoRA layers that hold `factors`. The base stays frozen.
+
+    Raises UsageError for a target that PEFT refuses.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = make_config(
@@ -62,7 +88,8 @@ def attach(
     )
     config = {key: value for key, value in config.items() if key not in ("auto_mapping", "inference_mode")}
     config["target_modules"] = "|".join(map(re.escape, factors))  # whole paths; in a list PEFT takes endings too
-    peft_model: nn.Module = get_peft_model(model, LoraConfig(**config))
+    with _refusing():
+        peft_model: nn.Module = get_peft_model(model, LoraConfig(**config))
     with torch.no_grad():
         for path, layer in lora_layers(peft_model).items():
             _make_real(layer)

@@ -62,13 +62,58 @@ def load_model(base: Base, config: ModelConfig, *, device: torch.device | None =
 
 
 def _check_kind(model: nn.Module, base: Base, *, encoder_decoder: bool) -> None:
-    if encoder_decoder and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+    if encoder_decoder:
+        _check_shifts_labels(model, base)
+    elif "logits_to_keep" not in signature(model.forward).parameters:
+        raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
+
+
+def _check_shifts_labels(model: nn.Module, base: Base) -> None:
+    """Refuse an encoder-decoder that makes no decoder inputs from labels, on three labels of its own."""
+    hint = "call gora_serve.training.probe.probe from Python with your own loss"
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
         raise InputError(
             "an encoder-decoder that makes no decoder inputs from labels", code="GS-343", file=base.path,
-            actual=type(model).__name__, hint="call gora_serve.training.probe.probe from Python with your own loss",
+            actual=type(model).__name__, hint=hint,
         )  # fmt: skip
-    if not encoder_decoder and "logits_to_keep" not in signature(model.forward).parameters:
-        raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
+    try:
+        shift(labels=torch.tensor([[1, 2, 3]]))
+    except (ValueError, TypeError, RuntimeError) as err:  # each family fails in its own way over a token that is null
+        ids = {name: getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id")}
+        raise InputError(
+            "an encoder-decoder that cannot make decoder inputs from labels", code="GS-343",
+            file=base.path / "config.json", expected="decoder_start_token_id and pad_token_id",
+            actual=", ".join(f"{name} {value}" for name, value in ids.items()), hint=hint,
+        ) from err  # fmt: skip
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, base: Base, *, device: torch.device) -> None:
+    """Refuse a model that sees the tokens that it is to predict: a masked language model, which loads as a causal one.
+
+    Two rows share their first token alone; what a causal model says after it is the same for both. The model is on
+    `device`, or fetches its weights to there. Raises InputError.
+    """
+    size = vocabulary(model)
+    ids = torch.arange(size // 2, size // 2 + 15, device=device).remainder(size)
+    tokens = torch.stack([ids[:8], torch.cat([ids[:1], ids[8:]])])  # (2, 8)
+    keep = torch.zeros(1, dtype=torch.long, device=device)
+    output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, logits_to_keep=keep)
+    logits = output.logits.float()  # (2, 1, vocabulary)
+    dtype = model.dtype
+    assert isinstance(dtype, torch.dtype)
+    rounding = torch.finfo(dtype).eps ** 0.5
+    if float((logits[0] - logits[1]).abs().max()) > rounding * float(logits.abs().max()):
+        raise InputError(
+            "not a causal language model: it sees the tokens that it is to predict", code="GS-345", file=base.path,
+            actual=type(model).__name__, hint="a masked language model (BERT) cannot be trained as a causal one",
+        )  # fmt: skip
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Return how many token ids the model has embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ them again for the backward pass. Weights on disk are read straight from the bas
 
 from __future__ import annotations
 
+import errno
 import logging
 import tempfile
 import weakref
@@ -14,11 +15,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import OffloadedWeightsLoader
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gora_serve.config import Offload
-from gora_serve.errors import UsageError
+from gora_serve.errors import MachineError, UsageError
 
 # Recomputation stops at the last tensor that is needed, before the hook behind it has put the weights away again.
 CHECKPOINTING = {"use_reentrant": False, "early_stop": False}
@@ -28,14 +31,44 @@ def load_on_disk(load: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
     """Return (model, loading info) of transformers' `load`, every weight on disk.
 
     Weights that transformers has to convert on loading are written to a temporary folder, which lives as long as
-    the model. All others are read from the base's files, whenever they are needed.
+    the model. All others are read from the base's files, whenever they are needed. Raises MachineError where that
+    folder is full.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gora-serve-offload-"))
-        with _quiet("accelerate.big_modeling"):  # that weights are on disk is no news
+        with _quiet("accelerate.big_modeling"), _writing(folder):  # that weights are on disk is no news
             model, loaded = load(device_map={"": "disk"}, offload_folder=folder)
         weakref.finalize(model, stack.pop_all().close)
     return model, loaded
+
+
+@contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Say in our words that converted weights do not fit into the folder."""
+    try:
+        yield
+    except (SafetensorError, OSError) as err:
+        full = "Error while serializing" in str(err) or getattr(err, "errno", None) == errno.ENOSPC
+        if not full:
+            raise
+        raise MachineError(
+            "weights that have to be converted cannot be written for --offload disk", code="GS-527", file=folder,
+            actual=str(err), hint="set TMPDIR to a folder with as much space as the base takes, or --offload cpu",
+        ) from err  # fmt: skip
+
+
+class _BaseFiles(OffloadedWeightsLoader):  # type: ignore[misc]
+    """The weights on disk by name; a file that cannot be read any more is named."""
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return super().__getitem__(key)
+        except (RuntimeError, SafetensorError, OSError) as err:  # gone, cut short, or unreadable
+            raise MachineError(
+                "a weight cannot be read again for --offload disk", code="GS-528", tensor=key,
+                file=self.index[key].get("safetensors_file"), actual=str(err),
+                hint="another program moved or changed the file; restore the base, then --resume",
+            ) from err  # fmt: skip
 
 
 @contextmanager
@@ -109,10 +142,9 @@ def _check_fetches(model: nn.Module, device: torch.device) -> None:
 def _fetch_onto(model: nn.Module, device: torch.device) -> None:
     """Hook the model anew: transformers lets a model that is wholly on disk run on the CPU."""
     from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
-    from accelerate.utils import OffloadedWeightsLoader
 
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     loader = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)  # type: ignore[union-attr]
     remove_hook_from_submodules(model)
-    weights = OffloadedWeightsLoader(index=loader.index)
+    weights = _BaseFiles(index=loader.index)
     attach_align_device_hook(model, execution_device=device, offload=True, weights_map=weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from gora_serve.training.session import (
 )
 from gora_serve.training.sharding import check_unsharded
 from gora_serve.training.weights import weight_shape
+
+log = logging.getLogger(__name__)
 
 PROBE_RUN_SCHEMA = "gora-serve/probe-run/1"
 
@@ -87,8 +90,8 @@ def probe_session(
 def choose_mode(session: Session, config: ProbeConfig) -> tuple[ProbeConfig, torch.device]:
     """Return the settings with "auto" decided, the same on every process, and where the sums are to be kept.
 
-    Whole gradients stay on the device while they fit config.memory; else "auto" takes a sketch, and "exact" keeps
-    them in the host's memory.
+    Whole gradients stay on the device while they fit config.memory; else "auto" takes a sketch. "exact", and "auto"
+    where something needs them, keep them in the host's memory all the same, with a warning.
     """
     accelerator = session.accelerator
     needed = sum(4 * math.prod(weight_shape(module)) for module in session.modules.values())
@@ -98,6 +101,12 @@ def choose_mode(session: Session, config: ProbeConfig) -> tuple[ProbeConfig, tor
         return replace(config, mode="sketch" if config.mode == "sketch" else "exact"), accelerator.device
     if config.mode == "auto" and not config.needs_exact:
         return replace(config, mode="sketch"), accelerator.device
+    if accelerator.is_main_process:
+        log.warning(
+            "whole gradients of %.3g GiB are kept in the host's memory: more than %s allows (%.3g GiB), but %s",
+            needed / 2**30, "half of what is free" if config.memory is None else "--probe-memory", limit / 2**30,
+            "--probe exact was asked for" if config.mode == "exact" else "nuclear norms and --probe-lr need them",
+        )  # fmt: skip
     return replace(config, mode="exact"), torch.device("cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,15 +20,18 @@ from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
-from gora_serve.training.data import Dataset, collate, load_data
+from gora_serve.training import inject
+from gora_serve.training.data import Dataset, check_ids, collate, load_data
 from gora_serve.training.encode import IGNORED, Example
-from gora_serve.training.models import load_model, load_settings, load_tokenizer
+from gora_serve.training.models import check_causal, load_model, load_settings, load_tokenizer, vocabulary
 from gora_serve.training.offload import offload
 from gora_serve.training.processes import make_accelerator
 from gora_serve.training.quantize import quantization_record
 from gora_serve.training.sharding import check_sharding, shard, wants_sharding
-from gora_serve.training.targets import find_targets
+from gora_serve.training.targets import find_targets, out_of_reach
 from gora_serve.training.weights import is_conv1d, memory_root
+
+log = logging.getLogger(__name__)
 
 LazyBatch = Callable[[], Mapping[str, Tensor]]
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
@@ -77,7 +81,9 @@ class Session:
 
     def load(self, source: str, rows: DataConfig) -> Dataset:
         """Read more rows as the session's own were read."""
-        return load_data(source, self.tokenizer, rows, encoder_decoder=self.encoder_decoder)
+        data = load_data(source, self.tokenizer, rows, encoder_decoder=self.encoder_decoder)
+        check_ids(data, vocabulary(self.model), padding=self.tokenizer.pad_token_id)
+        return data
 
     def batches(self, examples: Sequence[Example], indices: Sequence[Sequence[int]]) -> list[LazyBatch]:
         """Return this process's share of the micro-batches, each made when it is called, on the device."""
@@ -127,9 +133,15 @@ def open_session(
     check_sharding(accelerator, model)
     torch.manual_seed(train.seed)
     loaded = load_model(located, model, device=accelerator.device)
-    _check_length(loaded, rows)
+    check_length(loaded, rows)
+    check_ids(dataset, vocabulary(loaded), padding=tokenizer.pad_token_id)
     loaded = _place(loaded, model, train, accelerator)
+    if not settings.is_encoder_decoder:
+        check_causal(loaded, located, device=accelerator.device)
     modules = find_targets(loaded, model.targets)
+    inject.check_targets(loaded, modules)
+    if model.targets == "all-linear" and accelerator.is_main_process:
+        _tell_what_is_left_out(loaded)
     memory = memory_root(loaded)
     quantization = quantization_record(loaded, modules, stored=files.weights, memory_root=memory)
     return Session(
@@ -160,7 +172,17 @@ def _place(model: nn.Module, config: ModelConfig, train: TrainConfig, accelerato
     return on_device
 
 
-def _check_length(model: nn.Module, rows: DataConfig) -> None:
+def _tell_what_is_left_out(model: nn.Module) -> None:
+    share, kinds = out_of_reach(model)
+    if share >= 0.01:  # convolutions and the like are less
+        log.warning(
+            "%.0f %% of the base's parameters are matrices in modules that are no linear layers and get no adapter: %s",
+            100 * share, ", ".join(kinds),
+        )  # fmt: skip
+
+
+def check_length(model: nn.Module, rows: DataConfig) -> None:
+    """Refuse rows that may be longer than the model has positions. Raises UsageError."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and rows.max_length > limit:
         raise UsageError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gora_serve.training.selection import no_target, select
-from gora_serve.training.weights import is_transposed
+from gora_serve.training.weights import is_transposed, weight_shape
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -22,6 +24,25 @@ def _is_linear(module: nn.Module) -> bool:
     """Return whether it is a linear layer that is called: torch's MultiheadAttention only reads its weight."""
     linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     return linear or is_transposed(module)
+
+
+def out_of_reach(model: nn.Module) -> tuple[float, list[str]]:
+    """Return the share of the parameters that lie in matrices outside of linear layers and embeddings, and where.
+
+    Experts of a mixture in one fused tensor, for example: no target names them. Vectors (norms, biases) do not count.
+    """
+    total, found, kinds = 0, 0, set()
+    for name, parameter in model.named_parameters():
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        if _is_linear(module) and own == "weight":
+            total += math.prod(weight_shape(module))  # a quantized weight has fewer entries
+            continue
+        total += parameter.numel()
+        if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
+            found += parameter.numel()
+            kinds.add(type(module).__name__)
+    return found / max(total, 1), sorted(kinds)
 
 
 def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:

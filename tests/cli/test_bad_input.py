@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from shell import SMALL, TIMEOUT, Answer, command, environment, fit_words, gora_here, snapshot
+from tiny_models import build_llama
 
 LONG = json.dumps({"prompt": "the red apple and the blue river " * 60, "completion": "green"})
 
@@ -121,6 +122,18 @@ def test_all_prompts_longer_than_the_limit(space: Space) -> None:
     assert answer.field("try") == "raise --max-length"
 
 
+def test_a_token_that_the_base_has_no_embedding_for(space: Space) -> None:
+    small = space.folder / "small"
+    build_llama(vocab_size=200).save_pretrained(small)
+    for file in space.base.glob("tok*"):
+        shutil.copy(file, small)
+    shutil.copy(space.base / "chat_template.jinja", small)
+    answer = space.refuses(space.fit(base=small), 3, "GS-392")
+    assert answer.field("file") == f"{space.data}:1"
+    assert answer.field("expected") == "token ids below 200"
+    assert int(answer.field("actual") or 0) >= 200
+
+
 # Targets and settings
 
 
@@ -140,6 +153,7 @@ SETTINGS = [
     "--gamma -1", "--gamma nan", "--gamma inf", "--alpha 0", "--alpha -1", "--alpha nan", "--alpha inf",
     "--lr nan", "--lr inf", "--lr -1", "--lr-ratio 0", "--lr-ratio nan", "--batch-size 0", "--grad-accum 0",
     "--max-length 0", "--max-length 1", "--probe-steps 0", "--probe-error 0", "--probe-error 1", "--probe-memory -1",
+    "--probe-memory inf", "--probe-memory nan", "--probe-error 1e-300", "--probe-steps 99999999999", "--steps 10000001",
     "--probe-lr -1", "--probe-lr inf", "--probe sketch --probe-lr 0.1", "--probe sketch --importance gradient-nuclear",
     "--steps 0", "--steps -1", "--epochs 2", "--seed -1",
     "--warmup nan", "--warmup -1", "--warmup 2", "--weight-decay nan", "--weight-decay -1", "--max-grad-norm nan",
@@ -155,10 +169,10 @@ def test_settings_that_make_no_sense(space: Space, settings: str) -> None:
     assert "hash" not in answer.err
 
 
-@pytest.mark.parametrize("epochs", ["0", "-1", "nan"])
+@pytest.mark.parametrize("epochs", ["0", "-1", "nan", "1e18"])
 def test_epochs_that_make_no_sense(space: Space, epochs: str) -> None:
     words = ("fit", space.base, "--data", space.data, "--output", space.run, "--epochs", epochs)
-    space.refuses(words, 2, "GS-201", "--epochs")
+    space.refuses(words, 2, "GS-201", "--epochs must be more than 0 and less than 1000000")
 
 
 @pytest.mark.parametrize("settings", ["--rank two", "--gamma big", "--importance size", "--dtype int8", "--lrr 1"])

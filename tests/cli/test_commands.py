@@ -88,6 +88,17 @@ def test_probe_in_a_sketch_that_may_stop_early(work: Path, tmp_path: Path) -> No
     assert told["mode"] == "sketch"
 
 
+@pytest.mark.parametrize("why", [("--probe", "exact"), ("--importance", "gradient-nuclear")])
+def test_whole_gradients_beyond_probe_memory_are_announced(work: Path, tmp_path: Path, why: tuple[str, str]) -> None:
+    words = ("--probe-memory", "0", "--json", *why)
+    answer = done(work, "probe", BASE, "--data", DATA, "--output", tmp_path / "exact", *words, *SMALL[:6])
+    assert json.loads(answer.out)["mode"] == "exact"
+    told = [line for line in answer.err.splitlines() if "kept in the host's memory" in line]
+    assert len(told) == 1
+    assert "GiB" in told[0]
+    assert "--probe-memory allows (0 GiB)" in told[0]
+
+
 def test_probe_with_exploratory_steps(work: Path, probe: Answer, tmp_path: Path) -> None:
     """GoRA-pro sees other gradients from the second step on; the base's digests are compared by the command."""
     before = snapshot(work / BASE)

@@ -19,7 +19,8 @@ from tiny_models import build_tokenizer, write_jsonl
 
 from gora_serve.config import DataConfig
 from gora_serve.errors import GoraError, InputError, MachineError
-from gora_serve.training.data import Dataset, Example, collate, load_data, schedule
+from gora_serve.training.data import Dataset, check_ids, collate, load_data, schedule
+from gora_serve.training.encode import IGNORED, Example
 
 PLAIN = DataConfig(chat_template=False, max_length=256)
 CHAT = DataConfig(max_length=256)
@@ -333,3 +334,24 @@ def test_schedule_shuffles_every_pass_anew_and_by_seed() -> None:
     first = schedule(50, 10, batches=10, seed=1)
     assert list(chain(*first[:5])) != list(chain(*first[5:]))
     assert first != schedule(50, 10, batches=10, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("largest", "padding", "file"), [(9, 0, "rows.jsonl:3"), (8, 0, None), (8, 9, "rows.jsonl"), (9, 9, "rows.jsonl:3")]
+)
+def test_tokens_without_an_embedding_are_refused_by_their_line(largest: int, padding: int, file: str | None) -> None:
+    examples = (Example([1, 2], [IGNORED, 2]), Example([1, largest], [3]))
+    data = Dataset("rows.jsonl", examples, "", 3, 0, 1, ("rows.jsonl:1", "rows.jsonl:3"))
+    if file is None:
+        check_ids(data, 9, padding=padding)
+        return
+    with pytest.raises(InputError) as caught:
+        check_ids(data, 9, padding=padding)
+    assert (caught.value.code, caught.value.fields["file"], caught.value.fields["actual"]) == ("GS-392", file, 9)
+
+
+def test_places_go_with_their_examples(tmp_path: Path, tokenizer: Any) -> None:
+    """A row that is left out takes its place with it."""
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a " * 200, "completion": "b"}, {"text": "c"}]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert load_data(str(file), tokenizer, DataConfig(max_length=32)).places == (f"{file}:1", f"{file}:3")

@@ -151,6 +151,22 @@ def test_other_rows_are_refused_by_their_line(tmp_path: Path, pair_tokenizer: An
     assert caught.value.fields["file"] == f"{tmp_path / 'rows.jsonl'}:2"
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "completion": None}, "completion is null"),
+        ({"prompt": "a"}, "completion is missing"),
+        ({"prompt": None, "text": "a"}, "prompt is null and completion is missing"),
+    ],
+)
+def test_the_field_that_is_not_there_is_named(
+    tmp_path: Path, pair_tokenizer: Any, row: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load_rows(tmp_path, [row], pair_tokenizer)
+    assert caught.value.what.endswith(f": {said}")
+
+
 def test_the_limit_holds_for_each_side(tmp_path: Path, pair_tokenizer: Any) -> None:
     rows = [
         {"prompt": "apple", "completion": "red"},

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny_models import build_llama, color_rows, write_jsonl
+from tiny_models import build_llama, build_mixtral, color_rows, write_jsonl
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -28,8 +32,8 @@ from gora_serve.config import (
     RankConfig,
     TrainConfig,
 )
-from gora_serve.errors import UsageError
-from gora_serve.integrity.bases import locate_base
+from gora_serve.errors import MachineError, UsageError
+from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.training import inject
 from gora_serve.training.fit import fit
 from gora_serve.training.loop import make_optimizer, train
@@ -235,6 +239,43 @@ def test_the_temporary_folder_goes_with_the_model(tiny_base: Path, scratch: Path
 
     gc.collect()
     assert list(scratch.iterdir()) == []
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Let every write beyond `size` bytes of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_converted_weights_that_do_not_fit_are_named(tmp_path: Path, scratch: Path) -> None:
+    base = Base("mixtral", tmp_path / "base")
+    build_mixtral().save_pretrained(base.path)
+    with no_file_above(4096), pytest.raises(MachineError) as caught:
+        load_model(base, ModelConfig(offload="disk"))
+    assert caught.value.code == "GS-527"
+    assert str(caught.value.fields["file"]).startswith(str(scratch))
+    assert list(scratch.iterdir()) == []
+    with torch.no_grad():
+        load_model(base, ModelConfig(offload="disk"))(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-64])])
+def test_a_base_that_goes_away_during_the_run_is_named(
+    tiny_base: Path, tmp_path: Path, harm: Callable[[Path], object]
+) -> None:
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    model = away(folder, "disk")
+    harm(folder / "model-00002-of-00002.safetensors")
+    with torch.no_grad(), pytest.raises(MachineError) as caught:
+        model(torch.tensor([[1, 2]]))
+    assert caught.value.code == "GS-528"
+    assert str(caught.value.fields["file"]).endswith("model-00002-of-00002.safetensors")
+    assert caught.value.fields["tensor"]
 
 
 def test_a_model_without_checkpointing_is_refused() -> None:
