@@ -97,13 +97,13 @@ class BaseShapes:
 def read_shapes(folder: Path) -> BaseShapes:
     """Read the shapes of the base in `folder`.
 
-    Raises InputError (GS-398 a key of config.json is missing or no size, GS-396 an architecture or form of weights
+    Raises InputError (GS-380 a key of config.json is missing or no size, GS-396 an architecture or form of weights
     that cannot be planned, GS-397 no tensors), and what the readers of headers and model folders raise.
     """
     path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError("config.json is not an object", code="GS-398", file=path)
+        raise InputError("config.json is not an object", code="GS-380", file=path)
     settings = _settings(config, path)
     if _has_weights(folder):
         return _from_headers(folder, config, settings)
@@ -137,10 +137,10 @@ def _settings(config: Mapping[str, Any], path: Path) -> Settings:
             if type(value) is int and 0 < value <= LARGEST:
                 return value
             if value is not None:
-                raise InputError(f"{name} is no size", code="GS-398", file=path, expected="a number", actual=value)
+                raise InputError(f"{name} is no size", code="GS-380", file=path, expected="a number", actual=value)
         if default is None:
             raise InputError(
-                f"config.json lacks {names[0]}", code="GS-398", file=path, expected=" or ".join(names),
+                f"config.json lacks {names[0]}", code="GS-380", file=path, expected=" or ".join(names),
                 hint="fetch the base's config.json again",
             )  # fmt: skip
         return default
@@ -153,7 +153,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> Settings:
     head_size = size("head_dim", "d_kv", default=HEAD_SIZES.get(str(kind), hidden // heads))
     layers, kv_heads = size("num_hidden_layers", "n_layer", "num_layers"), size("num_key_value_heads", default=heads)
     if layers > MOST_LAYERS:
-        raise InputError("too many layers", code="GS-398", file=path, expected=f"at most {MOST_LAYERS}", actual=layers)
+        raise InputError("too many layers", code="GS-380", file=path, expected=f"at most {MOST_LAYERS}", actual=layers)
     decoder = size("num_decoder_layers", default=layers) if kind == "t5" else 0
     gated = kind != "t5" or str(config.get("feed_forward_proj", "relu")).startswith("gated")
     return Settings(
