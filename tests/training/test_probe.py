@@ -346,7 +346,7 @@ def test_a_sketch_of_all_rows_is_the_exact_probe(
     """A tiny model's modules have few rows, so an error as small as this takes them all."""
     model, batches = build(), make_batches()
     exact = run_probe(model, batches, loss_fn)
-    sketch = run_probe(model, batches, loss_fn, settings=SKETCH | {"error": 1e-6})
+    sketch = run_probe(model, batches, loss_fn, settings=SKETCH | {"error": 1e-4})
     assert (sketch.mode, exact.mode, len(sketch.modules)) == ("sketch", "exact", count)
     assert (sketch.steps, sketch.loss) == (exact.steps, exact.loss)
     for path, module in sketch.modules.items():
