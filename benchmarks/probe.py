@@ -40,6 +40,7 @@ LAYERS_8B = 32
 PAPER_SECONDS = {8: 1.4, 32: 1.56, 128: 3.43}  # the authors' answer to reviewer 4NWP, on an A800 GPU
 
 Step = Callable[[], object]
+LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 def load(base: str, *, checkpointing: bool = False) -> nn.Module:
@@ -69,7 +70,7 @@ def block_8b() -> nn.Module:
     return LlamaForCausalLM(config).bfloat16().requires_grad_(False).eval()
 
 
-def plain(model: nn.Module, batch: dict[str, Tensor], loss_fn: Callable[[nn.Module, Any], Tensor]) -> Step:
+def plain(model: nn.Module, batch: dict[str, Tensor], loss_fn: LossFunction) -> Step:
     """Forward and backward with every weight frozen: gradients flow from the embedding's output on."""
 
     def step() -> None:
@@ -84,6 +85,9 @@ def plain(model: nn.Module, batch: dict[str, Tensor], loss_fn: Callable[[nn.Modu
 def transformers_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     loss: Tensor = model(**batch, use_cache=False).loss
     return loss
+
+
+LORA_GA = {"LoRA-GA of PEFT": mean_loss, "LoRA-GA of PEFT, transformers' loss": transformers_loss}
 
 
 def timed(step: Step) -> float:
@@ -112,7 +116,7 @@ def probe_steps(model: nn.Module, batch: dict[str, Tensor], mode: str, between: 
     return seconds[-count:]  # the first of a sketch holds the pilot
 
 
-def lora_ga_steps(model: nn.Module, batch: dict[str, Tensor], count: int) -> list[float]:
+def lora_ga_steps(model: nn.Module, batch: dict[str, Tensor], loss_fn: LossFunction, count: int) -> list[float]:
     from peft import LoraConfig, LoraGAConfig
     from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -120,7 +124,7 @@ def lora_ga_steps(model: nn.Module, batch: dict[str, Tensor], count: int) -> lis
 
     def steps() -> None:
         for _ in range(count):
-            seconds.append(timed(lambda: mean_loss(model, batch).backward()))  # type: ignore[no-untyped-call]
+            seconds.append(timed(lambda: loss_fn(model, batch).backward()))  # type: ignore[no-untyped-call]
 
     targets = list(linear_modules(model))
     config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), target_modules=targets)
@@ -137,7 +141,7 @@ def probe_times(model: nn.Module, *, rounds: int) -> dict[str, Any]:
     steps = {name: plain(model, batch, loss_fn) for name, loss_fn in kinds.items()}
     for step in steps.values():
         step()
-    seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "sketch", "exact", "LoRA-GA of PEFT")}
+    seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "sketch", "exact", *LORA_GA)}
 
     def between() -> None:
         for name, step in steps.items():
@@ -146,7 +150,8 @@ def probe_times(model: nn.Module, *, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         seconds["sketch"] += probe_steps(model, batch, "sketch", between, 3)
         seconds["exact"] += probe_steps(model, batch, "exact", lambda: None, 1)
-        seconds["LoRA-GA of PEFT"] += lora_ga_steps(model, batch, 1)
+        for name, loss_fn in LORA_GA.items():
+            seconds[name] += lora_ga_steps(model, batch, loss_fn, 1)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     pairs = {
         f"sketch / {name}": [one / other for one, other in zip(seconds["sketch"], seconds[name], strict=True)]
@@ -155,7 +160,7 @@ def probe_times(model: nn.Module, *, rounds: int) -> dict[str, Any]:
     return {
         "median seconds of a step": {name: round(value, 4) for name, value in medians.items()},
         **{f"{name}, median of pairs": round(statistics.median(values), 4) for name, values in pairs.items()},
-        "sketch / LoRA-GA of PEFT": round(medians["sketch"] / medians["LoRA-GA of PEFT"], 4),
+        **{f"sketch / {name}": round(medians["sketch"] / medians[name], 4) for name in LORA_GA},
         "exact / plain": round(medians["exact"] / medians["plain"], 4),
         "seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
     }
@@ -182,7 +187,7 @@ def measure_memory(base: str, kind: str, *, checkpointing: bool) -> None:
         "plain, transformers' loss": lambda: [plain(model, batch, transformers_loss)() for _ in range(2)],
         "sketch": lambda: probe_steps(model, batch, "sketch", lambda: None, 2),
         "exact": lambda: probe_steps(model, batch, "exact", lambda: None, 2),
-        "LoRA-GA of PEFT": lambda: lora_ga_steps(model, batch, 2),
+        "LoRA-GA of PEFT": lambda: lora_ga_steps(model, batch, mean_loss, 2),
     }
     plain(model, batch, transformers_loss if "transformers" in kind else mean_loss)()  # libraries' own buffers
     print(json.dumps(peak_of(kinds[kind])))
