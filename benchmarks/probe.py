@@ -31,6 +31,7 @@ from gora_serve.training.targets import linear_modules
 
 ROWS, LENGTH, ROUNDS = 4, 256, 3
 SEED = 0
+DATA = Path(__file__).parent.parent / "examples" / "data"
 # Llama-3.1-8B, all linear layers: (out, in) and how many.
 LLAMA_8B = {
     "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
@@ -53,9 +54,21 @@ def load(base: str, *, checkpointing: bool = False) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def a_batch(vocabulary: int = 40_000) -> dict[str, Tensor]:
-    ids = torch.randint(100, vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(SEED))
+def as_batch(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def text_batch(base: str) -> dict[str, Tensor]:
+    """Rows of real text, cut to LENGTH tokens: how many rows of a gradient a sketch needs depends on the data."""
+    from transformers import AutoTokenizer
+
+    text = (DATA / "gsm8k" / "train.jsonl").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(base)(text)["input_ids"][: ROWS * LENGTH]
+    return as_batch(torch.tensor(ids).view(ROWS, LENGTH))
+
+
+def random_batch(vocabulary: int) -> dict[str, Tensor]:
+    return as_batch(torch.randint(vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(SEED)))
 
 
 def block_8b() -> nn.Module:
@@ -135,8 +148,7 @@ def lora_ga_steps(model: nn.Module, batch: dict[str, Tensor], loss_fn: LossFunct
     return seconds
 
 
-def probe_times(model: nn.Module, *, rounds: int) -> dict[str, Any]:
-    batch = a_batch(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+def probe_times(model: nn.Module, batch: dict[str, Tensor], *, rounds: int) -> dict[str, Any]:
     kinds = {"plain": mean_loss, "plain, transformers' loss": transformers_loss}
     steps = {name: plain(model, batch, loss_fn) for name, loss_fn in kinds.items()}
     for step in steps.values():
@@ -181,7 +193,7 @@ def peak_of(step: Step) -> int:
 
 def measure_memory(base: str, kind: str, *, checkpointing: bool) -> None:
     """Run in a fresh process: print the peak over what the loaded model takes, of two steps of one kind."""
-    model, batch = load(base, checkpointing=checkpointing), a_batch()
+    model, batch = load(base, checkpointing=checkpointing), text_batch(base)
     kinds: dict[str, Step] = {
         "plain": lambda: [plain(model, batch, mean_loss)() for _ in range(2)],
         "plain, transformers' loss": lambda: [plain(model, batch, transformers_loss)() for _ in range(2)],
@@ -256,7 +268,7 @@ def training_times(base: str) -> dict[str, Any]:
     from gora_serve.training import inject
     from gora_serve.training.loop import train
 
-    batch = a_batch()
+    batch = text_batch(base)
     ours, by_hand = load(base), load(base)
     shapes = {path: (m.out_features, m.in_features) for path, m in linear_modules(ours).items()}
     plan = uniform_ranks(shapes, RankConfig())
@@ -299,8 +311,11 @@ def main() -> None:
     result = facts("make demo && .venv/bin/python benchmarks/probe.py gora-demo/base")
     result["settings"] = {"rows": ROWS, "tokens a row": LENGTH, "dtype": "bfloat16", "threads": torch.get_num_threads()}
     for name, part in (
-        ("time of a probe step", lambda: probe_times(load(base), rounds=ROUNDS)),
-        ("time of a probe step, one block of Llama-3.1-8B", lambda: probe_times(block_8b(), rounds=2)),
+        ("time of a probe step", lambda: probe_times(load(base), text_batch(base), rounds=ROUNDS)),
+        (
+            "time of a probe step, one block of Llama-3.1-8B",
+            lambda: probe_times(block_8b(), random_batch(1024), rounds=2),
+        ),
         ("memory of a probe step", lambda: probe_memory(base)),
         ("allocation and initialisation, Llama-3.1-8B, all linear layers", initialization),
         ("time of a training step", lambda: training_times(base)),
