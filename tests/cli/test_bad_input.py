@@ -298,7 +298,7 @@ def test_hash_never_writes_into_the_base(space: Space, name: str) -> None:
 def test_leftover_of_an_unfinished_run(space: Space) -> None:
     partial = space.folder / "run.partial"
     partial.mkdir()
-    (partial / "metrics.jsonl").write_text("{}\n")
+    (partial / "run.json").write_text("{}\n")
     answer = space.refuses(space.fit(), 6, "GS-603")
     assert answer.field("file") == str(partial)
     assert answer.field("try")
@@ -308,6 +308,7 @@ def test_overwrite_replaces_output_and_leftover_whole(space: Space) -> None:
     for folder in (space.run, space.folder / "run.partial"):
         folder.mkdir()
         (folder / "old.txt").write_text("old")
+    (space.folder / "run.partial" / "run.json").write_text("{}\n")  # without it, it would be no folder of ours
     base = snapshot(space.base)
     answer = gora_here(*space.fit("--overwrite"))
     assert answer.code == 0, answer.err
