@@ -125,7 +125,10 @@ def _rank_config(options: dict[str, Any]) -> RankConfig:
 @overwrite_option
 @json_option
 def probe(base: str, data: str, output: Path, **options: Any) -> None:
-    """Measure the gradients of the base on the data, without training: the statistics alone."""
+    """Measure the gradients of the base on the data, without training: the statistics alone.
+
+    With --probe-steps auto it stops once the ranks that fit would give by default stand still.
+    """
     from gora_serve.cli.render import emit, probe_summary, watching
     from gora_serve.training.probe_run import probe_only
 

@@ -65,6 +65,7 @@ class SketchedGradient:
     def finish(
         self, W: Tensor, metrics: tuple[Importance, ...], *, count: int, reduce: Reduce = alone
     ) -> ModuleStatistics:
+        """Return the statistics of G = sum / count. Of the metrics a sketch knows sensitivity alone."""
         S, R = reduce(self.S) / count, reduce(self.R) / count
         estimate = self.estimate(W, S, R)
         return ModuleStatistics(

@@ -123,6 +123,7 @@ class ExactGradient:
     def finish(
         self, W: Tensor, metrics: tuple[Importance, ...], *, count: int, reduce: Reduce = alone
     ) -> ModuleStatistics:
+        """Return the statistics of G = sum / count, every metric from the whole matrix."""
         G = reduce(self.total) / count  # (out, in)
         return ModuleStatistics(
             shape=(G.shape[0], G.shape[1]),
