@@ -268,3 +268,25 @@ class ExportConfig:
 
     form: Form = "unit"
     dtype: ExportDtype = "float32"
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How a foreign adapter becomes plain LoRA. With neither `rank` nor `tolerance` it keeps its numerical rank.
+
+    rank: the parameter budget is LoRA's at this rank, and the largest singular values of all modules get it.
+    tolerance: the smallest ones are dropped, up to this share of the adapter's Frobenius norm. family: "auto" decides.
+    """
+
+    family: str = "auto"
+    rank: int | None = None
+    tolerance: float | None = None
+    form: Form = "unit"
+    dtype: ExportDtype = "float32"
+
+    def validate(self) -> None:
+        """Raise UsageError for the first value that makes no sense."""
+        _require(self.rank is None or self.tolerance is None, "give --rank or --tolerance, not both")
+        _require(self.rank is None or self.rank >= 1, "--rank must be at least 1", actual=self.rank)
+        fits = self.tolerance is None or 0 <= self.tolerance < 1
+        _require(fits, "--tolerance must be at least 0 and less than 1", actual=self.tolerance)

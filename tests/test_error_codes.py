@@ -15,7 +15,7 @@ from gora_serve import errors
 from gora_serve.cli.main import cli
 
 REPOSITORY = Path(__file__).parent.parent
-CODE = re.compile(r"GS-\d{3}")
+CODE = re.compile(r"GS-\d{3,4}")
 DOCUMENT = REPOSITORY / "docs" / "errors.md"
 CLASSES = {cls.__name__: cls for cls in errors.GoraError.__subclasses__()}
 # Helpers that are handed a code, and the class that they raise with it.

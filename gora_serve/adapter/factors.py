@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -49,6 +49,31 @@ class LoraFactors:
         return product
 
 
+class LazyModules(Mapping[str, LoraFactors]):
+    """Module path -> factors that are computed, or read, at each look-up and not kept: one module in memory at a time.
+
+    Iteration is in the order of the paths given.
+    """
+
+    def __init__(self, paths: Iterable[str], factors: Callable[[str], LoraFactors]) -> None:
+        self._paths = dict.fromkeys(paths)
+        self._factors = factors
+
+    def __getitem__(self, path: str) -> LoraFactors:
+        if path not in self._paths:
+            raise KeyError(path)
+        return self._factors(path)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
 @dataclass(frozen=True)
 class BaseId:
     """Which base an adapter belongs to. `roots` is None where nobody has hashed it."""
@@ -62,8 +87,10 @@ class BaseId:
 class Adapter:
     """Updates by module path (the base model's own paths); a module without an update is absent.
 
-    carried: other tensors, kept verbatim. origin: where the adapter comes from (method, data digest, settings).
-    task_type and fan_in_fan_out are PEFT's words for the kind of model and for Conv1D's transposed weights.
+    carried: PEFT's modules_to_save, kept verbatim: parameter path (score.weight) -> what replaces the base's tensor.
+    origin: where the adapter comes from (method, data digest, settings). embeddings: those of the modules that are
+    embeddings, whose weight (V, d) is the (out, in) of their factors. task_type and fan_in_fan_out are PEFT's words
+    for the kind of model and for Conv1D's transposed weights.
     """
 
     modules: Mapping[str, LoraFactors]
@@ -72,6 +99,7 @@ class Adapter:
     origin: Mapping[str, str] = field(default_factory=dict)
     task_type: str | None = "CAUSAL_LM"
     fan_in_fan_out: bool = False
+    embeddings: frozenset[str] = frozenset()
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -6,24 +6,25 @@ Writing is byte-reproducible: the same adapter gives the same files in every pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import gora_serve
-from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
+from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import fold_scale, pad_rank
-from gora_serve.adapter.names import parse_key, tensor_key
-from gora_serve.adapter.peft_config import make_config, read_scales
+from gora_serve.adapter.names import embedding_key, parse_embedding_key, parse_key, saved_key, tensor_key
+from gora_serve.adapter.peft_config import make_config, read_scales, saved_modules
+from gora_serve.adapter.tensors import TensorFiles
 from gora_serve.config import Form
 from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import canonical_json, read_json
-from gora_serve.integrity.files import write_bytes, write_json
-from gora_serve.integrity.headers import TensorEntry, encode_header, read_header
+from gora_serve.integrity.files import write_json, write_stream
+from gora_serve.integrity.headers import encode_header
 from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
 from gora_serve.integrity.record import RECORD_SCHEMA, WEIGHTS, binding_json, bound_roots, read_record
 
@@ -33,82 +34,125 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def to_form(adapter: Adapter, form: Form) -> Adapter:
-    """Return the adapter spelled as `form`: the update stays the same.
+    """Return the adapter spelled as `form`: the update stays the same. Modules are computed when they are asked for.
 
     unit: scale folded into B. padded: the same, and every module zero-padded to one common rank of ENGINE_RANKS.
     native: as trained. Raises InputError if a rank is above 512 in padded form.
     """
     if form == "native":
         return adapter
-    modules = {path: fold_scale(factors) for path, factors in adapter.modules.items()}
-    if form == "padded":
-        widest = max(adapter.ranks.values())
-        rank = next((rank for rank in ENGINE_RANKS if rank >= widest), None)
-        if rank is None:
-            raise InputError(
-                "rank is too large for the padded form", code="GS-357", expected=f"at most {ENGINE_RANKS[-1]}",
-                actual=widest, hint="export with --form unit",
-            )  # fmt: skip
-        modules = {path: pad_rank(factors, rank) for path, factors in modules.items()}
-    return _with_modules(adapter, modules)
+    if form == "unit":
+        return _mapped(adapter, fold_scale)
+    widest = max(adapter.ranks.values())
+    rank = next((rank for rank in ENGINE_RANKS if rank >= widest), None)
+    if rank is None:
+        raise InputError(
+            "rank is too large for the padded form", code="GS-357", expected=f"at most {ENGINE_RANKS[-1]}",
+            actual=widest, hint="export with --form unit",
+        )  # fmt: skip
+    return _mapped(adapter, lambda factors: pad_rank(fold_scale(factors), rank))
 
 
-def _with_modules(adapter: Adapter, modules: Mapping[str, LoraFactors]) -> Adapter:
-    return Adapter(modules, adapter.base, adapter.carried, adapter.origin, adapter.task_type, adapter.fan_in_fan_out)
+def _mapped(adapter: Adapter, change: Callable[[LoraFactors], LoraFactors]) -> Adapter:
+    return replace(adapter, modules=LazyModules(adapter.modules, lambda path: change(adapter.modules[path])))
 
 
 def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """Return the adapter with A and B rounded to `dtype`. Raises InputError if a finite value overflows."""
-    modules = {}
-    for path, factors in adapter.modules.items():
+    """Return the adapter with A and B rounded to `dtype`, when they are asked for.
+
+    Reading a module then raises InputError if a finite value overflows.
+    """
+
+    def rounded(path: str) -> LoraFactors:
+        factors = adapter.modules[path]
         A, B = factors.A.to(dtype), factors.B.to(dtype)
         if not (A.isfinite().all() and B.isfinite().all()):
             raise InputError(
                 f"the adapter holds values that {dtype} cannot", code="GS-358", tensor=path,
                 hint="export with --dtype float32 or bfloat16; NaN in the run means that training diverged",
             )  # fmt: skip
-        modules[path] = LoraFactors(A, B, factors.scale)
-    return _with_modules(adapter, modules)
+        return LoraFactors(A, B, factors.scale)
+
+    return replace(adapter, modules=LazyModules(adapter.modules, rounded))
 
 
 def write_adapter(folder: Path, adapter: Adapter, form: Form, dtype: torch.dtype = torch.float32) -> str:
     """Write adapter_model.safetensors and adapter_config.json into an existing folder; return the adapter root.
 
-    The scale is folded before the tensors are rounded to `dtype`, once.
-    Raises InputError if no module has an adapter, and OSError from the disk.
+    The scale is folded before the tensors are rounded to `dtype`, once; what is carried keeps its own dtype. One
+    module is in memory at a time. Raises InputError if no module has an adapter, and OSError from the disk.
     """
     if not adapter.modules:
         raise InputError("the adapter has no module", code="GS-359", hint="raise --rank-min to 1 or more")
     adapter = cast(to_form(adapter, form), dtype)
-    tensors = _tensors(adapter)
-    blobs = {key: _little_endian(tensor) for key, tensor in tensors.items()}
-    root = weights_root(
-        {
-            key: TensorRecord(DTYPES[t.dtype], tuple(t.shape), len(blobs[key]), tensor_digest([blobs[key]]))
-            for key, t in tensors.items()
-        }
-    )
-    layout = [(key, DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()]
-    metadata = {"format": "pt", "gora_serve": canonical_json(_record(adapter, root)).decode()}
-    write_bytes(folder / WEIGHTS, encode_header(layout, metadata) + b"".join(blobs.values()))
+    ranks, scales = {}, {}
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path, factors in adapter.modules.items():
+        ranks[path], scales[path] = factors.rank, factors.scale
+        for key, tensor in _spelled(adapter, path, factors):
+            specs[key] = (DTYPES[dtype], tuple(tensor.shape))
+    for parameter, tensor in adapter.carried.items():
+        specs[saved_key(parameter)] = (DTYPES[tensor.dtype], tuple(tensor.shape))
+    root = _write_tensors(folder / WEIGHTS, adapter, specs)
     config = make_config(
-        adapter.ranks,
-        {path: factors.scale for path, factors in adapter.modules.items()},
+        ranks,
+        scales,
         base_name=adapter.base.name,
         revision=adapter.base.revision,
         task_type=adapter.task_type,
         fan_in_fan_out=adapter.fan_in_fan_out,
+        modules_to_save=sorted({parameter.rpartition(".")[0] for parameter in adapter.carried}),
     )
     write_json(folder / CONFIG, config)
     return root
 
 
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
-    tensors = dict(adapter.carried)
-    for path, factors in adapter.modules.items():
-        tensors[tensor_key(path, "A")] = factors.A
-        tensors[tensor_key(path, "B")] = factors.B
-    return {key: tensors[key] for key in sorted(tensors)}
+def _spelled(adapter: Adapter, path: str, factors: LoraFactors) -> list[tuple[str, Tensor]]:
+    """Return the two tensors of a module under PEFT's keys; of an embedding's update PEFT keeps the transpose."""
+    if path in adapter.embeddings:
+        return [(embedding_key(path, "A"), factors.B.T), (embedding_key(path, "B"), factors.A.T)]
+    return [(tensor_key(path, "A"), factors.A), (tensor_key(path, "B"), factors.B)]
+
+
+def _write_tensors(file: Path, adapter: Adapter, specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    """Write header and tensors, one by one in the order of their names, and return the adapter root.
+
+    The root is in the header and known last: a header of the same length, with zeros for it, holds the place.
+    """
+    layout = [(key, *specs[key]) for key in sorted(specs)]
+    records: dict[str, TensorRecord] = {}
+    with write_stream(file) as stream:
+        stream.write(_header(layout, adapter, weights_root({})))
+        for key, blob in _blobs(adapter, [key for key, _, _ in layout]):
+            dtype, shape = specs[key]
+            records[key] = TensorRecord(dtype, shape, len(blob), tensor_digest([blob]))
+            stream.write(blob)
+        root = weights_root(records)
+        stream.seek(0)
+        stream.write(_header(layout, adapter, root))
+    return root
+
+
+def _header(layout: Sequence[tuple[str, str, tuple[int, ...]]], adapter: Adapter, root: str) -> bytes:
+    return encode_header(layout, {"format": "pt", "gora_serve": canonical_json(_record(adapter, root)).decode()})
+
+
+def _blobs(adapter: Adapter, keys: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield the bytes of each tensor in the order of `keys`; the two of a module follow each other but for chance."""
+    modules = {key: path for path in adapter.modules for key in _keys(adapter, path)}
+    waiting: dict[str, Tensor] = {}
+    for key in keys:
+        if key not in modules:
+            yield key, _little_endian(adapter.carried[key.removeprefix(saved_key(""))])
+            continue
+        if key not in waiting:
+            waiting |= _spelled(adapter, modules[key], adapter.modules[modules[key]])
+        yield key, _little_endian(waiting.pop(key))
+
+
+def _keys(adapter: Adapter, path: str) -> tuple[str, str]:
+    key = embedding_key if path in adapter.embeddings else tensor_key
+    return key(path, "A"), key(path, "B")
 
 
 def _little_endian(tensor: Tensor) -> bytes:
@@ -128,51 +172,72 @@ def _record(adapter: Adapter, root: str) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter that gora-serve wrote, in any form. Raises InputError naming file and tensor.
+    """Read an adapter that gora-serve wrote, in any form. Its tensors are read when they are asked for.
 
-    Adapters of other tools go through the converters.
+    Raises InputError naming file and tensor. Adapters of other tools go through the converters.
     """
     weights, config_file = folder / WEIGHTS, folder / CONFIG
     config = read_json(config_file)
     if not isinstance(config, dict):
         raise InputError("adapter_config.json is not an object", code="GS-360", file=config_file)
-    header = read_header(weights)
-    pairs = _pairs(header.entries, weights)
-    tensors = load_file(weights)
-    ranks = {path: tensors[tensor_key(path, "A")].shape[0] for path in pairs}
+    tensors = TensorFiles([weights])
+    saved = saved_modules(config, file=config_file)
+    parts, embeddings, carried = _sorted_out(tensors, saved, weights)
+    ranks = {path: tensors.shape(keys["A"])[0] for path, keys in parts.items()}
     scales = read_scales(config, ranks, file=config_file)
-    modules = {
-        path: LoraFactors(tensors[tensor_key(path, "A")], tensors[tensor_key(path, "B")], scales[path])
-        for path in pairs
-    }
-    record = read_record(header.metadata, weights)
+
+    def factors(path: str) -> LoraFactors:
+        A, B = tensors[parts[path]["A"]], tensors[parts[path]["B"]]
+        return LoraFactors(B.T, A.T, scales[path]) if path in embeddings else LoraFactors(A, B, scales[path])
+
+    modules = LazyModules(parts, factors)
+    for path in modules:
+        modules[path]  # the shapes fit, or InputError
+    record = read_record(tensors.metadata, weights)
     return Adapter(
         modules,
         _base_id(config, record),
+        carried={parameter: tensors[key] for parameter, key in carried.items()},
         origin=record.get("origin", {}),
         task_type=config.get("task_type"),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        embeddings=frozenset(embeddings),
     )
 
 
-def _pairs(entries: Mapping[str, TensorEntry], file: Path) -> list[str]:
-    """Return the module paths, in order. Raises InputError for a tensor that is no factor, or lacks its twin."""
-    parts: dict[str, set[str]] = {}
-    for key, entry in entries.items():
-        parsed = parse_key(key)
+Parts = dict[str, dict[str, str]]  # module path -> "A" or "B" -> tensor name
+
+
+def _sorted_out(tensors: TensorFiles, saved: Collection[str], file: Path) -> tuple[Parts, set[str], dict[str, str]]:
+    """Return the factors, the paths that are embeddings, and parameter path -> tensor name of what is carried.
+
+    Raises InputError for a tensor that is none of these, or lacks its twin.
+    """
+    parts: Parts = {}
+    embeddings: set[str] = set()
+    carried: dict[str, str] = {}
+    for key, entry in tensors.entries.items():
+        embedding = parse_embedding_key(key)
+        parsed = embedding or parse_key(key)
+        parameter = key.removeprefix(saved_key(""))
+        if parsed is None and parameter.rpartition(".")[0] in saved:
+            carried[parameter] = key
+            continue
         if parsed is None or len(entry.shape) != 2 or entry.dtype not in DTYPES.values():
             raise InputError(
                 "a tensor that is no LoRA factor", code="GS-361", file=file, tensor=key,
-                hint="only exports of this tool are read here; export the run again",
+                hint="only exports of this tool are read here; export the run again, or convert the adapter",
             )  # fmt: skip
-        parts.setdefault(parsed[0], set()).add(parsed[1])
+        parts.setdefault(parsed[0], {})[parsed[1]] = key
+        embeddings |= {parsed[0]} if embedding else set()
     for path, found in parts.items():
-        if found != {"A", "B"}:
-            missing = tensor_key(path, "B" if "A" in found else "A")
-            raise InputError("a LoRA factor lacks its twin", code="GS-362", file=file, tensor=missing)
+        if found.keys() != {"A", "B"}:
+            missing = "B" if "A" in found else "A"
+            key = embedding_key(path, missing) if path in embeddings else tensor_key(path, missing)
+            raise InputError("a LoRA factor lacks its twin", code="GS-362", file=file, tensor=key)
     if not parts:
         raise InputError("the adapter holds no tensor", code="GS-359", file=file)
-    return list(parts)
+    return parts, embeddings, carried
 
 
 def _base_id(config: Mapping[str, Any], record: Mapping[str, Any]) -> BaseId:

@@ -1,8 +1,16 @@
-"""Linear algebra on adapters: the same update in another shape. Values in, values out."""
+"""Linear algebra on adapters: the same update in another shape, or a smaller one. Values in, values out.
+
+Sums, differences and truncations are exact in float64 and never build the (out, in) product of two thin factors:
+QR of each side, then the singular values of the small core (r, r).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from gora_serve.adapter.factors import LoraFactors
 
@@ -20,3 +28,92 @@ def pad_rank(factors: LoraFactors, rank: int) -> LoraFactors:
     A = torch.cat([factors.A, factors.A.new_zeros(extra, factors.A.shape[1])])  # (rank, in)
     B = torch.cat([factors.B, factors.B.new_zeros(factors.B.shape[0], extra)], dim=1)  # (out, rank)
     return LoraFactors(A, B, factors.scale)
+
+
+def stack(terms: Sequence[LoraFactors]) -> LoraFactors:
+    """Return the sum of updates in float64, scale 1: A's (r_i, in) stacked, scale_i * B's (out, r_i) joined."""
+    A = torch.cat([term.A.double() for term in terms])  # (r, in)
+    B = torch.cat([term.B.double() * term.scale for term in terms], dim=1)  # (out, r)
+    return LoraFactors(A, B, 1.0)
+
+
+def subtract(trained: LoraFactors, initial: LoraFactors) -> LoraFactors:
+    """Return trained - initial, in float64, at the sum of the two ranks.
+
+    What training added to a module whose base was W0 - initial: the update on W0 itself. The two sides nearly cancel
+    where training moved little, so round the result only after `compress`.
+    """
+    return stack([trained, LoraFactors(initial.A, initial.B, -initial.scale)])
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """An update by its singular values: B[:, i] A[i] is its i-th best rank-one part, the value split evenly.
+
+    A: (r, in) and B: (out, r) in float64, with orthogonal rows and columns. singular: (r,) descending, float64; the
+    Frobenius norm of the update is theirs. r is the numerical rank, and may be 0.
+    """
+
+    A: Tensor
+    B: Tensor
+    singular: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.singular.shape[0]
+
+    def first(self, rank: int) -> LoraFactors:
+        """Return the best update of that rank (Eckart and Young 1936). Raises InputError for rank 0."""
+        return LoraFactors(self.A[:rank].contiguous(), self.B[:, :rank].contiguous(), 1.0)
+
+    def dropped(self, rank: int) -> float:
+        """Return the Frobenius norm of what `first(rank)` leaves out."""
+        return float(self.singular[rank:].norm())
+
+
+def compress(factors: LoraFactors, *, tolerance: float = 0.0) -> Spectrum:
+    """Return the spectrum of scale * B @ A, less the smallest values that together are below `tolerance` of its norm.
+
+    QR of B and of Aᵀ and the SVD of the core in float64, O((out + in) r²); a factor that is wider than long stays as it
+    is. Values below float64's own noise, r * 2e-16 of the largest, are always left out.
+    """
+    left, right = _triangle(factors.B.double() * factors.scale), _triangle(factors.A.double().T)
+    U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)  # (k, k'), (k',), (k', l)
+    kept = _numerical_rank(S, tolerance, factors.rank)
+    root = S[:kept].sqrt()
+    B = (left.Q @ U[:, :kept]) * root  # (out, kept)
+    A = (right.Q @ Vh[:kept].T).T * root[:, None]  # (kept, in)
+    return Spectrum(A.contiguous(), B.contiguous(), S[:kept])
+
+
+@dataclass(frozen=True)
+class _Triangle:
+    """M = Q R; where M is wider than long, Q is the identity and R is M."""
+
+    Q: Tensor
+    R: Tensor
+
+
+def _triangle(M: Tensor) -> _Triangle:
+    if M.shape[0] <= M.shape[1]:
+        return _Triangle(torch.eye(M.shape[0], dtype=M.dtype, device=M.device), M)
+    Q, R = torch.linalg.qr(M)
+    return _Triangle(Q, R)
+
+
+def _numerical_rank(S: Tensor, tolerance: float, rank: int) -> int:
+    if not S.numel() or not float(S[0]):
+        return 0
+    tails = S.square().flip(0).cumsum(0).flip(0).sqrt()  # (k,): norm of what is left from each value on
+    noise = max(rank, 1) * torch.finfo(S.dtype).eps * float(S[0])
+    return int(((tails > tolerance * float(tails[0])) & (noise < S)).sum())
+
+
+def norm(factors: LoraFactors) -> float:
+    """Return the Frobenius norm of the update."""
+    return float(compress(factors).singular.norm())
+
+
+def distance(one: LoraFactors, other: LoraFactors) -> float:
+    """Return the Frobenius norm of one - other, by QR of the stacked factors (no cancellation of squares)."""
+    return norm(subtract(one, other))

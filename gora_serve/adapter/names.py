@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 PREFIX = "base_model.model."
 PART = re.compile(r"\.lora_([AB])\.weight$")
+EMBEDDING_PART = re.compile(r"\.lora_embedding_([AB])$")
 
 
 def tensor_key(path: str, part: str) -> str:
@@ -14,9 +15,27 @@ def tensor_key(path: str, part: str) -> str:
     return f"{PREFIX}{path}.lora_{part}.weight"
 
 
+def embedding_key(path: str, part: str) -> str:
+    """Return the key of an embedding's factor: base_model.model.<path>.lora_embedding_A, (r, V), or B, (d, r)."""
+    return f"{PREFIX}{path}.lora_embedding_{part}"
+
+
+def saved_key(parameter: str) -> str:
+    """Return the key of a parameter that is saved whole (modules_to_save): base_model.model.<parameter path>."""
+    return f"{PREFIX}{parameter}"
+
+
 def parse_key(key: str) -> tuple[str, str] | None:
     """Return (module path, "A" or "B"), or None for a tensor that is no LoRA factor. Inverse of tensor_key."""
-    found = PART.search(key)
+    return _parse(key, PART.search(key))
+
+
+def parse_embedding_key(key: str) -> tuple[str, str] | None:
+    """Return (module path, "A" or "B") of an embedding's factor, or None. Inverse of embedding_key."""
+    return _parse(key, EMBEDDING_PART.search(key))
+
+
+def _parse(key: str, found: re.Match[str] | None) -> tuple[str, str] | None:
     if not found or not key.startswith(PREFIX) or found.start() <= len(PREFIX):
         return None
     return key[len(PREFIX) : found.start()], found.group(1)

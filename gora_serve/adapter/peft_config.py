@@ -7,7 +7,8 @@ alpha_pattern. Everywhere else in gora-serve a module simply has a scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def make_config(
     revision: str | None,
     task_type: str | None,
     fan_in_fan_out: bool = False,
+    modules_to_save: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return an adapter_config.json of standard PEFT keys in which each module has its rank and its scale.
 
@@ -44,7 +46,7 @@ def make_config(
         "init_lora_weights": True,
         "lora_alpha": alphas[widest],
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save) or None,
         "peft_type": "LORA",
         "r": ranks[widest],
         "rank_pattern": _pattern(ranks),
@@ -107,10 +109,78 @@ def read_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file: Pa
                 expected=declared, actual=rank, hint="export the adapter again",
             )  # fmt: skip
         alpha = patterns["alpha_pattern"].get(path, config.get("lora_alpha"))
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
-            raise InputError("alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=alpha)
-        scales[path] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scales[path] = scale_of(alpha, rank, config, path, file)
     return scales
+
+
+_REPEATED_GROUP, _REPEAT = re.compile(r"\)[*+{]"), re.compile(r"(?<!\\)[*+{]")
+
+
+def is_safe_pattern(key: str) -> bool:
+    """Tell whether a pattern key compiles and cannot run for ever: engines apply it to each module as it is."""
+    if len(key) > 1000 or _REPEATED_GROUP.search(key) or len(_REPEAT.findall(key)) > 3:
+        return False
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+    except re.error:
+        return False
+    return True
+
+
+def pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Return what rank_pattern or alpha_pattern gives a module, else `default`.
+
+    PEFT's rule (`get_pattern_key`): a key is a regular expression for the end of the path, starting at a dot; the first
+    match wins. The keys must be safe (`is_safe_pattern`).
+    """
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def foreign_pattern(config: Mapping[str, Any], name: str, *, file: Path) -> dict[str, Any]:
+    """Return rank_pattern or alpha_pattern of another tool's adapter. Raises InputError (GS-3102) for unusable keys."""
+    pattern = config.get(name) or {}
+    unusable = [key for key in pattern if not is_safe_pattern(key)] if isinstance(pattern, dict) else [pattern]
+    if unusable:
+        raise InputError(
+            f"{name} is no mapping of simple regular expressions", code="GS-3102", file=file, actual=unusable[0],
+            hint="name the modules by their paths",
+        )  # fmt: skip
+    return dict(pattern)
+
+
+def foreign_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file: Path) -> dict[str, float]:
+    """Return the scale of each module of another tool's LoRA adapter, given the ranks of its tensors.
+
+    alpha / r, or alpha / √r with use_rslora, per module. The configured rank must be the tensor's: PEFT computes with
+    the one and multiplies the other. Raises InputError: GS-3103 where they differ, GS-355 where alpha is no number.
+    """
+    of_rank, of_alpha = (foreign_pattern(config, name, file=file) for name in ("rank_pattern", "alpha_pattern"))
+    scales = {}
+    for path, rank in ranks.items():
+        declared = pattern_value(of_rank, path, config.get("r", rank))
+        if declared != rank:
+            raise InputError(
+                "the configured rank is not the tensor's: the scale is not known", code="GS-3103", file=file,
+                tensor=path, expected=f"r {declared}", actual=f"A has {rank} rows",
+                hint="correct r or rank_pattern in adapter_config.json, with lora_alpha as it was in training",
+            )  # fmt: skip
+        scales[path] = scale_of(pattern_value(of_alpha, path, config.get("lora_alpha", 8)), rank, config, path, file)
+    return scales
+
+
+def scale_of(alpha: object, rank: int, config: Mapping[str, Any], path: str, file: Path) -> float:
+    """Return alpha / rank, or alpha / √rank where the configuration says use_rslora."""
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
+        raise InputError("alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=alpha)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def saved_modules(config: Mapping[str, Any], *, file: Path) -> list[str]:
+    """Return the paths of modules_to_save. Raises InputError where they are no list of names."""
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise InputError("modules_to_save is no list of names", code="GS-356", file=file, actual=saved)
+    return saved
 
 
 def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:
@@ -120,7 +190,6 @@ def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:
         "bias": ("none", None),
         "use_dora": (False, None),
         "use_rslora": (False, True, None),
-        "modules_to_save": (None, []),
     }
     for key, allowed in expected.items():
         if config.get(key) not in allowed:

@@ -9,14 +9,16 @@ import hashlib
 import json
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from gora_serve.errors import MachineError, OutputError
 from gora_serve.integrity.reading import open_regular, pieces, size_of
 from gora_serve.integrity.staging import staged_folder, sync_published
 
-__all__ = ["refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_text"]
+__all__ = ["refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_stream", "write_text"]
 
 
 def sha256_file(path: Path) -> tuple[int, str]:
@@ -41,11 +43,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises MachineError (GS-505), and the old file is then as it was.
     """
+    with write_stream(path) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def write_stream(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream whose content becomes `path`, as `write_bytes`, when the block ends without an exception."""
     temporary = path.with_name(f".gora-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

@@ -6,12 +6,12 @@ there is to mend. Only headers and configurations are read: no tensor values, an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from gora_serve.adapter.peft_config import is_safe_pattern, pattern_value
 from gora_serve.errors import InputError
 from gora_serve.serving.adapter_dir import AdapterDir, FactorPair
 
@@ -25,7 +25,6 @@ UNSERVED = (
     "use_dora", "lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens", "use_bdlora",
     "use_qalora", "trainable_token_indices", "target_parameters", "arrow_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
-_REPEATED_GROUP, _REPEAT = re.compile(r"\)[*+{]"), re.compile(r"(?<!\\)[*+{]")
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,9 @@ def refuse(faults: Sequence[Fault]) -> None:
 
 
 def config_rank(config: Mapping[str, object], module: str) -> object:
-    """Return the rank that PEFT reads from the configuration for `module`.
-
-    PEFT's rule (`get_pattern_key`): a `rank_pattern` key is a regular expression for the end of the path,
-    starting at a dot; the first match wins; `r` otherwise.
-    """
+    """Return the rank that PEFT reads from the configuration for `module`."""
     pattern = config.get("rank_pattern")
-    if isinstance(pattern, dict):
-        for key, rank in pattern.items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return rank
-    return config.get("r")
+    return pattern_value(pattern if isinstance(pattern, dict) else {}, module, config.get("r"))
 
 
 def _config_faults(adapter: AdapterDir) -> Iterator[Fault]:
@@ -109,7 +100,7 @@ def _number_faults(config: Mapping[str, object], file: Path) -> Iterator[Fault]:
         for key, value in pattern.items():
             if not fits(value):
                 yield Fault("GS-381", "not a usable number", file, f"{name}[{key}]", actual=value)
-            if not _is_pattern(key):
+            if not is_safe_pattern(key):
                 yield Fault("GS-381", "not a simple regular expression", file, f"{name}[{key}]")
 
 
@@ -121,17 +112,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
-def _is_pattern(key: str) -> bool:
-    """Tell whether the key compiles and cannot run for ever: engines apply it to each module, as it stands."""
-    if len(key) > 1000 or _REPEATED_GROUP.search(key) or len(_REPEAT.findall(key)) > 3:
-        return False
-    try:
-        re.compile(rf"(.*\.)?({key})$")
-    except re.error:
-        return False
-    return True
-
-
 def _tensor_faults(adapter: AdapterDir) -> Iterator[Fault]:
     file = adapter.weights_file
     for name in adapter.others:
@@ -139,7 +119,7 @@ def _tensor_faults(adapter: AdapterDir) -> Iterator[Fault]:
     if not adapter.pairs:
         yield Fault("GS-385", "the file has no LoRA factors", file)
     patterns = adapter.config.get("rank_pattern") or {}
-    readable = isinstance(patterns, dict) and all(_is_pattern(key) for key in patterns)
+    readable = isinstance(patterns, dict) and all(is_safe_pattern(key) for key in patterns)
     for module, pair in sorted(adapter.pairs.items()):
         yield from _pair_faults(adapter, module, pair, readable)
 

@@ -104,7 +104,6 @@ HOSTILE: list[Any] = [
     ({"use_dora": True}, "GS-356"),
     ({"init_lora_weights": "pissa"}, "GS-356"),
     ({"bias": "all"}, "GS-356"),
-    ({"modules_to_save": ["lm_head"]}, "GS-356"),
     ({"peft_type": "LOHA"}, "GS-356"),
     ({"peft_type": None}, "GS-356"),
     ({"use_rslora": "no"}, "GS-356"),

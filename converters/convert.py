@@ -1,0 +1,170 @@
+"""From a foreign checkpoint to plain LoRA on the untouched base: read, recompress, truncate, write, measure, receipt.
+
+The same for all families. One module is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import gora_serve
+from converters.detect import Detection, detect
+from converters.families import FAMILIES
+from converters.reading import Inputs, Reading
+from converters.receipt import RECEIPT, Converted, ModuleError, receipt
+from converters.source import Source, open_source
+from converters.spill import Spill
+from gora_serve.adapter.card import model_card
+from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.adapter.format import read_adapter, write_adapter
+from gora_serve.adapter.linalg import compress, distance
+from gora_serve.adapter.truncate import ranks_of_budget, ranks_of_tolerance
+from gora_serve.config import ConvertConfig
+from gora_serve.deploy.base import BaseWeights
+from gora_serve.errors import BindingError, InputError, UsageError
+from gora_serve.integrity.bases import Base
+from gora_serve.integrity.binding import seal_folder
+from gora_serve.integrity.files import staged_folder, write_json, write_text
+from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.record import binding_json
+from gora_serve.progress import Progress
+
+# Of an update's norm: less than rounding to this dtype costs (unit roundoffs are 6e-8, 2e-3 and 5e-4).
+NUMERICAL: Mapping[str, float] = {"float32": 1e-7, "bfloat16": 5e-4, "float16": 1e-4}
+
+
+def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
+    """Open a checkpoint, decide its family and read it. Raises InputError where a tensor of it is not accounted for."""
+    source = open_source(path, pickles=inputs.pickles)
+    detection = detect(source, inputs) if family == "auto" else Detection(family, ("--from says so",))
+    reading = FAMILIES[detection.family].read(source, inputs)
+    lost = sorted(source.tensors.keys() - reading.applied - reading.carried - reading.known.keys())
+    if lost:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise InputError(
+            f"a tensor that {detection.family} does not have{more}: it would be lost", code="GS-3104",
+            file=source.weights, tensor=lost[0], hint="name the family by --from, or report the file's tensor names",
+        )  # fmt: skip
+    return source, detection, reading
+
+
+def convert(
+    path: Path,
+    base: Base,
+    output: Path,
+    config: ConvertConfig | None = None,
+    inputs: Inputs | None = None,
+    *,
+    overwrite: bool = False,
+) -> Converted:
+    """Write the adapter at `path` as plain LoRA on `base` into `output`, with a receipt.
+
+    Nothing is written where anything is refused. Raises UsageError (GS-231) for a full-rank family without a rank or a
+    tolerance, BindingError (GS-405) for another base's shapes, and what the family's reader raises.
+    """
+    config = config or ConvertConfig()
+    config.validate()
+    inputs = replace(inputs or Inputs(), base=BaseWeights(base.path))
+    others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
+    with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:
+        source, detection, reading = read(path, inputs, config.family)
+        _check_can_be_low_rank(source, detection, reading, config)
+        spill = Spill(stage / "spill")
+        for index, (name, factors) in enumerate(reading.adapter.modules.items()):
+            _check_module(name, factors, inputs)
+            spill.put(name, compress(factors, tolerance=NUMERICAL[config.dtype]))
+            inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
+        ranks = choose_ranks(spill, config)
+        adapter = _adapter(reading, detection, base, spill, ranks, inputs)
+        root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
+        write_text(stage / "README.md", model_card(adapter, config.form))
+        done = Converted(output, root, detection, reading, adapter.base, adapter.origin, _measure(stage, spill, ranks))
+        shutil.rmtree(spill.folder)
+        write_json(stage / RECEIPT, receipt(source, done, config, inputs))
+        seal_folder(stage, _seal(done, config))
+    return done
+
+
+def _check_can_be_low_rank(source: Source, detection: Detection, reading: Reading, config: ConvertConfig) -> None:
+    if reading.full_rank and config.rank is None and config.tolerance is None:
+        raise UsageError(
+            f"a {detection.family} update has full rank: as LoRA it can be had only truncated", code="GS-231",
+            file=source.weights, expected="--rank R or --tolerance T",
+            hint="--rank or --tolerance gives the nearest LoRA, and its error; merging is the exact way",
+        )  # fmt: skip
+
+
+def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:
+    base = inputs.need_base("convert")
+    if factors.shape != base.shape(path):
+        raise BindingError(
+            "the adapter does not fit this base", code="GS-405", file=base.folder, tensor=path,
+            expected=f"(out, in) {base.shape(path)}", actual=factors.shape,
+            hint="give the base that the adapter was trained on",
+        )  # fmt: skip
+    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+        raise InputError(
+            "the update holds NaN or infinite values", code="GS-3105", tensor=path,
+            hint="training diverged, or the file is damaged: use an earlier checkpoint",
+        )  # fmt: skip
+
+
+def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
+    """Return the rank of each module, 0 where nothing is left of it: the numerical one, or one choice over all."""
+    singular = {path: module.singular for path, module in spill.items()}
+    if config.rank is not None:
+        return ranks_of_budget(singular, {path: module.shape for path, module in spill.items()}, config.rank)
+    if config.tolerance is not None:
+        return ranks_of_tolerance(singular, config.tolerance)
+    return {path: len(values) for path, values in singular.items()}
+
+
+def _adapter(
+    reading: Reading, detection: Detection, base: Base, spill: Spill, ranks: Mapping[str, int], inputs: Inputs
+) -> Adapter:
+    """Return what is written: the chosen part of each spectrum, bound to the base by its roots."""
+    kept = [path for path, rank in ranks.items() if rank]
+    if not kept:
+        raise InputError(
+            "the update is zero: the adapter changes nothing", code="GS-3106",
+            hint="is this the adapter as it was before training?",
+        )  # fmt: skip
+    roots = hash_model(base.path, listen=inputs.listen).roots
+    origin = {**reading.adapter.origin, "method": detection.family, "converted_by": reading.method}
+    weights = inputs.need_base("convert")
+    return replace(
+        reading.adapter,
+        modules=LazyModules(kept, lambda path: spill[path].load().first(ranks[path])),
+        base=BaseId(base.name, base.revision, roots),
+        origin=origin,
+        fan_in_fan_out=all(weights.is_transposed(path) for path in kept),
+    )
+
+
+def _measure(stage: Path, spill: Spill, ranks: Mapping[str, int]) -> dict[str, ModuleError]:
+    """Read back what was written and return how far it is from the exact update, module by module."""
+    written = read_adapter(stage).modules
+    errors = {}
+    for path, module in spill.items():
+        spectrum, rank = module.load(), ranks[path]
+        norm, truncated = spectrum.dropped(0), spectrum.dropped(rank)
+        error = distance(written[path], spectrum.first(spectrum.rank)) if rank else norm
+        errors[path] = ModuleError(rank, spectrum.rank, norm, truncated, error)
+    return errors
+
+
+def _seal(done: Converted, config: ConvertConfig) -> dict[str, object]:
+    base = done.base
+    return {
+        "adapter_root": done.root,
+        "form": config.form,
+        "dtype": config.dtype,
+        "binding": binding_json(base.name, base.revision, base.roots),
+        "training": dict(done.origin),
+        "tool": f"gora-serve {gora_serve.__version__}",
+    }

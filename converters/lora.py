@@ -1,0 +1,60 @@
+"""Plain LoRA as PEFT saves it: A and B per module, scale alpha / r or alpha / √r, with rank and alpha patterns.
+
+EVA, LoRA+, LoRA-FA, MiCA and VeLoRA are this on disk. The families that edit the base build on `factors_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from converters.reading import Inputs, Reading
+from converters.source import Source
+from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.adapter.names import parse_key
+from gora_serve.adapter.peft_config import foreign_scales
+from gora_serve.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The tensor names of a module's factors."""
+
+    A: str
+    B: str
+
+
+def read(source: Source, inputs: Inputs) -> Reading:
+    """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one."""
+    pairs = pairs_of(source)
+    modules = factors_of(source, pairs)
+    adapter = Adapter(modules, base_id(source), task_type=source.config.get("task_type"))
+    applied = frozenset(name for pair in pairs.values() for name in (pair.A, pair.B))
+    return Reading(adapter, applied, served=modules, method="scale * B A")
+
+
+def base_id(source: Source) -> BaseId:
+    """Return the base that the configuration names, whoever that is; not hashed."""
+    return BaseId(str(source.config.get("base_model_name_or_path") or ""), source.config.get("revision"))
+
+
+def pairs_of(source: Source) -> dict[str, Pair]:
+    """Return the factors' names by module path. Raises InputError for a factor without its twin (GS-362)."""
+    parts: dict[str, dict[str, str]] = {}
+    for name in source.tensors:
+        parsed = parse_key(name)
+        if parsed:
+            parts.setdefault(parsed[0], {})[parsed[1]] = name
+    for path, found in parts.items():
+        if found.keys() != {"A", "B"}:
+            raise InputError("a LoRA factor lacks its twin", code="GS-362", file=source.weights, tensor=path)
+    return {path: Pair(found["A"], found["B"]) for path, found in parts.items()}
+
+
+def factors_of(source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
+    """Return the factors as stored, with PEFT's scale. Raises InputError for ranks that the configuration denies."""
+    ranks = {path: source.tensors.shape(pair.A)[0] for path, pair in pairs.items()}
+    scales = foreign_scales(source.config, ranks, file=source.config_file)
+    return LazyModules(
+        pairs, lambda path: LoraFactors(source.tensors[pairs[path].A], source.tensors[pairs[path].B], scales[path])
+    )

@@ -1,0 +1,67 @@
+"""What a family's reader gets, and what it gives back. Every `converters/<family>.py` has one `read(source, inputs)`.
+
+A reader turns a foreign checkpoint into an `Adapter` on the untouched base, exactly: a sum of thin factors where the
+family is low-rank, factors of full rank where it is not. It works on files and headers; factors are computed when a
+module is asked for. Recompression, truncation, rounding and writing come later and are the same for all families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gora_serve.adapter.factors import Adapter, LoraFactors
+from gora_serve.deploy.base import BaseWeights
+from gora_serve.errors import UsageError
+from gora_serve.progress import Listener, silent
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `convert` and `gap` may be given beside the adapter itself.
+
+    base: the untouched base. init_adapter: the adapter as it was right after initialisation. mutated_base: the base
+    that the initialisation edited. cache: CorDA's cache file. pickles: whether .bin and .pt files may be opened
+    (weights only).
+    """
+
+    base: BaseWeights | None = None
+    init_adapter: Path | None = None
+    mutated_base: Path | None = None
+    cache: Path | None = None
+    pickles: bool = False
+    listen: Listener = silent
+
+    def need_base(self, why: str) -> BaseWeights:
+        """Return the base. Raises UsageError (GS-230) that says what it is needed for."""
+        if self.base is None:
+            raise UsageError(f"{why} needs the untouched base", code="GS-230", hint="--base BASE")
+        return self.base
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A foreign checkpoint, understood.
+
+    adapter: the update on the untouched base, exact, read module by module.
+    applied: names of the input's tensors that went into `adapter.modules`; carried: those that went into
+        `adapter.carried`; known: those that add nothing, each with the reason (a copy of the base's own embeddings).
+        Together they are all of them.
+    served: what PEFT or vLLM would add to the base if they were given the checkpoint as it is; None where neither
+        loads it.
+    initial: P0, what the initialisation took out of the base; None for a family that leaves the base alone.
+    full_rank: the update is not low-rank (DoRA, a full fine-tune): it can be had only truncated.
+    method: how the initial update was found, or how the family's maths was applied, in one line for the receipt.
+    notes: what a person should know, one sentence each.
+    """
+
+    adapter: Adapter
+    applied: frozenset[str]
+    carried: frozenset[str] = frozenset()
+    known: Mapping[str, str] = field(default_factory=dict)
+    served: Mapping[str, LoraFactors] | None = None
+    initial: Mapping[str, LoraFactors] | None = None
+    full_rank: bool = False
+    method: str = ""
+    notes: tuple[str, ...] = ()

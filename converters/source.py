@@ -1,0 +1,68 @@
+"""Finding and opening a foreign checkpoint: which file holds its tensors, and what is refused before any is read.
+
+Refused here, each with its way out: Git LFS pointers, files cut short, pickles that nobody allowed, leftovers of ZeRO
+and FSDP, folders that hold no adapter. What the tensors mean is the families' business.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gora_serve.adapter.tensors import TensorFiles
+from gora_serve.errors import InputError, MachineError
+from gora_serve.integrity.canonical import read_json
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = ("adapter_model.safetensors", "adapters.safetensors")
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_0.pt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was opened: its folder, its configuration ({} where it has none) and its tensors, unread.
+
+    weights: the file of the tensors, for messages. config_file: where the configuration is, or would be.
+    """
+
+    folder: Path
+    weights: Path
+    config: Mapping[str, Any]
+    tensors: TensorFiles
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / CONFIG
+
+
+def open_source(path: Path, *, pickles: bool = False) -> Source:
+    """Open an adapter: a folder, or one safetensors file.
+
+    Raises MachineError (GS-503) where there is nothing, InputError for what is refused.
+    """
+    if not path.exists():
+        raise MachineError("there is no such file or folder", code="GS-503", file=path)
+    folder = path if path.is_dir() else path.parent
+    weights = path if path.is_file() else _weights_of(path)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if not isinstance(config, dict):
+        raise InputError("adapter_config.json is not an object", code="GS-360", file=folder / CONFIG)
+    return Source(folder, weights, config, TensorFiles([weights]))
+
+
+def _weights_of(folder: Path) -> Path:
+    for name in SAFETENSORS:
+        if (folder / name).is_file():
+            return folder / name
+    names = sorted(path.name for path in folder.iterdir())
+    raise InputError(
+        "this folder holds no adapter", code="GS-3101", file=folder, expected=" or ".join(SAFETENSORS),
+        actual=", ".join(names[:8]) or "an empty folder",
+    )  # fmt: skip
+
+
+def is_pickle(path: Path) -> bool:
+    return path.is_file() and zipfile.is_zipfile(path)

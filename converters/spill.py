@@ -1,0 +1,48 @@
+"""Compressed updates that wait on disk, in float64, until the ranks of all modules are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from gora_serve.adapter.linalg import Spectrum
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """One module's spectrum on disk. singular: descending. shape: (out, in)."""
+
+    file: Path
+    singular: tuple[float, ...]
+    shape: tuple[int, int]
+
+    def load(self) -> Spectrum:
+        tensors = load_file(self.file)
+        return Spectrum(tensors["A"], tensors["B"], tensors["singular"])
+
+
+class Spill(Mapping[str, Spilled]):
+    """Module path -> its spectrum, one file each in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self._modules: dict[str, Spilled] = {}
+
+    def put(self, path: str, spectrum: Spectrum) -> None:
+        file = self.folder / f"{len(self._modules)}.safetensors"
+        save_file({"A": spectrum.A, "B": spectrum.B, "singular": spectrum.singular}, file)
+        shape = spectrum.B.shape[0], spectrum.A.shape[1]
+        self._modules[path] = Spilled(file, tuple(spectrum.singular.tolist()), shape)
+
+    def __getitem__(self, path: str) -> Spilled:
+        return self._modules[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)

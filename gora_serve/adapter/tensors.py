@@ -1,0 +1,52 @@
+"""Tensors that stay in their safetensors files until they are asked for, one at a time.
+
+Headers are checked strictly before anything is read; names, types and shapes are known without any tensor data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from gora_serve.errors import InputError
+from gora_serve.integrity.headers import TensorEntry, read_header
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensor name -> tensor over one or several files. Each look-up reads that tensor anew and keeps nothing.
+
+    entries: name -> type, shape and place. files: name -> the file that holds it.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Read the headers. Raises InputError for a broken one, and for a name that two files hold (GS-344)."""
+        self.entries: dict[str, TensorEntry] = {}
+        self.files: dict[str, Path] = {}
+        self.metadata: dict[str, str] = {}
+        for path in paths:
+            header = read_header(path)
+            self.metadata |= header.metadata
+            for name, entry in header.entries.items():
+                if name in self.entries:
+                    raise InputError(
+                        "two files hold a tensor of this name", code="GS-344", file=path, tensor=name,
+                        actual=self.files[name], hint="fetch the model again; one of the files is a leftover",
+                    )  # fmt: skip
+                self.entries[name], self.files[name] = entry, path
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entries[name].shape

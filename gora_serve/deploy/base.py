@@ -1,0 +1,98 @@
+"""A model's weights as they lie on disk, one at a time: by module path, whatever the checkpoint calls them.
+
+No model class is built. A checkpoint may leave out the model's first name part (`h.0.attn` for `transformer.h.0.attn`),
+add one, tie the head to the embeddings, or keep linear weights as (in, out), as GPT-2's Conv1D does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gora_serve.adapter.tensors import TensorFiles
+from gora_serve.errors import BindingError, InputError
+from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.layout import find_model
+
+TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+TRANSPOSED_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")  # Conv1D layers in transformers' models of these types
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
+
+
+class BaseWeights:
+    """The weights of one model folder. Nothing is read before it is asked for, and nothing is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read configuration and headers. Raises InputError and MachineError as the readers of both do."""
+        self.folder = folder
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict):
+            raise InputError("config.json is not an object", code="GS-380", file=folder / "config.json")
+        self.config: Mapping[str, Any] = config
+        self.tensors = TensorFiles(find_model(folder).weights.values())
+
+    def find(self, path: str) -> str | None:
+        """Return the name of the tensor that is the weight of module `path`, or None where the base has none."""
+        return self.find_parameter(f"{path}.weight") or self._tied(path)
+
+    def find_parameter(self, name: str) -> str | None:
+        """Return the checkpoint's name of a parameter (`<module path>.weight` or `.bias`), or None."""
+        for candidate in (name, name.partition(".")[2]):
+            if candidate in self.tensors.entries:
+                return candidate
+        longer = self._by_tail.get(name, [])
+        return longer[0] if len(longer) == 1 else None
+
+    @cached_property
+    def _by_tail(self) -> dict[str, list[str]]:
+        """Tensor names by all but their first part."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            found.setdefault(name.partition(".")[2], []).append(name)
+        return found
+
+    def _tied(self, path: str) -> str | None:
+        """The embeddings' tensor for a head that is tied to them."""
+        if path.rpartition(".")[2] not in HEADS or not self.config.get("tie_word_embeddings", True):
+            return None
+        found = [name for name in self.tensors if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
+        return found[0] if len(found) == 1 else None
+
+    def is_transposed(self, path: str) -> bool:
+        """Return whether the module's weight is stored as (in, out): GPT-2's Conv1D."""
+        return self.config.get("model_type") in TRANSPOSED_TYPES and path.rpartition(".")[2] in TRANSPOSED_NAMES
+
+    def is_embedding(self, path: str) -> bool:
+        return path.rpartition(".")[2] in EMBEDDINGS
+
+    def shape(self, path: str) -> tuple[int, int]:
+        """Return (out, in) of a module. Raises BindingError (GS-404) where the base has none, or no matrix, there."""
+        shape = self.tensors.shape(self._name(path))
+        return (shape[1], shape[0]) if self.is_transposed(path) else (shape[0], shape[1])
+
+    def weight(self, path: str) -> Tensor:
+        """Return the module's weight as (out, in), in its own dtype. Raises BindingError (GS-404) as `shape`."""
+        weight = self.tensors[self._name(path)]
+        return weight.T if self.is_transposed(path) else weight
+
+    def _name(self, path: str) -> str:
+        name = self.find(path)
+        if name is None or len(self.tensors.shape(name)) != 2:
+            raise BindingError(
+                "the base has no such module, or it has no matrix", code="GS-404", file=self.folder, tensor=path,
+                actual="no tensor" if name is None else f"{name} {self.tensors.shape(name)}",
+                hint="give the base that the adapter was trained on",
+            )  # fmt: skip
+        return name
+
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """Return every module with a matrix, by the checkpoint's own names -> (out, in); embeddings among them."""
+        ends = [
+            name for name, entry in self.tensors.entries.items() if name.endswith(".weight") and len(entry.shape) == 2
+        ]
+        return {path: self.shape(path) for path in (name.removesuffix(".weight") for name in ends)}

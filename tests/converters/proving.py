@@ -1,0 +1,74 @@
+"""How every family is proved: train with the real library, convert the files, load on a fresh base, compare logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters.convert import convert
+from converters.reading import Inputs
+from converters.receipt import Converted
+from gora_serve.config import ConvertConfig
+from gora_serve.integrity.bases import Base
+
+EXACT = 1e-5  # logits, float32
+
+
+def input_ids(vocabulary: int = 96) -> Tensor:
+    return torch.randint(3, vocabulary, (4, 12), generator=torch.Generator().manual_seed(7))
+
+
+def logits_of(model: Any, **inputs: Any) -> Tensor:
+    """Logits in eval mode, float64-free: what a user sees."""
+    model.eval()
+    with torch.no_grad():
+        logits: Tensor = model(**(inputs or {"input_ids": input_ids()})).logits
+    return logits.float()
+
+
+def train(model: Any, *, steps: int = 6, lr: float = 5e-3, **inputs: Any) -> Any:
+    """Take a few AdamW steps on random tokens: enough for every trainable tensor to move. Returns the model."""
+    torch.manual_seed(3)
+    inputs = inputs or {"input_ids": input_ids(), "labels": input_ids()}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    return model
+
+
+def load_on(base: Path, adapter: Path, *, auto: Any = None) -> Any:
+    """Load the adapter with PEFT on a fresh copy of the base, read from its files."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = (auto or AutoModelForCausalLM).from_pretrained(base, dtype="auto")
+    return PeftModel.from_pretrained(model, adapter)
+
+
+def converted(adapter: Path, base: Path, output: Path, *, inputs: Inputs | None = None, **settings: Any) -> Converted:
+    """Run the conversion. `settings` are ConvertConfig's."""
+    return convert(adapter, Base(str(base), base), output, replace(ConvertConfig(), **settings), inputs)
+
+
+def off_by(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two sets of logits."""
+    return float((one - other).abs().max())
+
+
+def prove_exact(adapter: Path, base: Path, output: Path, trained: Tensor, *, inputs: Inputs | None = None) -> Converted:
+    """Convert, load on a fresh base, and assert that the logits are the trained model's; also that training counted."""
+    done = converted(adapter, base, output, inputs=inputs)
+    from transformers import AutoModelForCausalLM
+
+    untrained = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype="auto"))
+    assert off_by(untrained, trained) > 1000 * EXACT, "the adapter does nothing: this test could not fail"
+    assert off_by(logits_of(load_on(base, output)), trained) < EXACT
+    return done
