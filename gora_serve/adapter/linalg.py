@@ -75,11 +75,12 @@ def compress(factors: LoraFactors, *, tolerance: float = 0.0) -> Spectrum:
     """Return the spectrum of scale * B @ A, less the smallest values that together are below `tolerance` of its norm.
 
     QR of B and of Aᵀ and the SVD of the core in float64, O((out + in) r²); a factor that is wider than long stays as it
-    is. Values below float64's own noise, r * 2e-16 of the largest, are always left out.
+    is. Values below float64's own noise, r * 2e-16 |B| |A|, are always left out: what is left where two terms cancel.
     """
     left, right = _triangle(factors.B.double() * factors.scale), _triangle(factors.A.double().T)
     U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)  # (k, k'), (k',), (k', l)
-    kept = _numerical_rank(S, tolerance, factors.rank)
+    noise = factors.rank * torch.finfo(S.dtype).eps * float(left.R.norm()) * float(right.R.norm())
+    kept = _numerical_rank(S, tolerance, noise)
     root = S[:kept].sqrt()
     B = (left.Q @ U[:, :kept]) * root  # (out, kept)
     A = (right.Q @ Vh[:kept].T).T * root[:, None]  # (kept, in)
@@ -101,12 +102,9 @@ def _triangle(M: Tensor) -> _Triangle:
     return _Triangle(Q, R)
 
 
-def _numerical_rank(S: Tensor, tolerance: float, rank: int) -> int:
-    if not S.numel() or not float(S[0]):
-        return 0
+def _numerical_rank(S: Tensor, tolerance: float, noise: float) -> int:
     tails = S.square().flip(0).cumsum(0).flip(0).sqrt()  # (k,): norm of what is left from each value on
-    noise = max(rank, 1) * torch.finfo(S.dtype).eps * float(S[0])
-    return int(((tails > tolerance * float(tails[0])) & (noise < S)).sum())
+    return int(((tails > tolerance * tails[:1]) & (noise < S)).sum())
 
 
 def norm(factors: LoraFactors) -> float:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gora_serve.adapter.factors import LoraFactors
-from gora_serve.adapter.linalg import fold_scale, pad_rank
+from gora_serve.adapter.linalg import compress, distance, fold_scale, pad_rank, stack, subtract
 from gora_serve.errors import InputError
 
 
@@ -74,3 +74,62 @@ def test_factors_that_do_not_fit_are_refused(A: tuple[int, ...], B: tuple[int, .
 def test_sizes() -> None:
     factors = random_factors(3, 1.0)
     assert (factors.rank, factors.shape, factors.parameters) == (3, (7, 9), 3 * 16)
+
+
+def other(rank: int, seed: int) -> LoraFactors:
+    generator = torch.Generator().manual_seed(seed)
+    return LoraFactors(torch.randn(rank, 9, generator=generator), torch.randn(7, rank, generator=generator), 0.75)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rank=st.integers(1, 9), initial=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_subtract_is_the_difference_of_the_updates(rank: int, initial: int, seed: int) -> None:
+    one, two = random_factors(rank, 1.5), other(initial, seed)
+    left = subtract(one, two)
+    np.testing.assert_allclose(update(left), update(one) - update(two), atol=1e-12)
+    np.testing.assert_allclose(distance(one, two), np.linalg.norm(update(one) - update(two)), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(update(stack([one, two, two])), update(one) + 2 * update(two), atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rank=st.integers(1, 12), scale=st.floats(-8, 8).filter(lambda scale: abs(scale) > 1e-3))
+def test_compress_at_full_rank_changes_nothing(rank: int, scale: float) -> None:
+    factors = random_factors(rank, scale)
+    spectrum = compress(factors)
+    values = np.linalg.svd(update(factors), compute_uv=False)
+    assert spectrum.rank == min(rank, 7)
+    np.testing.assert_allclose(spectrum.singular.numpy(), values[: spectrum.rank], rtol=1e-10)
+    np.testing.assert_allclose(update(spectrum.first(spectrum.rank)), update(factors), atol=1e-11)
+    gram = spectrum.A @ spectrum.A.T
+    np.testing.assert_allclose(gram.numpy(), np.diag(spectrum.singular.numpy()), atol=1e-10 * values[0])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_the_first_part_is_the_best_of_its_rank(rank: int) -> None:
+    factors = random_factors(6, 2.0)
+    spectrum = compress(factors)
+    U, S, Vh = np.linalg.svd(update(factors), full_matrices=False)
+    np.testing.assert_allclose(update(spectrum.first(rank)), (U[:, :rank] * S[:rank]) @ Vh[:rank], atol=1e-10)
+    np.testing.assert_allclose(spectrum.dropped(rank), np.linalg.norm(S[rank:]), rtol=1e-9)
+
+
+def test_a_rank_that_is_not_there_is_not_kept() -> None:
+    factors = random_factors(2, 1.0)
+    twice = stack([factors, factors, other(1, 3), LoraFactors(factors.A, factors.B, -0.5)])
+    assert compress(twice).rank == 3
+    assert compress(subtract(factors, factors)).rank == 0
+
+
+def test_tolerance_drops_what_is_below_it_together() -> None:
+    A, B = torch.eye(4, 9, dtype=torch.float64), torch.eye(7, 4, dtype=torch.float64)
+    factors = LoraFactors(torch.diag(torch.tensor([1.0, 0.1, 0.003, 0.003], dtype=torch.float64)) @ A, B, 1.0)
+    assert compress(factors, tolerance=0.004).rank == 3  # the last two together have 0.0042
+    assert compress(factors, tolerance=0.0043).rank == 2
+
+
+def test_a_small_difference_of_large_factors_survives_in_float64() -> None:
+    """Norms by QR of the stacked factors, where squares would cancel: 1e-9 of the factors' size."""
+    factors = random_factors(4, 1.0, torch.float64)
+    nudge = other(1, 5)
+    moved = stack([factors, LoraFactors(nudge.A, nudge.B, 1e-9)])
+    assert distance(moved, factors) == pytest.approx(1e-9 * np.linalg.norm(update(nudge)) / 0.75, rel=1e-5)
