@@ -16,7 +16,7 @@ import gora_serve
 from converters.detect import Detection, detect
 from converters.families import FAMILIES
 from converters.reading import Inputs, Reading
-from converters.receipt import RECEIPT, Converted, ModuleError, receipt
+from converters.receipt import RECEIPT, Converted, ModuleError, make_receipt
 from converters.source import Source, open_source
 from converters.spill import Spill
 from gora_serve.adapter.card import model_card
@@ -85,7 +85,8 @@ def convert(
         write_text(stage / "README.md", model_card(adapter, config.form))
         done = Converted(output, root, detection, reading, adapter.base, adapter.origin, _measure(stage, spill, ranks))
         shutil.rmtree(spill.folder)
-        write_json(stage / RECEIPT, receipt(source, done, config, inputs))
+        done = replace(done, receipt=make_receipt(source, done, config, inputs))
+        write_json(stage / RECEIPT, done.receipt)
         seal_folder(stage, _seal(done, config))
     return done
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Converted:
     base: BaseId
     origin: Mapping[str, str]
     modules: Mapping[str, ModuleError]
+    receipt: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -64,7 +65,7 @@ def _relative(modules: Iterable[ModuleError], name: str) -> float:
     return float(sum(row[name] ** 2 for row in rows) ** 0.5) / norm if norm else 0.0
 
 
-def receipt(source: Source, done: Converted, config: ConvertConfig, inputs: Inputs) -> dict[str, Any]:
+def make_receipt(source: Source, done: Converted, config: ConvertConfig, inputs: Inputs) -> dict[str, Any]:
     """Return the content of conversion.json: the same inputs give the same text."""
     base, reading = done.base, done.reading
     return {

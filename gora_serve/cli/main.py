@@ -13,6 +13,7 @@ import click
 
 from gora_serve import __version__
 from gora_serve.cli.adapters import export, hash_, verify
+from gora_serve.cli.convert import convert
 from gora_serve.cli.demo import demo
 from gora_serve.cli.fitting import fit, probe, ranks
 from gora_serve.cli.plan import plan
@@ -32,12 +33,13 @@ def cli(debug: bool) -> None:
     plan BASE                            what memory it will take
     fit BASE --data FILE --output RUN    train an adapter with GoRA
     export RUN --output DIR              write it as a standard LoRA adapter
+    convert ADAPTER --base BASE --output DIR   another tool's adapter, as the same
     verify DIR --base BASE               prove files, tensors and base
     serve BASE -a NAME=DIR ...           serve many adapters over the one base
     """
 
 
-for command in (plan, fit, probe, ranks, export, hash_, verify, serve, demo):
+for command in (plan, fit, probe, ranks, export, convert, hash_, verify, serve, demo):
     cli.add_command(command)
 
 

@@ -10,6 +10,7 @@ import click
 
 from gora_serve.config import (
     IMPORTANCES,
+    ConvertConfig,
     DataConfig,
     Importance,
     InitConfig,
@@ -84,6 +85,24 @@ data_option = click.option(
     "--data", required=True, metavar="FILE|DATASET", help="JSONL, JSON, CSV or Parquet file, or a hub dataset."
 )
 
+source_options = together(
+    click.option(
+        "--from", "family", default=ConvertConfig.family, show_default=True, metavar="auto|FAMILY",
+        help="The family of the adapter: lora, pissa, lora_ga, dora, loha, mlx ... auto: decided from the files.",
+    ),
+    click.option(
+        "--init-adapter", type=click.Path(path_type=Path), metavar="DIR",
+        help="The adapter as it was right after its initialisation: what was taken out of the base.",
+    ),
+    click.option(
+        "--mutated-base", type=FOLDER, metavar="DIR",
+        help="The base as the initialisation left it: the same, from the difference of the weights.",
+    ),
+    click.option("--cache", type=FILE, metavar="FILE", help="CorDA's cache file: the same, as CorDA keeps it."),
+    click.option(
+        "--allow-pickle", is_flag=True, help="Open .bin, .pt and .ckpt files too, by torch's loader for weights only."
+    ),
+)  # fmt: skip
 model_options = together(
     click.option(
         "--targets", default=ModelConfig.targets, show_default=True, metavar="all-linear|attention|NAMES|REGEX",

@@ -14,6 +14,7 @@ from shell import TIMEOUT, environment
 
 from gora_serve.cli.main import cli
 from gora_serve.config import (
+    ConvertConfig,
     DataConfig,
     DemoConfig,
     ExportConfig,
@@ -55,6 +56,7 @@ OBVIOUS = {"--rank-min", "--rank-max", "--port", "--seed", "--dtype", "--weight-
 OF_THE_CALL = {
     "data", "output", "eval_data", "ranks_file", "overwrite", "resume", "as_json", "base", "manifest", "strict",
     "plot", "adapters", "log", "dry_run", "debug", "help", "version",
+    "init_adapter", "mutated_base", "cache", "allow_pickle",
 }  # fmt: skip
 
 
@@ -132,6 +134,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "export": (("run", "--output", "o"), [ExportConfig()]),
     "serve": (("base",), [ServeConfig()]),
     "demo": ((), [DemoConfig()]),
+    "convert": (("adapter", "--base", "b", "--output", "o"), [ConvertConfig()]),
     "hash": (("base",), []),
     "verify": (("path",), []),
 }

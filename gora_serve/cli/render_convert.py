@@ -1,0 +1,59 @@
+"""What people see of a conversion: the family and why, ranks and errors by kind of module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.cli.render import Summary
+from gora_serve.errors import printable
+
+if TYPE_CHECKING:
+    from converters.receipt import Converted, ModuleError
+
+
+def convert_summary(done: Converted) -> Summary:
+    """A conversion; as JSON it is conversion.json with the folder that it lies in."""
+    reading, detection = done.reading, done.detection
+    kept = [module for module in done.modules.values() if module.rank]
+    left = len(done.modules) - len(kept)
+    lines = [f"family {detection.family}: {'; '.join(detection.evidence)}"]
+    lines += [f"how: {reading.method}"] if reading.method else []
+    lines += [f"note: {note}" for note in reading.notes]
+    lines.append(f"wrote {done.folder}")
+    lines.append(f"{len(kept)} modules, ranks {_span(module.rank for module in kept)}")
+    lines += [f"{left} modules whose update is zero, or below what is kept, are left out"] if left else []
+    lines += [f"carried as they are: {', '.join(sorted(reading.carried))}"] if reading.carried else []
+    lines.append(f"error of the written update, over all modules: {done.error:.2e} ({_cause(done)})")
+    return Summary({"adapter": str(done.folder), **done.receipt}, lines, [_table(done)])
+
+
+def _cause(done: Converted) -> str:
+    return f"truncation alone: {done.truncated:.2e}" if done.truncated > 1e-3 * done.error else "rounding"
+
+
+def _table(done: Converted) -> Table:
+    table = Table("module", "number", "rank", "rank before", "|dW|", "truncated", "error")
+    kinds: dict[str, list[ModuleError]] = {}
+    for path, (kind, _) in kinds_and_layers(done.modules).items():
+        kinds.setdefault(kind, []).append(done.modules[path])
+    for kind, modules in kinds.items():
+        norm = sum(module.norm**2 for module in modules) ** 0.5
+        shares = [
+            sum(getattr(module, name) ** 2 for module in modules) ** 0.5 / norm if norm else 0.0
+            for name in ("truncated", "error")
+        ]
+        table.add_row(
+            Text(printable(kind)), str(len(modules)), _span(module.rank for module in modules),
+            _span(module.full_rank for module in modules), f"{norm:.3g}", *(f"{share:.1e}" for share in shares),
+        )  # fmt: skip
+    return table
+
+
+def _span(ranks: Iterable[int]) -> str:
+    found = sorted(ranks)
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
