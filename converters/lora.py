@@ -39,7 +39,7 @@ def base_id(source: Source) -> BaseId:
 
 
 def pairs_of(source: Source) -> dict[str, Pair]:
-    """Return the factors' names by module path. Raises InputError for a factor without its twin (GS-362)."""
+    """Return the factors' names by module path. Raises InputError for a factor without its twin (GS-3108)."""
     parts: dict[str, dict[str, str]] = {}
     for name in source.tensors:
         parsed = parse_key(name)
@@ -47,7 +47,7 @@ def pairs_of(source: Source) -> dict[str, Pair]:
             parts.setdefault(parsed[0], {})[parsed[1]] = name
     for path, found in parts.items():
         if found.keys() != {"A", "B"}:
-            raise InputError("a LoRA factor lacks its twin", code="GS-362", file=source.weights, tensor=path)
+            raise InputError("a LoRA factor lacks its twin", code="GS-3108", file=source.weights, tensor=path)
     return {path: Pair(found["A"], found["B"]) for path, found in parts.items()}
 
 

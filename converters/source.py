@@ -41,15 +41,15 @@ class Source:
 def open_source(path: Path, *, pickles: bool = False) -> Source:
     """Open an adapter: a folder, or one safetensors file.
 
-    Raises MachineError (GS-503) where there is nothing, InputError for what is refused.
+    Raises MachineError (GS-540) where there is nothing, InputError for what is refused.
     """
     if not path.exists():
-        raise MachineError("there is no such file or folder", code="GS-503", file=path)
+        raise MachineError("there is no such file or folder", code="GS-540", file=path)
     folder = path if path.is_dir() else path.parent
     weights = path if path.is_file() else _weights_of(path)
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if not isinstance(config, dict):
-        raise InputError("adapter_config.json is not an object", code="GS-360", file=folder / CONFIG)
+        raise InputError("adapter_config.json is not an object", code="GS-3107", file=folder / CONFIG)
     return Source(folder, weights, config, TensorFiles([weights]))
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from gora_serve.errors import UsageError
-
 Values = Mapping[str, Sequence[float]]  # module path -> singular values, descending
 
 
@@ -20,7 +18,7 @@ def ranks_of_budget(singular: Values, shapes: Mapping[str, tuple[int, int]], ran
     over with those of its module that follow. Law: within the budget, and whole if the whole fits.
     """
     if rank < 1:
-        raise UsageError("--rank must be at least 1", code="GS-201", actual=rank)
+        raise ValueError(f"rank must be at least 1, not {rank}")
     left = sum(sum(shapes[path]) for path in singular) * rank
     ranks = dict.fromkeys(singular, 0)
     closed: set[str] = set()
@@ -40,7 +38,7 @@ def ranks_of_tolerance(singular: Values, tolerance: float) -> dict[str, int]:
     Law: the Frobenius norm of what is dropped is at most tolerance * that of all, and one value more would exceed it.
     """
     if not 0 <= tolerance < 1:
-        raise UsageError("--tolerance must be at least 0 and less than 1", code="GS-201", actual=tolerance)
+        raise ValueError(f"tolerance must be at least 0 and less than 1, not {tolerance}")
     ranks = {path: len(values) for path, values in singular.items()}
     allowed = tolerance**2 * math.fsum(value**2 for values in singular.values() for value in values)
     dropped = 0.0

@@ -32,7 +32,7 @@ class BaseWeights:
         self.folder = folder
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
-            raise InputError("config.json is not an object", code="GS-380", file=folder / "config.json")
+            raise InputError("config.json is not an object", code="GS-3109", file=folder / "config.json")
         self.config: Mapping[str, Any] = config
         self.tensors = TensorFiles(find_model(folder).weights.values())
 
