@@ -136,7 +136,7 @@ def _adapter(
             hint="is this the adapter as it was before training?",
         )  # fmt: skip
     roots = hash_model(base.path, listen=inputs.listen).roots
-    origin = {**reading.adapter.origin, "method": detection.family, "converted_by": reading.method}
+    origin = {**reading.adapter.origin, "converted_from": detection.family, "converted_by": reading.method}
     weights = inputs.need_base("convert")
     return replace(
         reading.adapter,

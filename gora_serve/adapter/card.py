@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from gora_serve.adapter.factors import Adapter
@@ -24,7 +24,7 @@ def model_card(adapter: Adapter, form: Form) -> str:
     origin = adapter.origin
     lines = [
         *_front_matter(adapter),
-        f"# {origin.get('method', 'LoRA').upper().replace('GORA', 'GoRA').replace('LORA', 'LoRA')} adapter",
+        f"# {_title(origin)}",
         "",
         "A low-rank adapter for an unmodified base model, made by gora-serve.",
         "",
@@ -34,18 +34,15 @@ def model_card(adapter: Adapter, form: Form) -> str:
                 ("Base", adapter.base.name + (f" at {adapter.base.revision}" if adapter.base.revision else "")),
                 ("Base weights root", f"`{roots.weights}`" if roots else "not bound"),
                 ("Modules", str(len(adapter.modules))),
-                ("Trainable parameters", f"{_trained(adapter):,}"),
+                ("Parameters" if "converted_from" in origin else "Trainable parameters", f"{_trained(adapter):,}"),
                 ("Ranks", _rank_text(adapter)),
                 ("Form", f"{form} ({USE[form]})"),
-                ("Training data", f"{origin.get('data', 'unknown')}, SHA-256 `{origin.get('data_sha256', 'unknown')}`"),
+                *_history(origin),
                 ("Made by", origin.get("tool", "gora-serve")),
             ]
         ),
         "",
-        "## Settings",
-        "",
-        *_table([(key, f"`{value}`") for key, value in json.loads(origin.get("settings", "{}")).items()]),
-        "",
+        *_settings(origin),
         "## Ranks by kind of module",
         "",
         "| module | number | least | mean | most |",
@@ -63,6 +60,26 @@ def model_card(adapter: Adapter, form: Form) -> str:
         "`gora-serve verify FOLDER --base BASE` proves that the files are whole and belong to the base.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _title(origin: Mapping[str, str]) -> str:
+    if "converted_from" in origin:
+        return "LoRA adapter, converted"
+    return f"{origin.get('method', 'LoRA').upper().replace('GORA', 'GoRA').replace('LORA', 'LoRA')} adapter"
+
+
+def _history(origin: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Where the update comes from: training data, or the family that it was converted from, and how."""
+    if "converted_from" in origin:
+        return [("Converted from", origin["converted_from"]), ("How", origin.get("converted_by", "unknown"))]
+    return [("Training data", f"{origin.get('data', 'unknown')}, SHA-256 `{origin.get('data_sha256', 'unknown')}`")]
+
+
+def _settings(origin: Mapping[str, str]) -> list[str]:
+    settings = json.loads(origin.get("settings", "{}"))
+    return (
+        ["## Settings", "", *_table([(key, f"`{value}`") for key, value in settings.items()]), ""] if settings else []
+    )
 
 
 def _trained_on(adapter: Adapter) -> list[str]:
