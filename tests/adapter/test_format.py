@@ -359,3 +359,24 @@ def test_every_module_of_tiny_base_is_covered_but_one(tiny_adapter: Adapter) -> 
     assert replace(tiny_adapter).parameters == sum(
         rank * sum(llama_shapes()[path]) for path, rank in tiny_adapter.ranks.items()
     )
+
+
+def test_saved_modules_and_embeddings_come_back(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    shapes = {"model.embed_tokens": (40, 8), "model.layers.0.q_proj": (8, 8)}
+    adapter = make_adapter(
+        {"model.embed_tokens": 3, "model.layers.0.q_proj": 2}, shapes=shapes, scales=2.0,
+        embeddings=frozenset({"model.embed_tokens"}),
+        carried={"score.weight": torch.randn(4, 8).bfloat16(), "score.bias": torch.arange(4).float()},
+    )  # fmt: skip
+    folder = tmp_path / "adapter"
+    write(folder, adapter, "unit")
+    keys = set(load_file(folder / "adapter_model.safetensors"))
+    assert "base_model.model.model.embed_tokens.lora_embedding_A" in keys
+    assert "base_model.model.score.bias" in keys
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
+    back = read_adapter(folder)
+    assert back.embeddings == {"model.embed_tokens"}
+    assert back.carried.keys() == adapter.carried.keys()
+    assert all(torch.equal(back.carried[name], tensor) for name, tensor in adapter.carried.items())
+    for path, factors in adapter.modules.items():
+        torch.testing.assert_close(back.modules[path].delta(), factors.delta(), rtol=1e-6, atol=1e-6)
