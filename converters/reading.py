@@ -7,7 +7,7 @@ module is asked for. Recompression, truncation, rounding and writing come later 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class Reading:
     served: what PEFT or vLLM would add to the base if they were given the checkpoint as it is; None where neither
         loads it.
     initial: P0, what the initialisation took out of the base; None for a family that leaves the base alone.
+    remainder: of a module, |W0 - W_res - P0|: what the edited base's rounding or quantization took, beyond any low-rank
+        update; None where no edited base is at hand.
     full_rank: the update is not low-rank (DoRA, a full fine-tune): it can be had only truncated.
     method: how the initial update was found, or how the family's maths was applied, in one line for the receipt.
     notes: what a person should know, one sentence each.
@@ -62,6 +64,7 @@ class Reading:
     known: Mapping[str, str] = field(default_factory=dict)
     served: Mapping[str, LoraFactors] | None = None
     initial: Mapping[str, LoraFactors] | None = None
+    remainder: Callable[[str], float] | None = None
     full_rank: bool = False
     method: str = ""
     notes: tuple[str, ...] = ()

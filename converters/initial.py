@@ -1,0 +1,218 @@
+"""P0 = s B0 A0, what an initialisation took out of the base: where it is found, in order of trust, and its subtraction.
+
+The adapter as it was right after initialisation (--init-adapter, or a sub-folder that tools leave), else the edited
+base (W0 - W_res), else what a family can compute from W0 because it is unique. An initial adapter of another run is
+noticed and refused: by its modules and scales, by what it has in common with the trained one, by the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from converters import lora
+from converters.decompose import transposed
+from converters.mutated import MutatedBase
+from converters.reading import Inputs, Reading
+from converters.source import CONFIG, Source, open_source
+from gora_serve.adapter.factors import LazyModules, LoraFactors
+from gora_serve.adapter.linalg import subtract
+from gora_serve.deploy.base import BaseWeights
+from gora_serve.errors import BindingError, UsageError
+
+SIBLINGS = ("pissa_init", "loftq_init", "init_lora_checkpoint")
+KINSHIP = 0.25  # mean cosine of trained and initial factors: another run's is near 0, one's own above 0.5
+
+Factors = Callable[[str, int], LoraFactors]  # (module path, rank) -> P0
+Check = Callable[[str, LoraFactors, Path], None]  # raises where P0 of an initial adapter cannot be
+
+
+@dataclass(frozen=True)
+class Initial:
+    """P0 by module, and in one line where it comes from. remainder: |W0 - W_res - P0| where W_res is at hand."""
+
+    modules: Mapping[str, LoraFactors]
+    method: str
+    notes: tuple[str, ...] = ()
+    remainder: Callable[[str], float] | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a family knows about its own initialisation.
+
+    compute: P0 from W0 (or from a cache), where unique; `computed` says how. check: of an initial adapter against W0.
+    quantized, unscaled: LoftQ's base is Q, and its B0 A0 were made without the scale. untransposed: the family's
+    initialisation ignores that Conv1D keeps (in, out), so that what it took out is the transpose of what it put in.
+    """
+
+    family: str
+    compute: Factors | None = None
+    computed: str = ""
+    check: Check | None = None
+    quantized: bool = False
+    unscaled: bool = False
+    untransposed: bool = False
+    in_adapter: bool = True  # whether P0 is in the adapter as it was after initialisation
+    mutated: Path | None = None  # found by the family itself, where no flag is given
+    notes: tuple[str, ...] = field(default=())
+
+
+def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Reading:
+    """Read an adapter whose initialisation edited the base: what is stored, less P0. Raises as `find_initial`."""
+    if inputs.cache is not None and rules.family != "corda":
+        raise UsageError(f"--cache is CorDA's; {rules.family} has none", code="GS-233", hint="leave --cache out")
+    plain = lora.read(source, inputs)
+    trained = plain.adapter.modules
+    initial = find_initial(source, inputs, plain, rules)
+
+    def update(path: str) -> LoraFactors:
+        return subtract(trained[path], initial.modules[path]) if path in initial.modules else trained[path]
+
+    return replace(
+        plain,
+        adapter=replace(plain.adapter, modules=LazyModules(trained, update)),
+        served=trained,
+        initial=initial.modules,
+        remainder=initial.remainder,
+        method=initial.method,
+        notes=(*plain.notes, *rules.notes, *initial.notes),
+    )
+
+
+def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules) -> Initial:
+    """Return P0 from the most trusted source there is.
+
+    Raises UsageError (GS-232) where there is none, BindingError where the sources belong to another run or base.
+    """
+    base = inputs.need_base(f"{rules.family} edits the base; its conversion")
+    paths = [path for path in plain.adapter.modules if path not in plain.adapter.embeddings]
+    mutated = inputs.mutated_base or rules.mutated
+    pair = MutatedBase(base, BaseWeights(mutated), rules.quantized) if mutated else None
+    if pair:
+        pair.check(paths)
+    folder = inputs.init_adapter or (_sibling(source, mutated) if rules.in_adapter else None)
+    if folder is not None:
+        return _from_adapter(folder, inputs, plain, rules, paths, pair)
+    if pair:
+        return _from_mutated(pair, plain, paths)
+    if rules.compute is None:
+        raise UsageError(
+            f"what the {rules.family} initialisation took out of the base cannot be computed again", code="GS-232",
+            file=source.weights, expected="--init-adapter DIR or --mutated-base DIR",
+            hint="DIR is the adapter as saved right after its initialisation, or the edited base as saved with it",
+        )  # fmt: skip
+    compute = rules.compute
+    return Initial(
+        LazyModules(paths, lambda path: compute(path, plain.adapter.modules[path].rank)),
+        f"trained less initial; {rules.computed}",
+    )
+
+
+def _from_mutated(pair: MutatedBase, plain: Reading, paths: list[str]) -> Initial:
+    trained = plain.adapter.modules
+    modules = LazyModules(paths, lambda path: pair.initial(path, trained[path].rank))
+    return Initial(
+        modules,
+        f"trained less initial; initial is W0 - W_res at the adapter's rank, from {pair.mutated.folder}",
+        _remainder_note(pair),
+        lambda path: pair.remainder(path, modules[path]),
+    )
+
+
+def _from_adapter(
+    folder: Path, inputs: Inputs, plain: Reading, rules: Rules, paths: list[str], pair: MutatedBase | None
+) -> Initial:
+    origin = open_source(folder, pickles=inputs.pickles)
+    stored = lora.read(origin, inputs).adapter.modules
+    base = inputs.need_base("an initial adapter")
+    _check_same_form(origin, plain.adapter.modules, stored)
+    _check_kinship(origin, plain.adapter.modules, stored, paths)
+
+    def initial(path: str) -> LoraFactors:
+        factors = stored[path]
+        factors = LoraFactors(factors.A, factors.B, 1.0) if rules.unscaled else factors
+        if rules.untransposed and base.is_transposed(path):
+            factors = transposed(factors)
+        if rules.check:
+            rules.check(path, factors, origin.weights)
+        if pair:
+            pair.check_initial(path, factors, origin.weights)
+        return factors
+
+    modules = LazyModules(paths, initial)
+    method = f"trained less initial; initial is the adapter as it was saved, {folder}"
+    if not pair:
+        return Initial(modules, method)
+    return Initial(
+        modules, f"{method}; it agrees with W0 - W_res of {pair.mutated.folder}", _remainder_note(pair),
+        lambda path: pair.remainder(path, modules[path]),
+    )  # fmt: skip
+
+
+def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:
+    if pair.quantized:
+        return ("The edited base is quantized: W0 - Q - P0 has full rank, and no adapter on W0 can hold it.",)
+    dtypes = {pair.mutated.tensors.entries[name].dtype for name in pair.mutated.tensors}
+    if dtypes <= {"F32", "F64"}:
+        return ()
+    return ("The edited base is rounded to 16 bits: that rounding has full rank, and no adapter can hold it.",)
+
+
+def _sibling(source: Source, mutated: Path | None) -> Path | None:
+    """Return the initial adapter that tools leave in the adapter's folder, beside it, or in the edited base."""
+    places = [source.folder, source.folder.parent, *([mutated] if mutated else [])]
+    for folder in (place / name for place in places for name in SIBLINGS):
+        if (folder / CONFIG).is_file() and folder.resolve() != source.folder.resolve():
+            return folder
+    return None
+
+
+def _check_same_form(origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors]) -> None:
+    """Raise BindingError (GS-430) unless modules, ranks, shapes and scales of both are the same."""
+    missing = sorted(trained.keys() ^ initial.keys())
+    if missing:
+        raise BindingError(
+            "the initial adapter has other modules than the trained one", code="GS-430", file=origin.weights,
+            tensor=missing[0], hint="give the initial adapter of the same run",
+        )  # fmt: skip
+    for path, ours in trained.items():
+        one = initial[path]
+        expected, actual = [f"rank {x.rank}, shape {x.shape}, scale {x.scale:.6g}" for x in (ours, one)]
+        if expected != actual:
+            raise BindingError(
+                "the initial adapter has another rank, shape or scale than the trained one", code="GS-430",
+                file=origin.weights, tensor=path, expected=expected, actual=actual,
+                hint="give the initial adapter of the same run, with the configuration of the same run",
+            )  # fmt: skip
+
+
+def _check_kinship(
+    origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors], paths: list[str]
+) -> None:
+    """Raise BindingError where the trained adapter cannot have grown out of the initial one.
+
+    Training moves each row of A and column of B a little from where it began: their mean cosine over all modules stays
+    well above 0 in A or in B. Another run's are near 0 in both, or of random sign. GS-438: B0 A0 is zero.
+    """
+    rows, columns, size = [], [], 0.0
+    for path in paths:
+        one, other = trained[path], initial[path]
+        rows.append(torch.cosine_similarity(one.A.double(), other.A.double(), dim=1))  # (r,)
+        columns.append(torch.cosine_similarity(one.B.double(), other.B.double(), dim=0))
+        size += float(other.A.double().norm() * other.B.double().norm())
+    if size == 0:
+        raise BindingError(
+            "the initial adapter adds nothing: it was not made by the initialisation", code="GS-438",
+            file=origin.weights, hint="save it after the initialisation, and before any step of training",
+        )  # fmt: skip
+    of_A, of_B = float(torch.cat(rows).mean()), float(torch.cat(columns).mean())
+    if max(of_A, of_B) < KINSHIP:
+        raise BindingError(
+            "the trained adapter did not grow out of this initial one", code="GS-431", file=origin.weights,
+            expected=f"a mean cosine of their factors above {KINSHIP}", actual=f"{of_A:.2f} for A, {of_B:.2f} for B",
+            hint="give the initial adapter of the same run, or the edited base by --mutated-base",
+        )  # fmt: skip

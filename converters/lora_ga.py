@@ -1,0 +1,99 @@
+"""LoRA-GA (Wang et al. 2024): P0 = s B0 A0 from singular vectors of a gradient, which nothing brings back.
+
+PEFT's `lora_ga` and the official fork's LORAGA. The fork saves `init_lora_checkpoint` with every checkpoint, and in the
+end a subtracted adapter of doubled rank and alpha: exact but for rsLoRA, where doubling both makes it √2 too strong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters import lora
+from converters.initial import KINSHIP, Rules, read_without_initial
+from converters.reading import Inputs, Reading
+from converters.source import Source
+from gora_serve.adapter.factors import LoraFactors
+from gora_serve.adapter.names import pattern_key
+from gora_serve.adapter.peft_config import foreign_scales
+from gora_serve.errors import BindingError, InputError
+
+ORTHOGONAL = 0.1  # largest cosine of two rows of A0 or columns of B0; bfloat16 leaves 0.01
+
+
+def read(source: Source, inputs: Inputs) -> Reading:
+    """Read LoRA-GA. Raises UsageError GS-232 without a source of P0, InputError GS-3132 (`_read_subtracted`)."""
+    if source.config.get("peft_type") == "LORAGA":
+        plain = replace(source, config={**source.config, "peft_type": "LORA"})
+        if source.config.get("init_lora_weights") is True:
+            return _read_subtracted(plain, inputs)
+        reading = read_without_initial(plain, inputs, Rules("lora_ga", check=_check))
+        return replace(reading, served=None)  # PEFT does not know LORAGA
+    return read_without_initial(source, inputs, Rules("lora_ga", check=_check))
+
+
+def _check(path: str, initial: LoraFactors, file: Path) -> None:
+    """Raise BindingError (GS-433) unless A0's rows and B0's columns are orthogonal, as singular vectors are."""
+    off = max(_largest_cosine(initial.A.double()), _largest_cosine(initial.B.double().T))
+    if off > ORTHOGONAL:
+        raise BindingError(
+            "the initial adapter does not hold singular vectors: LoRA-GA did not make it", code="GS-433", file=file,
+            tensor=path, expected=f"cosines of rows below {ORTHOGONAL}", actual=f"{off:.2f}",
+            hint="give the adapter as it was saved right after the initialisation, before any step",
+        )  # fmt: skip
+
+
+def _largest_cosine(rows: Tensor) -> float:
+    """Of any two rows (r, n), leaving out those of norm 0."""
+    norms = rows.norm(dim=1)
+    rows = rows[norms > 1e-12 * norms.max()]
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return float((unit @ unit.T - torch.eye(len(rows), dtype=rows.dtype)).abs().max()) if len(rows) else 0.0
+
+
+def _read_subtracted(source: Source, inputs: Inputs) -> Reading:
+    """Read the fork's final adapter, [B, -B0] [A; A0], with the scale of the adapter that was trained.
+
+    The fork doubles r and lora_alpha, and leaves the patterns alone. Raises InputError (GS-3132) where the halves of
+    the factors are not alike: then it is unclear what was saved.
+    """
+    reading = lora.read(replace(source, config={**source.config, **_scales_of_halves(source)}), inputs)
+    _check_halves(source, reading.adapter.modules)
+    note = "The fork doubled rank and alpha; with rsLoRA that is √2 too strong, which is corrected here."
+    notes = (note,) if source.config.get("use_rslora") else ()
+    method = "scale * B A of the official fork's final adapter, with the scale it was trained with"
+    return replace(reading, served=None, method=method, notes=(*reading.notes, *notes))
+
+
+def _scales_of_halves(source: Source) -> dict[str, Any]:
+    """Return the configuration's keys that give each module the scale of half its rank."""
+    ranks = {path: source.tensors.shape(pair.A)[0] for path, pair in lora.pairs_of(source).items()}
+    config = source.config
+    halved = {**config, "r": config.get("r", 0) / 2, "lora_alpha": config.get("lora_alpha", 16) / 2}
+    scales = foreign_scales(halved, {path: rank // 2 for path, rank in ranks.items()}, file=source.config_file)
+    return {
+        "rank_pattern": {pattern_key(path): rank for path, rank in ranks.items()},
+        "alpha_pattern": {pattern_key(path): scales[path] * rank for path, rank in ranks.items()},
+        "use_rslora": False,
+    }
+
+
+def _check_halves(source: Source, modules: Mapping[str, LoraFactors]) -> None:
+    rows, columns = [], []
+    for factors in modules.values():
+        (A, A0), (B, B0) = factors.A.double().chunk(2), factors.B.double().chunk(2, dim=1)
+        rows.append(torch.cosine_similarity(A, A0, dim=1))
+        columns.append(-torch.cosine_similarity(B, B0, dim=0))
+    of_A, of_B = float(torch.cat(rows).mean()), float(torch.cat(columns).mean())
+    if max(of_A, of_B) < KINSHIP:
+        raise InputError(
+            "init_lora_weights is true, but this is no trained adapter less its initial one", code="GS-3132",
+            file=source.weights, expected="halves [A; A0] and [B, -B0] that are alike",
+            actual=f"mean cosines {of_A:.2f} and {of_B:.2f}",
+            hint='if it was not converted, set init_lora_weights to "lora_ga" and give --init-adapter',
+        )  # fmt: skip
