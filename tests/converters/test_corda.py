@@ -38,7 +38,7 @@ def test_corda(tmp_path: Path, tiny_base: Path, method: str) -> None:
     with pytest.raises(UsageError, match="cannot be computed again"):
         converted(run.adapter, tiny_base, tmp_path / "out", family="corda")
     for way in WAYS[1:]:
-        prove_exact_as(run, tiny_base, tmp_path / way, "corda", inputs_of(run, way))
+        prove_exact_as(run, tiny_base, tmp_path / f"out-{way}", "corda", inputs_of(run, way))
     done = prove_exact_as(run, tiny_base, tmp_path, "corda", Inputs(cache=cache, pickles=True))
     assert "cache" in done.reading.method
     tensors = {name: tensor.contiguous() for name, tensor in torch.load(cache).items()}

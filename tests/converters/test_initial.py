@@ -58,10 +58,8 @@ def test_a_mutated_base_of_another_shape(tmp_path: Path, tiny_base: Path) -> Non
 
 
 def test_initial_adapter_and_mutated_base_of_two_runs(tmp_path: Path, tiny_base: Path) -> None:
-    torch.manual_seed(1)
-    run = make_run(tmp_path, "pissa_niter_1", r=2)
-    torch.manual_seed(2)
-    other = make_run(tmp_path / "other", "pissa_niter_1", r=2)
+    run = make_run(tmp_path, "pissa_niter_1", r=2, prepare=lambda *_: torch.manual_seed(1))
+    other = make_run(tmp_path / "other", "pissa_niter_1", r=2, prepare=lambda *_: torch.manual_seed(2))
     inputs = Inputs(init_adapter=run.initial, mutated_base=other.mutated)
     with pytest.raises(BindingError, match="not what the mutated base lacks") as refused:
         converted(run.adapter, tiny_base, tmp_path / "out", inputs=inputs, family="residual")

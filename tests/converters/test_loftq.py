@@ -96,8 +96,8 @@ def test_refused(tmp_path: Path, tiny_base: Path) -> None:
     edit_config(tmp_path / "adapter", init_lora_weights="loftq")
     with pytest.raises(UsageError, match="cannot be computed again"):
         converted(tmp_path / "adapter", tiny_base, tmp_path / "out", family="loftq")
-    with pytest.raises(BindingError, match="below" if False else "not what the mutated base lacks") as refused:
-        make(tmp_path / "other", "pissa")
-        inputs = Inputs(init_adapter=tmp_path / "other" / "adapter", mutated_base=tmp_path / "quantized")
+    make(tmp_path / "other", "pissa")
+    inputs = Inputs(init_adapter=tmp_path / "other" / "initial", mutated_base=tmp_path / "quantized")
+    with pytest.raises(BindingError, match="not what the mutated base lacks") as refused:
         converted(tmp_path / "other" / "adapter", tiny_base, tmp_path / "out", inputs=inputs, family="loftq")
     assert refused.value.code == "GS-432"

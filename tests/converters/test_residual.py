@@ -1,4 +1,4 @@
-"""Adapters over a residual model, whose configuration says `true`: the initial part is found in the files beside them."""
+"""Adapters over a residual model, whose configuration says `true`: the initial part is in the files beside them."""
 
 from __future__ import annotations
 
