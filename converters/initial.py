@@ -25,6 +25,7 @@ from gora_serve.errors import BindingError, UsageError
 
 SIBLINGS = ("pissa_init", "loftq_init", "init_lora_checkpoint")
 KINSHIP = 0.25  # mean cosine of trained and initial factors: another run's is near 0, one's own above 0.5
+TURNED = 0.02  # share of rows and columns with a cosine below -0.5
 
 Factors = Callable[[str, int], LoraFactors]  # (module path, rank) -> P0
 Check = Callable[[str, LoraFactors, Path], None]  # raises where P0 of an initial adapter cannot be
@@ -89,7 +90,7 @@ def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules) -
     Raises UsageError (GS-232) where there is none, BindingError where the sources belong to another run or base.
     """
     base = inputs.need_base(f"{rules.family} edits the base; its conversion")
-    paths = [path for path in plain.adapter.modules if path not in plain.adapter.embeddings]
+    paths = [path for path in plain.adapter.modules if _can_be_edited(path, plain, base)]
     mutated = inputs.mutated_base or rules.mutated
     pair = MutatedBase(base, BaseWeights(mutated), rules.quantized) if mutated else None
     if pair:
@@ -112,6 +113,12 @@ def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules) -
     )
 
 
+def _can_be_edited(path: str, plain: Reading, base: BaseWeights) -> bool:
+    """PEFT edits the weights of linear layers and of Conv1D; embeddings and fused experts start from zero."""
+    name = base.find(path)
+    return path not in plain.adapter.embeddings and name is not None and len(base.tensors.shape(name)) == 2
+
+
 def _from_mutated(pair: MutatedBase, plain: Reading, paths: list[str]) -> Initial:
     trained = plain.adapter.modules
     modules = LazyModules(paths, lambda path: pair.initial(path, trained[path].rank))
@@ -127,6 +134,8 @@ def _from_adapter(
     folder: Path, inputs: Inputs, plain: Reading, rules: Rules, paths: list[str], pair: MutatedBase | None
 ) -> Initial:
     origin = open_source(folder, pickles=inputs.pickles)
+    if origin.config.get("peft_type") == "LORAGA":
+        origin = replace(origin, config={**origin.config, "peft_type": "LORA"})
     stored = lora.read(origin, inputs).adapter.modules
     base = inputs.need_base("an initial adapter")
     _check_same_form(origin, plain.adapter.modules, stored)
@@ -196,7 +205,8 @@ def _check_kinship(
     """Raise BindingError where the trained adapter cannot have grown out of the initial one.
 
     Training moves each row of A and column of B a little from where it began: their mean cosine over all modules stays
-    well above 0 in A or in B. Another run's are near 0 in both, or of random sign. GS-438: B0 A0 is zero.
+    well above 0 in A or in B, and none is turned around. Another run's are near 0 in both; those of the same gradient
+    by another randomized SVD are large, of random sign. GS-438: B0 A0 is zero.
     """
     rows, columns, size = [], [], 0.0
     for path in paths:
@@ -210,9 +220,11 @@ def _check_kinship(
             file=origin.weights, hint="save it after the initialisation, and before any step of training",
         )  # fmt: skip
     of_A, of_B = float(torch.cat(rows).mean()), float(torch.cat(columns).mean())
-    if max(of_A, of_B) < KINSHIP:
+    turned = float((torch.cat([*rows, *columns]) < -0.5).double().mean())
+    if max(of_A, of_B) < KINSHIP or turned > TURNED:
         raise BindingError(
             "the trained adapter did not grow out of this initial one", code="GS-431", file=origin.weights,
-            expected=f"a mean cosine of their factors above {KINSHIP}", actual=f"{of_A:.2f} for A, {of_B:.2f} for B",
+            expected=f"a mean cosine of their factors above {KINSHIP}, and none turned around",
+            actual=f"{of_A:.2f} for A, {of_B:.2f} for B; {turned:.0%} turned around",
             hint="give the initial adapter of the same run, or the edited base by --mutated-base",
         )  # fmt: skip

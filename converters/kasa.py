@@ -28,8 +28,9 @@ def read(source: Source, inputs: Inputs) -> Reading:
             hint="leave --init-adapter and --cache out, or give --mutated-base",
         )  # fmt: skip
     base = inputs.need_base("KaSA edits the base; its conversion")
-    names = {path: _diagonal(source, path, pair.A) for path, pair in lora.pairs_of(source).items()}
     plain = lora.read(source, inputs)
+    pairs = {path: pair for path, pair in lora.pairs_of(source).items() if path not in plain.adapter.embeddings}
+    names = {path: _diagonal(source, path, pair.A) for path, pair in pairs.items()}
     ranks = {path: plain.adapter.modules[path].rank for path in names}
     computed = "initial is the part of W0 that belongs to its r smallest singular values"
     rules = Rules("kasa", lambda path, rank: minor(base.weight(path), rank), computed, in_adapter=False)

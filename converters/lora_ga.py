@@ -74,7 +74,7 @@ def _scales_of_halves(source: Source) -> dict[str, Any]:
     """Return the configuration's keys that give each module the scale of half its rank."""
     ranks = {path: source.tensors.shape(pair.A)[0] for path, pair in lora.pairs_of(source).items()}
     config = source.config
-    halved = {**config, "r": config.get("r", 0) / 2, "lora_alpha": config.get("lora_alpha", 16) / 2}
+    halved = {**config, "r": _half(config.get("r")), "lora_alpha": _half(config.get("lora_alpha"))}
     scales = foreign_scales(halved, {path: rank // 2 for path, rank in ranks.items()}, file=source.config_file)
     return {
         "rank_pattern": {pattern_key(path): rank for path, rank in ranks.items()},
@@ -83,9 +83,18 @@ def _scales_of_halves(source: Source) -> dict[str, Any]:
     }
 
 
+def _half(value: object) -> object:
+    return value / 2 if isinstance(value, int | float) else value
+
+
 def _check_halves(source: Source, modules: Mapping[str, LoraFactors]) -> None:
     rows, columns = [], []
-    for factors in modules.values():
+    for path, factors in modules.items():
+        if factors.rank % 2:
+            raise InputError(
+                "a converted adapter of the LoRA-GA fork has an even rank; this has not", code="GS-3132",
+                file=source.weights, tensor=path, actual=factors.rank,
+            )  # fmt: skip
         (A, A0), (B, B0) = factors.A.double().chunk(2), factors.B.double().chunk(2, dim=1)
         rows.append(torch.cosine_similarity(A, A0, dim=1))
         columns.append(-torch.cosine_similarity(B, B0, dim=0))

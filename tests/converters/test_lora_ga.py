@@ -22,12 +22,14 @@ from gora_serve.errors import BindingError, InputError, UsageError
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")  # of preprocess_loraga
 
 
-def make_lora_ga(folder: Path, *, gradient_seed: int = 7, direction: str = "ArB2r", **settings: Any) -> Run:
+def make_lora_ga(folder: Path, *, gradient_seed: int = 7, seed: int = 0, **settings: Any) -> Run:
+    """seed: of the randomized SVD of the gradient."""
+
     def prepare(model: Any, config: LoraConfig) -> None:
         preprocess_loraga(model, config, gradient_of(model, gradient_seed))
+        torch.manual_seed(seed)
 
-    torch.manual_seed(gradient_seed)
-    options: Any = LoraGAConfig(direction=direction, stable_gamma=1)
+    options: Any = LoraGAConfig(direction="ArB2r", stable_gamma=1)
     return make_run(folder, "lora_ga", prepare=prepare, lora_ga_config=options, **settings)
 
 
@@ -56,17 +58,18 @@ def test_without_its_files_it_is_refused(tmp_path: Path, tiny_base: Path) -> Non
 def test_initial_adapters_of_other_runs(tmp_path: Path, tiny_base: Path) -> None:
     """Another gradient, plain LoRA, the same run after training, another rank: none of them is taken."""
     run = make_lora_ga(tmp_path)
-    others = {
-        "GS-431": make_lora_ga(tmp_path / "gradient", gradient_seed=11).initial,
-        "GS-438": make_run(tmp_path / "plain", True).initial,
-        "GS-430": make_lora_ga(tmp_path / "rank", r=2).initial,
-        "GS-433": make_run(tmp_path / "gaussian", True).adapter,
-    }
     shutil.copytree(run.initial, tmp_path / "scale")
     edit_config(tmp_path / "scale", lora_alpha=16)
-    for code, other in [*others.items(), ("GS-430", tmp_path / "scale"), ("GS-433", run.adapter)]:
-        if code == "GS-433" and other is not run.adapter:
-            code = "GS-431"
+    others = [
+        ("GS-431", make_lora_ga(tmp_path / "gradient", gradient_seed=11).initial),
+        ("GS-431", make_lora_ga(tmp_path / "seed", seed=99).initial),  # the same gradient
+        ("GS-431", make_run(tmp_path / "plain", True).adapter),
+        ("GS-438", tmp_path / "plain" / "initial"),
+        ("GS-430", make_lora_ga(tmp_path / "rank", r=2).initial),
+        ("GS-430", tmp_path / "scale"),
+        ("GS-433", run.adapter),
+    ]
+    for code, other in others:
         with pytest.raises(BindingError) as refused:
             converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(init_adapter=other), family="lora_ga")
         assert refused.value.code == code, other
