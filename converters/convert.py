@@ -1,10 +1,13 @@
 """From a foreign checkpoint to plain LoRA on the untouched base: read, recompress, truncate, write, measure, receipt.
 
-The same for all families. One module is in memory at a time.
+The same for all families. One module is in memory at a time. Of a full-rank update (DoRA, a full fine-tune) with
+--rank R only the first 8 R directions of a module are computed, so that no module gets more than rank 8 R; the errors
+that are stated count what lies beyond them. With --tolerance the whole spectrum is, which takes longer.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +25,7 @@ from converters.spill import Spill
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.format import read_adapter, write_adapter
-from gora_serve.adapter.linalg import compress, distance
+from gora_serve.adapter.linalg import Spectrum, compress, distance, leading
 from gora_serve.adapter.truncate import ranks_of_budget, ranks_of_tolerance
 from gora_serve.config import ConvertConfig
 from gora_serve.deploy.base import BaseWeights
@@ -36,6 +39,8 @@ from gora_serve.progress import Progress
 
 # Of an update's norm: less than rounding to this dtype costs (unit roundoffs are 6e-8, 2e-3 and 5e-4).
 NUMERICAL: Mapping[str, float] = {"float32": 1e-7, "bfloat16": 5e-4, "float16": 1e-4}
+
+LEADING = 8  # times --rank: the most that a module of full rank can get
 
 
 def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
@@ -77,7 +82,7 @@ def convert(
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
             _check_module(name, factors, inputs)
-            spill.put(name, compress(factors, tolerance=NUMERICAL[config.dtype]))
+            spill.put(name, _spectrum(factors, reading, config))
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
         ranks = choose_ranks(spill, config)
         adapter = _adapter(reading, detection, base, spill, ranks, inputs)
@@ -113,6 +118,13 @@ def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:
             "the update holds NaN or infinite values", code="GS-3105", tensor=path,
             hint="training diverged, or the file is damaged: use an earlier checkpoint",
         )  # fmt: skip
+
+
+def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:
+    tolerance = NUMERICAL[config.dtype]
+    if reading.full_rank and config.rank is not None:
+        return leading(factors, LEADING * config.rank, tolerance=tolerance)
+    return compress(factors, tolerance=tolerance)
 
 
 def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
@@ -154,8 +166,9 @@ def _measure(stage: Path, spill: Spill, ranks: Mapping[str, int]) -> dict[str, M
     for path, module in spill.items():
         spectrum, rank = module.load(), ranks[path]
         norm, truncated = spectrum.dropped(0), spectrum.dropped(rank)
-        error = distance(written[path], spectrum.first(spectrum.rank)) if rank else norm
-        errors[path] = ModuleError(rank, spectrum.rank, norm, truncated, error)
+        error = math.hypot(distance(written[path], spectrum.first(spectrum.rank)), spectrum.rest) if rank else norm
+        before = min(module.shape) if spectrum.rest else spectrum.rank
+        errors[path] = ModuleError(rank, before, norm, truncated, error)
     return errors
 
 

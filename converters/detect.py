@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from converters.reading import Inputs
 from converters.source import Source
+from converters.unsupported import refuse_unsupported
 
 
 @dataclass(frozen=True)
@@ -24,4 +25,5 @@ class Detection:
 
 def detect(source: Source, inputs: Inputs) -> Detection:
     """Decide the family. Raises InputError where nothing fits."""
+    refuse_unsupported(source)
     return Detection("lora", ("lora_A and lora_B tensors",))

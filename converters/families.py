@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from converters import corda, kasa, loftq, lora, lora_ga, olora, pissa, residual
+from converters import corda, dora, full, hra, kasa, loftq, loha, lokr, lora, lora_ga, miss, olora, pissa, residual, vera
 from converters.reading import Inputs, Reading
 from converters.source import Source
 
@@ -28,5 +28,12 @@ _ALL = (
     Family("loftq", "LoftQ and QPiSSA, over a quantized base", loftq.read),
     Family("residual", "official PiSSA, MiLoRA and the like, over a residual model", residual.read),
     Family("kasa", "KaSA of PEFT", kasa.read),
+    Family("dora", "DoRA of PEFT, full rank", dora.read),
+    Family("vera", "VeRA of PEFT", vera.read),
+    Family("loha", "LoHa of PEFT", loha.read),
+    Family("lokr", "LoKr of PEFT", lokr.read),
+    Family("miss", "MiSS of PEFT, and Bone", miss.read),
+    Family("hra", "HRA of PEFT", hra.read),
+    Family("full", "a fully fine-tuned model, full rank", full.read),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}

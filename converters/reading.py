@@ -23,7 +23,8 @@ class Inputs:
 
     base: the untouched base. init_adapter: the adapter as it was right after initialisation. mutated_base: the base
     that the initialisation edited. cache: CorDA's cache file. pickles: whether .bin and .pt files may be opened
-    (weights only).
+    (weights only). leave_out, carry: of a fully fine-tuned model, regular expressions (parts of names do) for the
+    tensors whose change is dropped, and for the modules that are kept whole as modules_to_save.
     """
 
     base: BaseWeights | None = None
@@ -31,6 +32,8 @@ class Inputs:
     mutated_base: Path | None = None
     cache: Path | None = None
     pickles: bool = False
+    leave_out: tuple[str, ...] = ()
+    carry: tuple[str, ...] = ()
     listen: Listener = silent
 
     def need_base(self, why: str) -> BaseWeights:

@@ -92,7 +92,7 @@ def make_receipt(source: Source, done: Converted, config: ConvertConfig, inputs:
 
 def _inputs(source: Source, inputs: Inputs) -> dict[str, Any]:
     """Name and SHA-256 of each file that was read; a folder's weights and configuration."""
-    files: dict[str, Any] = {"adapter": _digests(source.weights, source.config_file)}
+    files: dict[str, Any] = {"adapter": _digests(*source.files, source.config_file)}
     if inputs.init_adapter is not None:
         files["init_adapter"] = _digests(*_files_of(inputs.init_adapter))
     if inputs.mutated_base is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from gora_serve.adapter.tensors import TensorFiles
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.layout import INDEX, SINGLE, find_model
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = ("adapter_model.safetensors", "adapters.safetensors")
@@ -25,7 +26,8 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_0.pt")
 class Source:
     """A checkpoint that was opened: its folder, its configuration ({} where it has none) and its tensors, unread.
 
-    weights: the file of the tensors, for messages. config_file: where the configuration is, or would be.
+    weights: the file of the tensors, for messages; of a model in several files, its folder. config_file: where the
+    configuration is, or would be. files: all files of the tensors.
     """
 
     folder: Path
@@ -34,23 +36,35 @@ class Source:
     tensors: TensorFiles
 
     @property
+    def files(self) -> list[Path]:
+        return sorted(set(self.tensors.files.values()))
+
+    @property
     def config_file(self) -> Path:
         return self.folder / CONFIG
 
 
 def open_source(path: Path, *, pickles: bool = False) -> Source:
-    """Open an adapter: a folder, or one safetensors file.
+    """Open an adapter: a folder, or one safetensors file; or a whole model's folder (a full fine-tune).
 
     Raises MachineError (GS-540) where there is nothing, InputError for what is refused.
     """
     if not path.exists():
         raise MachineError("there is no such file or folder", code="GS-540", file=path)
     folder = path if path.is_dir() else path.parent
+    if is_model(path):
+        return Source(path, path, {}, TensorFiles(find_model(path).weights.values()))
     weights = path if path.is_file() else _weights_of(path)
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if not isinstance(config, dict):
         raise InputError("adapter_config.json is not an object", code="GS-3107", file=folder / CONFIG)
     return Source(folder, weights, config, TensorFiles([weights]))
+
+
+def is_model(folder: Path) -> bool:
+    """Tell whether a folder holds a whole model and no adapter."""
+    has_adapter = any((folder / name).exists() for name in (CONFIG, *SAFETENSORS))
+    return not has_adapter and any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
 def _weights_of(folder: Path) -> Path:

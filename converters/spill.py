@@ -13,15 +13,16 @@ from gora_serve.adapter.linalg import Spectrum
 
 @dataclass(frozen=True)
 class Spilled:
-    """One module's spectrum on disk. singular: descending. shape: (out, in)."""
+    """One module's spectrum on disk. singular: descending. shape: (out, in). rest: norm of what it does not hold."""
 
     file: Path
     singular: tuple[float, ...]
     shape: tuple[int, int]
+    rest: float
 
     def load(self) -> Spectrum:
         tensors = load_file(self.file)
-        return Spectrum(tensors["A"], tensors["B"], tensors["singular"])
+        return Spectrum(tensors["A"], tensors["B"], tensors["singular"], self.rest)
 
 
 class Spill(Mapping[str, Spilled]):
@@ -36,7 +37,7 @@ class Spill(Mapping[str, Spilled]):
         file = self.folder / f"{len(self._modules)}.safetensors"
         save_file({"A": spectrum.A, "B": spectrum.B, "singular": spectrum.singular}, file)
         shape = spectrum.B.shape[0], spectrum.A.shape[1]
-        self._modules[path] = Spilled(file, tuple(spectrum.singular.tolist()), shape)
+        self._modules[path] = Spilled(file, tuple(spectrum.singular.tolist()), shape, spectrum.rest)
 
     def __getitem__(self, path: str) -> Spilled:
         return self._modules[path]

@@ -1,11 +1,13 @@
 """Linear algebra on adapters: the same update in another shape, or a smaller one. Values in, values out.
 
 Sums, differences and truncations are exact in float64 and never build the (out, in) product of two thin factors:
-QR of each side, then the singular values of the small core (r, r).
+QR of each side, then the singular values of the small core (r, r). Of updates of full rank `leading` finds the first
+directions, with the norm of the rest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,13 +52,15 @@ def subtract(trained: LoraFactors, initial: LoraFactors) -> LoraFactors:
 class Spectrum:
     """An update by its singular values: B[:, i] A[i] is its i-th best rank-one part, the value split evenly.
 
-    A: (r, in) and B: (out, r) in float64, with orthogonal rows and columns. singular: (r,) descending, float64; the
-    Frobenius norm of the update is theirs. r is the numerical rank, and may be 0.
+    A: (r, in) and B: (out, r) in float64, with orthogonal rows and columns. singular: (r,) descending, float64. rest:
+    the Frobenius norm of the part of the update that is not held; all of it is, and r is the numerical rank, which may
+    be 0, except after `leading`.
     """
 
     A: Tensor
     B: Tensor
     singular: Tensor
+    rest: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -67,8 +71,8 @@ class Spectrum:
         return LoraFactors(self.A[:rank].contiguous(), self.B[:, :rank].contiguous(), 1.0)
 
     def dropped(self, rank: int) -> float:
-        """Return the Frobenius norm of what `first(rank)` leaves out."""
-        return float(self.singular[rank:].norm())
+        """Return the Frobenius norm of what `first(rank)` leaves out, which is orthogonal to the rest."""
+        return math.hypot(float(self.singular[rank:].norm()), self.rest)
 
 
 def compress(factors: LoraFactors, *, tolerance: float = 0.0) -> Spectrum:
@@ -85,6 +89,55 @@ def compress(factors: LoraFactors, *, tolerance: float = 0.0) -> Spectrum:
     B = (left.Q @ U[:, :kept]) * root  # (out, kept)
     A = (right.Q @ Vh[:kept].T).T * root[:, None]  # (kept, in)
     return Spectrum(A.contiguous(), B.contiguous(), S[:kept])
+
+
+def as_factors(delta: Tensor) -> LoraFactors:
+    """Return an update (out, in) of full rank as factors: itself beside the identity, on its smaller side."""
+    out_features, in_features = delta.shape
+    identity = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+    return LoraFactors(delta, identity, 1.0) if out_features <= in_features else LoraFactors(identity, delta, 1.0)
+
+
+def leading(factors: LoraFactors, count: int, *, tolerance: float = 0.0, iterations: int = 4) -> Spectrum:
+    """Return the first `count` directions of an update of full rank, without its whole SVD, and the norm of the rest.
+
+    Randomized subspace iteration in float64 (Halko, Martinsson and Tropp 2011, algorithm 4.4, orthonormalized at every
+    step; 16 directions more than asked for; a fixed seed). The directions are the best ones to within the iteration's
+    error, but what is said of them is exact: they are a projection of the update, so that the norm beyond the first r
+    is √(|delta|² - Σ_{i<=r} σ_i²) for every r. `compress` where that is no more work. tolerance: as `compress` has it.
+    """
+    wanted = count + 16
+    if factors.rank < min(factors.shape) or 2 * wanted >= min(factors.shape):
+        return compress(factors, tolerance=tolerance)
+    M = _product(factors)  # (out, in)
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(M @ torch.randn(M.shape[1], wanted, dtype=M.dtype, generator=generator)).Q  # (out, wanted)
+    for _ in range(iterations):
+        Q = torch.linalg.qr(M @ torch.linalg.qr(M.T @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)  # (wanted, wanted), (wanted,), (wanted, in)
+    total = float(M.norm())
+    U, S, Vh = U[:, :count], S[:count], Vh[:count]
+    missing = _difference_of_squares(total, float(S.norm()))
+    tails = (S.square().flip(0).cumsum(0).flip(0) + missing**2).sqrt()  # (count,): what is left from each value on
+    noise = max(M.shape) * torch.finfo(S.dtype).eps * total
+    kept = int(((tails > tolerance * total) & (noise < S)).sum())
+    root = S[:kept].sqrt()
+    A, B = Vh[:kept] * root[:, None], (Q @ U[:, :kept]) * root
+    return Spectrum(A, B, S[:kept], _difference_of_squares(total, float(S[:kept].norm())))
+
+
+def _product(factors: LoraFactors) -> Tensor:
+    """Return delta (out, in) in float64, without multiplying by an identity."""
+    for one, other in ((factors.A, factors.B), (factors.B, factors.A)):
+        if one.shape[0] == one.shape[1] and torch.equal(one, torch.eye(one.shape[0], dtype=one.dtype)):
+            return other.double() * factors.scale
+    return factors.delta()
+
+
+def _difference_of_squares(whole: float, part: float) -> float:
+    """Return √(whole² - part²), and 0 where that is rounding: below √eps of the whole."""
+    rest = math.sqrt(max((whole - part) * (whole + part), 0.0))
+    return rest if rest > 3e-8 * whole else 0.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,216 @@
+"""A fully fine-tuned model, given as its folder: each matrix less the base's, to be truncated to LoRA.
+
+What is no matrix of a linear layer (norms, biases, embeddings, experts) cannot be LoRA. It must be the base's, or the
+user says what becomes of it. Nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from converters.reading import Inputs, Reading
+from converters.source import Source
+from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.adapter.linalg import as_factors
+from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
+from gora_serve.errors import BindingError, InputError, UsageError
+
+# Modules with a matrix that are no linear layer of their own in transformers' models.
+NOT_LINEAR = re.compile(r"\.experts\.|(emb|wpe|wte|shared|relative_attention_bias)[^.]*$|\.(gate|router)$")
+# Tensors that models compute for themselves, and old checkpoints hold.
+COMPUTED = re.compile(r"(inv_freq|position_ids|\.masked_bias|\battn\.bias|\battention\.bias)$")
+TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForCausalLM": "CAUSAL_LM"}
+
+
+@dataclass
+class _Sorted:
+    """The model's tensors, sorted. modules: path -> tensor name. problems: name -> what is wrong with it."""
+
+    modules: dict[str, str] = field(default_factory=dict)
+    carried: dict[str, str] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+def read(source: Source, inputs: Inputs) -> Reading:
+    """Read a full fine-tune: delta = W - W0 of each linear layer, exactly, whatever the two dtypes.
+
+    inputs.leave_out drops a change, inputs.carry keeps a module whole. Raises InputError (GS-3157) with the relative
+    changes of all other tensors that LoRA cannot hold, BindingError GS-450 for another vocabulary and GS-451 for
+    another base, UsageError GS-236 and GS-237 for names that make no sense.
+    """
+    base, model = inputs.need_base("a full fine-tune"), BaseWeights(source.folder)
+    leave_out, carry = _Names("--leave-out", inputs.leave_out), _Names("--carry", inputs.carry)
+    found = _sort(model, base, leave_out, carry)
+    _refuse_problems(source, found)
+    leave_out.check()
+    carry.check()
+
+    def delta(path: str) -> LoraFactors:
+        return as_factors(model.weight(path).double() - base.weight(path).double())
+
+    carried = {parameter: model.tensors[name] for parameter, name in found.carried.items()}
+    modules = LazyModules(found.modules, delta)
+    adapter = Adapter(modules, BaseId(""), carried=carried, task_type=_task(model))
+    return Reading(
+        adapter,
+        frozenset(found.modules.values()) - found.known.keys(),
+        frozenset(found.carried.values()),
+        found.known,
+        full_rank=True,
+        method="W - W0 of each matrix",
+        notes=tuple(_notes(found, model, base)),
+    )
+
+
+class _Names:
+    """Names or regular expressions that a user gave, and which of them matched."""
+
+    def __init__(self, option: str, names: Iterable[str]) -> None:
+        self.option, self.unused = option, set(names)
+        try:
+            self.patterns = {name: re.compile(name) for name in names}
+        except re.error as err:
+            raise UsageError(f"{option} is no regular expression", code="GS-236", actual=f"{err.pattern!r}") from err
+
+    def match(self, tensor: str) -> bool:
+        matching = [name for name, pattern in self.patterns.items() if pattern.search(tensor)]
+        self.unused -= set(matching)
+        return bool(matching)
+
+    def check(self) -> None:
+        if self.unused:
+            raise UsageError(
+                f"{self.option} names no tensor of the model", code="GS-237", actual=", ".join(sorted(self.unused)),
+                hint="write a part of the tensor's name, or a regular expression",
+            )  # fmt: skip
+
+
+def _sort(model: BaseWeights, base: BaseWeights, leave_out: _Names, carry: _Names) -> _Sorted:
+    found = _Sorted()
+    whole = {name.rpartition(".")[0] for name in model.tensors if carry.match(name)}  # modules that are kept whole
+    for name in model.tensors:
+        ours = _counterpart(name, base)
+        path, _, kind = max(name, ours or "", key=len).rpartition(".")
+        if COMPUTED.search(name) and (ours is None or not _is_vector(model, name)):
+            found.known[name] = "computed by the model itself"
+            continue
+        if ours is not None:
+            _check_shape(model, base, name, ours)
+        if leave_out.match(name):
+            found.known[name] = f"left out by --leave-out, relative change {_change(model, base, name, ours)}"
+            found.left_out.append(name)
+        elif name.rpartition(".")[0] in whole:
+            found.carried[f"{path}.{kind}"] = name
+        elif ours is not None and kind == "weight" and _is_linear(model, path, name):
+            found.modules[path] = name
+        elif ours is not None and (reason := _same(model.tensors[name], base.tensors[ours])):
+            found.known[name] = reason
+        else:
+            found.problems[name] = _change(model, base, name, ours)
+    _tied_head(model, base, found)
+    _missing(model, base, leave_out, found)
+    return found
+
+
+def _counterpart(name: str, base: BaseWeights) -> str | None:
+    """Return the base's name of the tensor; for a head that the base ties, its embeddings."""
+    path, _, kind = name.rpartition(".")
+    return base.find(path) if kind == "weight" else base.find_parameter(name)
+
+
+def _is_linear(model: BaseWeights, path: str, name: str) -> bool:
+    return len(model.tensors.shape(name)) == 2 and not NOT_LINEAR.search(path)
+
+
+def _is_vector(model: BaseWeights, name: str) -> bool:
+    return len(model.tensors.shape(name)) == 1
+
+
+def _tied_head(model: BaseWeights, base: BaseWeights, found: _Sorted) -> None:
+    """A head without a tensor of its own follows the embeddings: carried with them, or compared with the base's own."""
+    if any(name.split(".")[-2:-1] and name.split(".")[-2] in HEADS for name in model.tensors):
+        return
+    own = [name for name in base.tensors if name.endswith(".weight") and name.split(".")[-2] in HEADS]
+    if own and (tied := model.find(own[0].removesuffix(".weight"))):
+        found.modules[own[0].removesuffix(".weight")] = tied
+        return
+    names = [name for parameter, name in found.carried.items() if parameter.split(".")[-2] in EMBEDDINGS]
+    if names and _task(model) == "CAUSAL_LM" and model.find("lm_head") in names:
+        found.carried["lm_head.weight"] = names[0]
+
+
+def _missing(model: BaseWeights, base: BaseWeights, leave_out: _Names, found: _Sorted) -> None:
+    for name in base.tensors:
+        if not (_counterpart(name, model) or COMPUTED.search(name) or leave_out.match(name)):
+            found.problems[name] = "the model lacks it"
+
+
+def _check_shape(model: BaseWeights, base: BaseWeights, name: str, ours: str) -> None:
+    actual, expected = model.tensors.shape(name), base.tensors.shape(ours)
+    if actual == expected:
+        return
+    part = name.split(".")[-2] if "." in name else name
+    if part in EMBEDDINGS + HEADS and actual[1:] == expected[1:]:
+        raise BindingError(
+            "the model has another vocabulary than the base", code="GS-450", file=model.folder, tensor=name,
+            expected=f"{expected[0]} tokens", actual=f"{actual[0]} tokens",
+            hint="resize the base to the same vocabulary first, or serve the model as a base of its own",
+        )  # fmt: skip
+    raise BindingError(
+        "the model is no fine-tune of this base: a tensor has another shape", code="GS-451", file=model.folder,
+        tensor=name, expected=expected, actual=actual, hint="give the base that the model was trained from",
+    )  # fmt: skip
+
+
+def _same(theirs: Tensor, ours: Tensor) -> str | None:
+    """Return why a tensor adds nothing, or None: it is the base's, or the base's rounded to the other's dtype."""
+    if theirs.dtype == ours.dtype:
+        return "the base's own" if torch.equal(theirs, ours) else None
+    if torch.equal(theirs, ours.to(theirs.dtype)) or torch.equal(theirs.to(ours.dtype), ours):
+        return f"the base's own, as {theirs.dtype}"
+    return None
+
+
+def _change(model: BaseWeights, base: BaseWeights, name: str, ours: str | None) -> str:
+    """Return |W - W0| / |W0| as text."""
+    if ours is None:
+        return "not in the base"
+    before = base.tensors[ours].double()
+    change = float((model.tensors[name].double() - before).norm() / before.norm())
+    return f"{change:.4g}"
+
+
+def _refuse_problems(source: Source, found: _Sorted) -> None:
+    if not found.problems:
+        return
+    lines = [f"{name} {change}" for name, change in found.problems.items()]
+    more = f"; and {len(lines) - 12} more" if len(lines) > 12 else ""
+    raise InputError(
+        f"{len(lines)} tensors changed that LoRA cannot hold (norms, biases, embeddings): they would be lost",
+        code="GS-3157", file=source.folder, tensor=next(iter(found.problems)), actual="; ".join(lines[:12]) + more,
+        expected="the base's own; the numbers are |W - W0| / |W0|",
+        hint="--carry NAMES keeps modules whole (PEFT loads them, vLLM does not), --leave-out NAMES drops the change",
+    )  # fmt: skip
+
+
+def _task(model: BaseWeights) -> str | None:
+    names = model.config.get("architectures") or ["ForCausalLM"]
+    return next((task for end, task in TASKS.items() if str(names[0]).endswith(end)), "CAUSAL_LM")
+
+
+def _notes(found: _Sorted, model: BaseWeights, base: BaseWeights) -> Iterable[str]:
+    if found.left_out:
+        yield f"the changes of {len(found.left_out)} tensors are left out: without_effect names them"
+    if found.carried:
+        yield "modules are carried whole: PEFT loads them, vLLM serves only a classifier's head so"
+    kinds = [{one.tensors.entries[name].dtype for name in one.tensors} for one in (model, base)]
+    if kinds[0] != kinds[1]:
+        words = [", ".join(sorted(kind)) for kind in kinds]
+        yield f"model {words[0]}, base {words[1]}: their rounding is part of the difference"

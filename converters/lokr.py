@@ -1,0 +1,58 @@
+"""LoKr: the Kronecker product of two matrices, either of which may itself be low-rank (LyCORIS), as PEFT saves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from converters.loha import lycoris_scales
+from converters.parts import Parts, parts_of, reading_of
+from converters.reading import Inputs, Reading
+from converters.source import Source
+from gora_serve.adapter.factors import LazyModules, LoraFactors
+from gora_serve.adapter.peft_config import foreign_pattern, pattern_value
+
+FIRST = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+SECOND = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+WHOLE = [one + two for one in FIRST for two in SECOND]
+CONVOLUTION = "lokr_t2"
+
+
+def read(source: Source, inputs: Inputs) -> Reading:
+    """Read LoKr: delta = alpha / r * w1 ⊗ w2, exactly of rank(w1) * rank(w2).
+
+    (U V) ⊗ (X Y) = (U ⊗ X) (V ⊗ Y). alpha / r is PEFT's scale even where both matrices are whole and r is in no shape;
+    LyCORIS's own rule differs. Convolutions with a core (t2) are refused (GS-3150).
+    """
+    parts = parts_of(source, {CONVOLUTION, *(name for whole in WHOLE for name in whole)}, WHOLE)
+    scales = lycoris_scales(source, {path: _rank(source, path, one) for path, one in parts.items()})
+
+    def factors(path: str) -> LoraFactors:
+        U, V = _pair(source, parts[path], "lokr_w1")  # (l, k), (k, m)
+        X, Y = _pair(source, parts[path], "lokr_w2")  # (o, j), (j, i)
+        return LoraFactors(torch.kron(V, Y), torch.kron(U, X), scales[path])
+
+    method = "Kronecker products of the factors, rank(w1) * rank(w2)"
+    notes = ("the exact rank is the product of two ranks: --rank or --tolerance makes it smaller",)
+    return reading_of(source, LazyModules(parts, factors), parts, method=method, notes=notes)
+
+
+def _rank(source: Source, path: str, parts: Parts) -> int:
+    """Return r: from a low-rank factor, else from the configuration."""
+    for name in ("lokr_w1_b", "lokr_w2_b"):
+        if name in parts:
+            return source.tensors.shape(parts[name])[0]
+    pattern: Mapping[str, int] = foreign_pattern(source.config, "rank_pattern", file=source.config_file)
+    return int(pattern_value(pattern, path, source.config.get("r", 8)))
+
+
+def _pair(source: Source, parts: Parts, name: str) -> tuple[Tensor, Tensor]:
+    """Return two factors of a matrix in float64; of a whole one, itself and the smaller identity."""
+    if name not in parts:
+        return source.tensors[parts[f"{name}_a"]].double(), source.tensors[parts[f"{name}_b"]].double()
+    whole = source.tensors[parts[name]].double()
+    if whole.shape[0] <= whole.shape[1]:
+        return torch.eye(whole.shape[0], dtype=whole.dtype), whole
+    return whole, torch.eye(whole.shape[1], dtype=whole.dtype)

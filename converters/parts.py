@@ -1,0 +1,88 @@
+"""The tensors of an adapter sorted by module, and what lies beside them: the ground that PEFT's other families share.
+
+What a tensor means is the family's business. A name is `base_model.model.<module path>.<part>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor
+
+from converters.lora import base_id
+from converters.reading import Reading
+from converters.source import Source
+from gora_serve.adapter.factors import Adapter, LazyModules
+from gora_serve.adapter.names import PREFIX
+from gora_serve.adapter.peft_config import saved_modules
+from gora_serve.errors import InputError
+
+Parts = Mapping[str, str]  # part -> tensor name, of one module
+
+
+def parts_of(source: Source, known: Collection[str], needed: Iterable[Collection[str]]) -> dict[str, Parts]:
+    """Return the tensors of each module: module path -> part -> tensor name, for the parts of `known`.
+
+    needed: the sets of parts that make a whole module. Raises InputError: GS-3150 for a module that lacks a part,
+    GS-3151 where the file holds none at all.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in source.tensors:
+        path, _, part = name.removesuffix(".default").rpartition(".")
+        if part in known and path.startswith(PREFIX):
+            found.setdefault(path.removeprefix(PREFIX), {})[part] = name
+    wholes = [frozenset(whole) for whole in needed]
+    for path, parts in found.items():
+        if parts.keys() not in wholes:
+            raise InputError(
+                "a module of the adapter is not whole", code="GS-3150", file=source.weights, tensor=path,
+                expected=" or ".join(", ".join(sorted(whole)) for whole in wholes), actual=", ".join(sorted(parts)),
+                hint="the file is damaged, or of a kind that has no plain matrix (a convolution): merge it instead",
+            )  # fmt: skip
+    if not found:
+        raise InputError(
+            "no tensor of this family", code="GS-3151", file=source.weights, expected=", ".join(sorted(known)),
+            hint="leave out --from, and the family is found by itself",
+        )  # fmt: skip
+    return dict(found)
+
+
+def carried_of(source: Source) -> dict[str, str]:
+    """Return the modules that PEFT saved whole (modules_to_save): parameter path -> tensor name."""
+    saved = saved_modules(source.config, file=source.config_file)
+    found = {}
+    for name in source.tensors:
+        parameter = name.removeprefix(PREFIX)
+        module = parameter.rpartition(".")[0]
+        if name.startswith(PREFIX) and any(module == one or module.endswith(f".{one}") for one in saved):
+            found[parameter] = name
+    return found
+
+
+def reading_of(
+    source: Source,
+    modules: LazyModules,
+    parts: Mapping[str, Parts],
+    *,
+    method: str,
+    shared: Iterable[str] = (),
+    full_rank: bool = False,
+    notes: tuple[str, ...] = (),
+    served: bool = True,
+) -> Reading:
+    """Return the reading of a family that leaves the base alone: each part applied, modules_to_save carried.
+
+    shared: tensors that serve several modules. served: whether PEFT loads the checkpoint as it is, and right.
+    """
+    carried = carried_of(source)
+    tensors: dict[str, Tensor] = {parameter: source.tensors[name] for parameter, name in carried.items()}
+    adapter = Adapter(modules, base_id(source), carried=tensors, task_type=source.config.get("task_type"))
+    return Reading(
+        adapter,
+        frozenset(name for one in parts.values() for name in one.values()) | frozenset(shared),
+        frozenset(carried.values()),
+        served=modules if served else None,
+        full_rank=full_rank,
+        method=method,
+        notes=notes,
+    )
