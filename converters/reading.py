@@ -32,9 +32,9 @@ class Inputs:
     mutated_base: Path | None = None
     cache: Path | None = None
     pickles: bool = False
+    listen: Listener = silent
     leave_out: tuple[str, ...] = ()
     carry: tuple[str, ...] = ()
-    listen: Listener = silent
 
     def need_base(self, why: str) -> BaseWeights:
         """Return the base. Raises UsageError (GS-230) that says what it is needed for."""
