@@ -63,9 +63,11 @@ def off_by(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def prove_exact(adapter: Path, base: Path, output: Path, trained: Tensor, *, inputs: Inputs | None = None) -> Converted:
+def prove_exact(
+    adapter: Path, base: Path, output: Path, trained: Tensor, *, inputs: Inputs | None = None, **settings: Any
+) -> Converted:
     """Convert, load on a fresh base, and assert that the logits are the trained model's; also that training counted."""
-    done = converted(adapter, base, output, inputs=inputs)
+    done = converted(adapter, base, output, inputs=inputs, **settings)
     from transformers import AutoModelForCausalLM
 
     untrained = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype="auto"))
