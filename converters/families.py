@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from converters import corda, dora, full, hra, kasa, loftq, loha, lokr, lora, lora_ga, miss, olora, pissa, residual, vera
+from converters import corda, dora, full, gora, hra, kasa, kohya, loftq, loha, lokr, lora, lora_ga, miss, mlx, olora, pissa, residual, torchtune, vera
 from converters.reading import Inputs, Reading
 from converters.source import Source
 
@@ -35,5 +35,9 @@ _ALL = (
     Family("miss", "MiSS of PEFT, and Bone", miss.read),
     Family("hra", "HRA of PEFT", hra.read),
     Family("full", "a fully fine-tuned model, full rank", full.read),
+    Family("gora", "GoRA of MyTransformers: weight_a and weight_b", gora.read),
+    Family("mlx", "LoRA of mlx-lm: lora_a and lora_b, transposed", mlx.read),
+    Family("torchtune", "LoRA of torchtune in its own names", torchtune.read),
+    Family("kohya", "LoRA of kohya and LyCORIS: lora_down and lora_up, underscored names", kohya.read),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}

@@ -1,0 +1,100 @@
+"""LoRA of mlx-lm: adapters.safetensors with lora_a (in, r) and lora_b (r, out), and a scale that is no alpha / r.
+
+Both factors are transposes of PEFT's. In a square layer either orientation fits, so shapes prove nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from converters.foreign import Part, module_path, pair_up, refuse_magnitudes, tensors_of
+from converters.reading import Inputs, Reading
+from converters.source import Source
+from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.deploy.base import HEADS, BaseWeights
+from gora_serve.errors import InputError
+
+PART = re.compile(r"\.lora_([ab])$")
+
+
+def read(source: Source, inputs: Inputs) -> Reading:
+    """Read LoRA of mlx-lm: delta = scale * lora_bᵀ lora_aᵀ; of embeddings scale * lora_a lora_b, (V, d).
+
+    Embeddings that are the head too are adapted in both places, as mlx-lm does it. Raises InputError (GS-3172 for DoRA,
+    GS-3178 for full fine-tunes, GS-3179 for experts, GS-3180 and GS-3181 for a scale that is not known).
+    """
+    base = inputs.need_base("LoRA of mlx-lm")
+    _refuse_full(source)
+    refuse_magnitudes(source, ".m", "mlx-lm")
+    scale = read_scale(source)
+
+    def parse(name: str) -> Part | None:
+        found = PART.search(name)
+        return (module_path(base, name[: found.start()]), found.group(1).upper()) if found else None
+
+    pairs = pair_up(source, parse)
+    _refuse_experts(source, [pair.A for pair in pairs.values()])
+    embeddings = frozenset(path for path in pairs if base.is_embedding(path))
+    heads = {head: path for path in embeddings for head in _tied_head(base)}
+
+    def factors(path: str) -> LoraFactors:
+        path = heads.get(path, path)
+        a, b = source.tensors[pairs[path].A], source.tensors[pairs[path].B]  # (in, r) and (r, out)
+        return LoraFactors(b, a, scale) if path in embeddings else LoraFactors(a.T, b.T, scale)
+
+    adapter = Adapter(LazyModules([*pairs, *heads], factors), BaseId(_base_name(source.config)), embeddings=embeddings)
+    notes = tuple(f"{path} is the head too: the update is written for both" for path in heads.values())
+    return Reading(adapter, tensors_of(pairs.values()), method="scale * lora_bᵀ lora_aᵀ", notes=notes)
+
+
+def read_scale(source: Source) -> float:
+    """Return lora_parameters' scale. Raises InputError: GS-3180 where there is none, GS-3181 where it has two meanings.
+
+    Until June 2024 mlx-lm multiplied it by alpha / rank; since then it is the whole scale, and alpha is ignored.
+    """
+    parameters = source.config.get("lora_parameters")
+    given = parameters if isinstance(parameters, Mapping) else {}
+    scale, alpha = given.get("scale"), given.get("alpha")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InputError(
+            "the scale of an mlx-lm adapter is not known", code="GS-3180", file=source.config_file,
+            expected="lora_parameters with a number for scale", actual=parameters,
+            hint="copy the adapter_config.json that mlx-lm wrote beside adapters.safetensors",
+        )  # fmt: skip
+    if alpha is not None and alpha != given.get("rank"):
+        raise InputError(
+            "alpha in lora_parameters: the scale has two meanings", code="GS-3181", file=source.config_file,
+            expected="scale alone", actual=dict(given),
+            hint="take out alpha; if mlx-lm was older than June 2024, write scale * alpha / rank as the scale",
+        )  # fmt: skip
+    return float(scale)
+
+
+def _base_name(config: Mapping[str, object]) -> str:
+    return str(config.get("model") or "")
+
+
+def _tied_head(base: BaseWeights) -> list[str]:
+    """Return the head's path where the embeddings' tensor serves as its weight."""
+    return [head for head in HEADS if base.find_parameter(f"{head}.weight") is None and base.find(head)][:1]
+
+
+def _refuse_full(source: Source) -> None:
+    if source.config.get("fine_tune_type") == "full":
+        raise InputError(
+            "a full fine-tune of mlx-lm: adapters.safetensors holds whole weights", code="GS-3178",
+            file=source.weights, expected="fine_tune_type lora",
+            hint="mlx_lm.fuse makes a model of it: convert that with --from full and --rank",
+        )  # fmt: skip
+
+
+def _refuse_experts(source: Source, names: list[str]) -> None:
+    for name in names:
+        if len(source.tensors.shape(name)) != 2:
+            raise InputError(
+                "LoRA of a mixture's experts by mlx-lm is not read", code="GS-3179", file=source.weights, tensor=name,
+                expected="(in, r)", actual=source.tensors.shape(name),
+                hint="mlx_lm.fuse makes a model of it: convert that with --from full and --rank",
+            )  # fmt: skip
