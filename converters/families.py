@@ -5,7 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from converters import corda, dora, full, gora, hra, kasa, kohya, loftq, loha, lokr, lora, lora_ga, miss, mlx, olora, pissa, residual, torchtune, vera
+from converters import (
+    corda,
+    dora,
+    full,
+    gora,
+    hra,
+    kasa,
+    kohya,
+    loftq,
+    loha,
+    lokr,
+    lora,
+    lora_ga,
+    miss,
+    mlx,
+    olora,
+    pissa,
+    residual,
+    torchtune,
+    vera,
+)
 from converters.reading import Inputs, Reading
 from converters.source import Source
 

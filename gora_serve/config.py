@@ -19,6 +19,7 @@ Quantize = Literal["none", "nf4"]
 Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["unit", "padded", "native"]
+TrainedOn = Literal["auto", "none", "nf4"]
 
 FREE_SETTINGS = frozenset({"model.offload", "train.save_every"})  # decide no number: a run may be resumed with others
 MOST_STEPS = 10**7  # an order of batches is drawn for all steps at once
@@ -290,3 +291,28 @@ class ConvertConfig:
         _require(self.rank is None or self.rank >= 1, "--rank must be at least 1", actual=self.rank)
         fits = self.tolerance is None or 0 <= self.tolerance < 1
         _require(fits, "--tolerance must be at least 0 and less than 1", actual=self.tolerance)
+
+
+@dataclass(frozen=True)
+class GapConfig:
+    """What `gap` compares, and how much error is too much.
+
+    dtype: what the factors are stored in; engines cast them to the model's dtype. threshold: of |served - dW| / |dW|,
+    over all modules. Rounding to bfloat16, which every adapter goes through, costs 0.002 to 0.004; an edited base costs
+    more than the update itself: 0.01 lies between. trained_on: "auto" asks the adapter. tasks: of the cost of
+    deployment. max_rows: of the data, the first ones.
+    """
+
+    family: str = "auto"
+    dtype: ExportDtype = "bfloat16"
+    threshold: float = 0.01
+    trained_on: TrainedOn = "auto"
+    tasks: int = 10
+    max_rows: int = 64
+
+    def validate(self) -> None:
+        """Raise UsageError for the first value that makes no sense."""
+        fits = 0 <= self.threshold < float("inf")
+        _require(fits, "--threshold must be finite and not negative", actual=self.threshold)
+        _require(self.tasks >= 1, "--tasks must be at least 1", actual=self.tasks)
+        _require(self.max_rows >= 1, "--max-rows must be at least 1", actual=self.max_rows)

@@ -49,6 +49,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render.py": frozenset({"rich"}),
     "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "gora_serve/cli/render_convert.py": frozenset({"rich"}),
+    "gora_serve/cli/render_gap.py": frozenset({"rich"}),
     "converters": frozenset({"torch", "safetensors"}),
 }
 # What may be imported inside functions beyond that.

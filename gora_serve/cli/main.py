@@ -16,6 +16,7 @@ from gora_serve.cli.adapters import export, hash_, verify
 from gora_serve.cli.convert import convert
 from gora_serve.cli.demo import demo
 from gora_serve.cli.fitting import fit, probe, ranks
+from gora_serve.cli.gap import gap
 from gora_serve.cli.plan import plan
 from gora_serve.cli.serve import serve
 from gora_serve.errors import GoraError, Stopped
@@ -33,13 +34,14 @@ def cli(debug: bool) -> None:
     plan BASE                            what memory it will take
     fit BASE --data FILE --output RUN    train an adapter with GoRA
     export RUN --output DIR              write it as a standard LoRA adapter
+    gap ADAPTER --base BASE              what serving another tool's adapter as it is would cost
     convert ADAPTER --base BASE --output DIR   another tool's adapter, as the same
     verify DIR --base BASE               prove files, tensors and base
     serve BASE -a NAME=DIR ...           serve many adapters over the one base
     """
 
 
-for command in (plan, fit, probe, ranks, export, convert, hash_, verify, serve, demo):
+for command in (plan, fit, probe, ranks, export, gap, convert, hash_, verify, serve, demo):
     cli.add_command(command)
 
 

@@ -20,14 +20,27 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     with loss: over a large vocabulary they are much of the time and most of the memory. The value is that of
     transformers' own loss.
     """
+    logits, labels = _aligned(model, batch)
+    return cross_entropy(logits, labels)
+
+
+def scored(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return logits (tokens, vocabulary) and labels (tokens,) of the tokens that carry loss, as for `mean_loss`."""
+    logits, labels = _aligned(model, batch)
+    carrying = labels != IGNORED
+    return logits[carrying], labels[carrying]
+
+
+def _aligned(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (positions, vocabulary) and what each predicts (positions,), IGNORED where it carries no loss."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = _predicted(batch)
     if "decoder_input_ids" in batch:
         logits = model(**inputs, use_cache=False).logits  # (batch, length of the labels, vocabulary)
-        return cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return logits.flatten(0, 1), labels.flatten()
     positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)  # (kept,)
     logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits  # (batch, kept, vocabulary)
-    return cross_entropy(logits.flatten(0, 1), labels[:, positions].flatten())
+    return logits.flatten(0, 1), labels[:, positions].flatten()
 
 
 def loss_tokens(batch: Batch) -> int:

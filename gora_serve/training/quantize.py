@@ -8,7 +8,7 @@ layer at a time into the dtype that the base was loaded in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,36 @@ def from_conv1d(module: nn.Module) -> bool:
 
 def load_options() -> dict[str, Any]:
     """Return what from_pretrained needs to quantize. Raises MachineError where bitsandbytes is not installed."""
+    _need_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)
+    return {"quantization_config": settings}
+
+
+def _need_bitsandbytes() -> None:
     try:
         _import_quietly()
     except ImportError as err:
         raise MachineError(
             "a base in 4 bits needs bitsandbytes", code="GS-530", hint="pip install 'gora-serve[quantize]'"
         ) from err
-    from transformers import BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)
-    return {"quantization_config": settings}
+
+def nf4_rounder() -> Callable[[Tensor], Tensor]:
+    """Return what rounds a weight, (out, in), to NF4 and back into float32, as `load_options` has bases rounded.
+
+    Raises MachineError where bitsandbytes is not installed.
+    """
+    _need_bitsandbytes()
+    return _through_nf4
+
+
+def _through_nf4(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=False)
+    return _unpacked(packed, state, weight.shape[0])
 
 
 def _import_quietly() -> None:
@@ -110,10 +130,13 @@ def _check_kernel(path: str, module: nn.Module) -> None:
 
 
 def _by_definition(module: nn.Module, rows: int) -> Tensor:
+    return _unpacked(module.weight.data, _state(module), rows)  # type: ignore[arg-type]
+
+
+def _unpacked(packed: Tensor, state: Any, rows: int) -> Tensor:
     """Return the first rows, (rows, in) in float32: code[nibble] * scale[block], the high nibble first."""
-    state = _state(module)
     count = rows * state.shape[1]
-    packed = module.weight.data.reshape(-1)[: (count + 1) // 2].long()  # type: ignore[operator]
+    packed = packed.reshape(-1)[: (count + 1) // 2].long()
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[:count]
     scales = state.absmax.repeat_interleave(state.blocksize)[:count]
     values: Tensor = state.code[nibbles] * scales

@@ -19,6 +19,7 @@ from gora_serve.config import (
     DemoConfig,
     ExportConfig,
     FitConfig,
+    GapConfig,
     ModelConfig,
     PlanConfig,
     ProbeConfig,
@@ -135,6 +136,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "serve": (("base",), [ServeConfig()]),
     "demo": ((), [DemoConfig()]),
     "convert": (("adapter", "--base", "b", "--output", "o"), [ConvertConfig()]),
+    "gap": (("adapter", "--base", "b"), [GapConfig()]),
     "hash": (("base",), []),
     "verify": (("path",), []),
 }

@@ -1,0 +1,130 @@
+"""`gap`: what an adapter of another tool would cost if it were served as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gora_serve.cli.options import FILE, data_options, json_option, source_options
+from gora_serve.config import DataConfig, ExportDtype, GapConfig, TrainedOn
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="The untouched base: a model folder or a hub id.")
+@source_options
+@click.option(
+    "--threshold",
+    default=GapConfig.threshold,
+    show_default=True,
+    metavar="X",
+    help="Largest error, as a share of the update, at which the adapter may be served as it is (exit status 0).",
+)
+@click.option(
+    "--dtype",
+    default=GapConfig.dtype,
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the stored factors; engines cast them to the model's.",
+)
+@click.option(
+    "--trained-on",
+    default=GapConfig.trained_on,
+    show_default=True,
+    type=click.Choice(["auto", "none", "nf4"]),
+    help="nf4: the base was in 4 bits in training; how far is that from the real one? auto: asks the adapter.",
+)
+@click.option("--tasks", default=GapConfig.tasks, show_default=True, help="Number of tasks in the cost of deployment.")
+@click.option(
+    "--data",
+    metavar="FILE|DATASET",
+    help="Also ask the models: as trained, served unconverted, converted, and the base. Rows as for fit.",
+)
+@click.option("--max-rows", default=GapConfig.max_rows, show_default=True, help="Most rows of --data.")
+@data_options
+@click.option("--plot", type=FILE, help="Write the picture: PNG, SVG or PDF.")
+@json_option
+def gap(
+    adapter: Path,
+    base: str,
+    family: str,
+    init_adapter: Path | None,
+    mutated_base: Path | None,
+    cache: Path | None,
+    allow_pickle: bool,
+    threshold: float,
+    dtype: ExportDtype,
+    trained_on: TrainedOn,
+    tasks: int,
+    data: str | None,
+    max_rows: int,
+    max_length: int,
+    chat_template: bool,
+    batch_size: int,
+    plot: Path | None,
+    as_json: bool,
+) -> int:
+    """Measure what serving an adapter as it is would cost, on the untouched base.
+
+    Per module and in total: the error of the adapter unconverted; the rounding of an edited base, which no adapter can
+    hold; the error of storing the update, converted and concatenated; and what N tasks take to deploy.
+
+    Exit status: 0 the adapter may be served as it is; 1 it is off by more than --threshold, or no engine loads it.
+    """
+    from converters.convert import NUMERICAL, read
+    from converters.reading import Inputs
+    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render_gap import GapReport, gap_summary, refusal
+    from gora_serve.deploy.base import BaseWeights
+    from gora_serve.deploy.cost import deployments
+    from gora_serve.deploy.gap import STORED, Parts, measure_gap
+    from gora_serve.deploy.trained_on import quantization
+    from gora_serve.integrity.bases import locate_base
+
+    config = GapConfig(family, dtype, threshold, trained_on, tasks, max_rows)
+    config.validate()
+    rows = DataConfig(max_length, chat_template, batch_size)
+    rows.validate()
+    with watching() as listen:
+        located = locate_base(base)
+        weights = BaseWeights(located.path)
+        inputs = Inputs(weights, init_adapter, mutated_base, cache, allow_pickle, listen)
+        source, detection, reading = read(adapter, inputs, family)
+        four_bit = quantization(source.tensors.metadata, reading.adapter.base.name, source.weights)
+        if trained_on != "auto":
+            four_bit = ("nf4", "--trained-on says so") if trained_on == "nf4" else None
+        edited = BaseWeights(mutated_base) if mutated_base and reading.initial is not None else None
+        exact = reading.adapter.modules
+        parts = Parts(weights, exact, reading.served, reading.initial, edited, _rounder(four_bit))
+        stored, tolerance = STORED[dtype], NUMERICAL[dtype]
+        measured = measure_gap(parts, stored, tolerance=tolerance, listen=listen)
+        comparison = None
+        if data is not None:
+            from gora_serve.training.compare import compare, variants_of
+
+            variants = variants_of(parts, reading.adapter.carried, stored, tolerance)
+            comparison = compare(located, data, parts, variants, rows=rows, max_rows=max_rows, listen=listen)
+    base_bytes = sum(entry.nbytes for entry in weights.tensors.entries.values())
+    costs = deployments(measured.modules, base_bytes=base_bytes, itemsize=stored.itemsize, tasks=tasks)
+    report = GapReport(
+        str(adapter), located.name, detection.family, detection.evidence, reading.method, reading.notes,
+        reading.full_rank, config, four_bit, measured, costs, comparison, plot,
+    )  # fmt: skip
+    if plot:
+        from gora_serve.report import plot_gap
+
+        plot_gap(measured, plot, dtype=dtype, title=f"{adapter.name} ({detection.family}) on {located.name}")
+    emit(gap_summary(report), as_json=as_json)
+    if measured.within(threshold):
+        return 0
+    say(str(refusal(report)))
+    return 1
+
+
+def _rounder(four_bit: tuple[str, str] | None) -> Any:
+    """What rounds a weight as the base of training was rounded; None where it was not."""
+    from gora_serve.training.quantize import nf4_rounder
+
+    return nf4_rounder() if four_bit else None

@@ -1,0 +1,195 @@
+"""What people see of the gap: the answer in a few lines, tables by kind of module, the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.cli.render import Summary
+from gora_serve.config import GapConfig
+from gora_serve.errors import MismatchError, printable
+
+if TYPE_CHECKING:
+    from gora_serve.deploy.cost import Deployment
+    from gora_serve.deploy.gap import Gap
+    from gora_serve.training.compare import Comparison
+
+SCHEMA = "gora-serve/gap/1"
+NOBODY = "no engine loads it as LoRA"
+
+
+@dataclass(frozen=True)
+class GapReport:
+    """Everything that `gap` found. four_bit: what the base was quantized to in training, and how one knows."""
+
+    adapter: str
+    base: str
+    family: str
+    evidence: Sequence[str]
+    method: str
+    notes: Sequence[str]
+    full_rank: bool
+    config: GapConfig
+    four_bit: tuple[str, str] | None
+    gap: Gap
+    costs: Sequence[Deployment]
+    comparison: Comparison | None
+    plot: Path | None
+
+
+def refusal(report: GapReport) -> MismatchError:
+    """Return the answer "no" as an error. It is printed, not raised: standard output keeps the whole report."""
+    hint = "gora-serve convert" + (" with --rank or --tolerance, or merge" if report.full_rank else "")
+    if not report.gap.loads:
+        return MismatchError(NOBODY, code="GS-122", file=report.adapter, hint=hint)
+    share = report.gap.shares()["unconverted_of_update"]
+    return MismatchError(
+        "served as it is, this adapter is wrong", code="GS-121", file=report.adapter,
+        expected=f"an error of at most {report.config.threshold:g} of the update",
+        actual="an update of zero, served as something" if share is None else f"{share:.3g}", hint=hint,
+    )  # fmt: skip
+
+
+def gap_summary(report: GapReport) -> Summary:
+    """The gap: as JSON each module, for people the kinds of modules and the total."""
+    tables = [_table(report), _costs(report)]
+    if report.comparison:
+        tables.insert(1, _outcomes(report.comparison))
+    return Summary(_value(report), _lines(report), tables)
+
+
+def _value(report: GapReport) -> dict[str, Any]:
+    gap, comparison = report.gap, report.comparison
+    return {
+        "schema": SCHEMA,
+        "adapter": report.adapter,
+        "base": report.base,
+        "family": report.family,
+        "evidence": list(report.evidence),
+        "method": report.method,
+        "notes": list(report.notes),
+        "full_rank": report.full_rank,
+        "settings": asdict(report.config),
+        "engine_loads_it": gap.loads,
+        "within_threshold": gap.within(report.config.threshold),
+        "trained_on": report.four_bit and report.four_bit[0],
+        "total": gap.norms() | gap.shares(),
+        "modules": {path: asdict(module) | gap.shares([path]) for path, module in gap.modules.items()},
+        "deployment": [asdict(cost) for cost in report.costs],
+        "comparison": asdict(comparison) if comparison else None,
+        "plot": str(report.plot) if report.plot else None,
+    }
+
+
+def _lines(report: GapReport) -> list[str]:
+    shares = report.gap.shares()
+    lines = [f"family {report.family}: {'; '.join(report.evidence)}"]
+    lines += [f"how: {report.method}"] if report.method else []
+    lines += [f"note: {note}" for note in report.notes]
+    lines.append(f"served as it is: {_verdict(report)}")
+    if shares["base_rounding_of_update"] is not None:
+        rounding = _percent(shares["base_rounding_of_update"])
+        lines.append(f"rounding of the edited base: {rounding} of the update, which no adapter can hold")
+    stored, plain = (_percent(shares[name]) for name in ("stored_of_update", "stored_plain_of_update"))
+    lines.append(f"stored in {report.config.dtype}: converted {stored} off, its exact factors as they are {plain} off")
+    if report.full_rank:
+        lines.append("its update has full rank: convert gives it truncated only; the numbers here are of the whole")
+    if report.four_bit:
+        error = _percent(shares["quantized_of_weight"])
+        lines.append(
+            f"trained on the base in {report.four_bit[0]} ({report.four_bit[1]}): {error} of |W0| off the real one"
+        )
+    lines += [f"wrote {report.plot}"] if report.plot else []
+    return lines
+
+
+def _verdict(report: GapReport) -> str:
+    if not report.gap.loads:
+        return NOBODY
+    shares = report.gap.shares()
+    of_update = shares["unconverted_of_update"]
+    if of_update == 0:
+        return "right, it is plain LoRA on this base"
+    worst = max(report.gap.modules, key=lambda path: report.gap.modules[path].unconverted or 0.0)
+    error = "off, where the update is zero" if of_update is None else f"off by {_percent(of_update)} of the update"
+    return f"{error}, {_percent(shares['unconverted_of_weight'])} of |W0|; most in {printable(worst)}"
+
+
+HEADS: Mapping[str, tuple[str, str]] = {  # share -> the two lines over its column
+    "initial_of_weight": ("taken out", "|P0| / |W0|"),
+    "unconverted_of_weight": ("unconverted", "/ |W0|"),
+    "unconverted_of_update": ("unconverted", "/ |dW|"),
+    "base_rounding_of_update": ("base rounding", "/ |dW|"),
+    "stored_of_update": ("converted", "/ |dW|"),
+    "stored_plain_of_update": ("not compressed", "/ |dW|"),
+    "quantized_of_weight": ("4-bit base", "/ |W0|"),
+}
+
+
+def _table(report: GapReport) -> Table:
+    """By kind of module, all together last; columns that have nothing to say are left out."""
+    gap = report.gap
+    total = gap.shares()
+    shown = [name for name in HEADS if total[name] is not None]
+    table = Table("module", "number", "rank", title="Error, Frobenius norms", title_justify="left")
+    for name in shown:
+        table.add_column("\n".join(HEADS[name]), justify="right")
+    kinds: dict[str, list[str]] = {}
+    for path, (kind, _) in kinds_and_layers(gap.modules).items():
+        kinds.setdefault(kind, []).append(path)
+    for kind, paths in kinds.items():
+        shares = gap.shares(paths)
+        ranks = sorted(gap.modules[path].rank for path in paths)
+        span = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+        cells = [_number(shares[name]) for name in shown]
+        table.add_row(Text(printable(kind)), str(len(paths)), span, *cells, end_section=kind == list(kinds)[-1])
+    table.add_row("all", str(len(gap.modules)), "", *(_number(total[name]) for name in shown))
+    return table
+
+
+def _outcomes(comparison: Comparison) -> Table:
+    title = f"On {comparison.rows} rows of {comparison.data['name']}, {comparison.tokens} tokens, in float32"
+    table = Table("model", title=Text(printable(title)), title_justify="left")
+    for column in ("loss", "KL(as trained || it)", "same top token"):
+        table.add_column(column, justify="right")
+    for name, outcome in comparison.outcomes.items():
+        table.add_row(name, f"{outcome.loss:.4f}", f"{outcome.kl:.2e}", f"{outcome.agreement:.2%}")
+    return table
+
+
+def _costs(report: GapReport) -> Table:
+    tasks = report.costs[0].tasks
+    table = Table(f"to deploy {tasks} tasks", title=f"Adapters in {report.config.dtype}", title_justify="left")
+    for column in ("on disk", "largest rank", "max_lora_rank", "in memory"):
+        table.add_column(column, justify="right")
+    for cost in report.costs:
+        rank = f"{'up to ' if cost.is_bound else ''}{cost.max_rank}" if cost.max_rank else "-"
+        bucket = "-" if not cost.max_rank else str(cost.bucket or "none is enough")
+        memory = "-" if cost.in_memory is None else _size(cost.in_memory)
+        table.add_row(cost.name, _size(cost.stored), rank, bucket, memory)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.2e}"
+
+
+def _percent(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value >= 10:
+        return f"{value:.3g} times"
+    return f"{value:.2%}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

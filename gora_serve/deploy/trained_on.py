@@ -1,0 +1,25 @@
+"""Whether an adapter was trained on a base in 4 bits, by what the adapter says of itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from gora_serve.integrity.record import read_record, trained_on
+
+QUANTIZED_NAME = re.compile(r"(?i)[-_]bnb[-_]4bit$|[-_]nf4$")  # as mirrors of such bases on the hub are called
+
+
+def quantization(metadata: Mapping[str, str], base_name: str, file: Path) -> tuple[str, str] | None:
+    """Return ("nf4", how one knows) or None. metadata: of the adapter's weights file; base_name: as it names its base.
+
+    Raises InputError for a record of ours that is malformed.
+    """
+    record = read_record(metadata, file)
+    found = trained_on(record["origin"], file) if record else None
+    if found is not None and found.get("quantize") == "nf4":
+        return "nf4", "the adapter's own record says so"
+    if QUANTIZED_NAME.search(base_name.rstrip("/")):
+        return "nf4", f"the adapter names the base {base_name}"
+    return None
