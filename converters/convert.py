@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import gora_serve
-from converters.detect import Detection, detect
-from converters.families import FAMILIES
+from converters.detect import Detection, decide
+from converters.families import family_named
 from converters.reading import Inputs, Reading
 from converters.receipt import RECEIPT, Converted, ModuleError, make_receipt
 from converters.source import Source, open_source
@@ -31,10 +31,10 @@ from gora_serve.config import ConvertConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.integrity.bases import Base
-from gora_serve.integrity.binding import seal_folder
+from gora_serve.integrity.binding import check_binding, seal_folder
 from gora_serve.integrity.files import staged_folder, write_json, write_text
-from gora_serve.integrity.manifest import hash_model
-from gora_serve.integrity.record import binding_json
+from gora_serve.integrity.manifest import Roots, hash_model
+from gora_serve.integrity.record import binding_json, bound_roots, read_record
 from gora_serve.progress import Progress
 
 # Of an update's norm: less than rounding to this dtype costs (unit roundoffs are 6e-8, 2e-3 and 5e-4).
@@ -44,10 +44,13 @@ LEADING = 8  # times --rank: the most that a module of full rank can get
 
 
 def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
-    """Open a checkpoint, decide its family and read it. Raises InputError where a tensor of it is not accounted for."""
+    """Open a checkpoint, decide its family and read it.
+
+    Raises InputError (GS-3104) where a tensor of it is not accounted for, and what `decide` and the reader raise.
+    """
     source = open_source(path, pickles=inputs.pickles)
-    detection = detect(source, inputs) if family == "auto" else Detection(family, ("--from says so",))
-    reading = FAMILIES[detection.family].read(source, inputs)
+    detection = decide(source, inputs, family)
+    reading = family_named(detection.family).read(source, inputs)
     lost = sorted(source.tensors.keys() - reading.applied - reading.carried - reading.known.keys())
     if lost:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
@@ -79,13 +82,14 @@ def convert(
     with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:
         source, detection, reading = read(path, inputs, config.family)
         _check_can_be_low_rank(source, detection, reading, config)
+        roots = _roots(source, base, inputs)
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
             _check_module(name, factors, inputs)
             spill.put(name, _spectrum(factors, reading, config))
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
         ranks = choose_ranks(spill, config)
-        adapter = _adapter(reading, detection, base, spill, ranks, inputs)
+        adapter = _adapter(reading, detection, BaseId(base.name, base.revision, roots), spill, ranks, inputs)
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
         done = Converted(output, root, detection, reading, adapter.base, adapter.origin, _measure(stage, spill, ranks))
@@ -103,6 +107,15 @@ def _check_can_be_low_rank(source: Source, detection: Detection, reading: Readin
             file=source.weights, expected="--rank R or --tolerance T",
             hint="--rank or --tolerance gives the nearest LoRA, and its error; merging is the exact way",
         )  # fmt: skip
+
+
+def _roots(source: Source, base: Base, inputs: Inputs) -> Roots:
+    """Hash the base. Raises BindingError (GS-401) where the adapter itself says that it belongs to another one."""
+    manifest = hash_model(base.path, listen=inputs.listen)
+    bound = bound_roots(read_record(source.tensors.metadata, source.weights))
+    if bound is not None:
+        check_binding(bound, manifest, base=base.path)
+    return manifest.roots
 
 
 def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:
@@ -138,7 +151,7 @@ def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
 
 
 def _adapter(
-    reading: Reading, detection: Detection, base: Base, spill: Spill, ranks: Mapping[str, int], inputs: Inputs
+    reading: Reading, detection: Detection, base: BaseId, spill: Spill, ranks: Mapping[str, int], inputs: Inputs
 ) -> Adapter:
     """Return what is written: the chosen part of each spectrum, bound to the base by its roots."""
     kept = [path for path, rank in ranks.items() if rank]
@@ -147,13 +160,12 @@ def _adapter(
             "the update is zero: the adapter changes nothing", code="GS-3106",
             hint="is this the adapter as it was before training?",
         )  # fmt: skip
-    roots = hash_model(base.path, listen=inputs.listen).roots
     origin = {**reading.adapter.origin, "converted_from": detection.family, "converted_by": reading.method}
     weights = inputs.need_base("convert")
     return replace(
         reading.adapter,
         modules=LazyModules(kept, lambda path: spill[path].load().first(ranks[path])),
-        base=BaseId(base.name, base.revision, roots),
+        base=base,
         origin=origin,
         fan_in_fan_out=all(weights.is_transposed(path) for path in kept),
     )

@@ -28,6 +28,7 @@ from converters import (
 )
 from converters.reading import Inputs, Reading
 from converters.source import Source
+from gora_serve.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,13 @@ _ALL = (
     Family("kohya", "LoRA of kohya and LyCORIS: lora_down and lora_up, underscored names", kohya.read),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
+
+
+def family_named(name: str) -> Family:
+    """Return a family. Raises UsageError (GS-234) for a name that is none."""
+    if name not in FAMILIES:
+        raise UsageError(
+            f"there is no family {name}", code="GS-234", expected=f"auto, {', '.join(FAMILIES)}",
+            hint="--from auto decides by the files",
+        )  # fmt: skip
+    return FAMILIES[name]

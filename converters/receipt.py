@@ -73,6 +73,7 @@ def make_receipt(source: Source, done: Converted, config: ConvertConfig, inputs:
         "tool": f"gora-serve {gora_serve.__version__}",
         "family": done.detection.family,
         "evidence": list(done.detection.evidence),
+        "confidence": done.detection.confidence,
         "method": reading.method,
         "notes": list(reading.notes),
         "settings": asdict(config),

@@ -22,6 +22,7 @@ def convert_summary(done: Converted) -> Summary:
     kept = [module for module in done.modules.values() if module.rank]
     left = len(done.modules) - len(kept)
     lines = [f"family {detection.family}: {'; '.join(detection.evidence)}"]
+    lines += [f"not certain: {need}" for need in detection.needs if detection.confidence != "certain"]
     lines += [f"how: {reading.method}"] if reading.method else []
     lines += [f"note: {note}" for note in reading.notes]
     lines.append(f"wrote {done.folder}")
