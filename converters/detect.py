@@ -62,7 +62,7 @@ def decide(source: Source, inputs: Inputs, family: str = "auto") -> Detection:
     if detection.family in _EDITING and source.config.get("peft_type") != "LORAGA":
         modules = lora.read(source, inputs).adapter.modules
         _check_not_subtracted(source, detection.family, modules)
-        if detection.family in _PROJECTING:
+        if detection.family in _PROJECTING and not (inputs.init_adapter or inputs.mutated_base):
             _check_part_of_base(source, inputs, detection.family, modules)
     return detection
 
