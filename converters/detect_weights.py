@@ -25,6 +25,7 @@ PARALLEL = 0.5  # rows of A with rows of A0: subtracted adapters are at 0.73 to 
 NEAR = 0.4  # s B A with W0 projected on its own subspaces: PiSSA 0.61 to 1.0, OLoRA 0.77 to 1.0, others below 0.1
 STRANGE = 0.2  # the same, for an adapter whose initialisation was a projection of another base
 FIRST = 0.65  # W0's first r columns within B's columns: OLoRA 0.73 to 1.0, PiSSA below 0.6
+EVEN = 0.4  # gram: PiSSA 0 to 0.2; CorDA, a principal part too, 0.9
 ORTHOGONAL = 0.5  # cosines of A's rows, 1 where they are random: LoRA-GA from 0.1, a trained plain adapter above 0.8
 
 
@@ -102,7 +103,8 @@ class Projections:
             return None
         if self.on_columns >= NEAR and self.first >= FIRST:
             return "olora"
-        return "pissa" if self.on_rows >= NEAR and self.energy > 1 else "residual"
+        is_principal = self.on_rows >= NEAR and self.energy > 1 and self.gram < EVEN
+        return "pissa" if is_principal else "residual"
 
     @property
     def strange(self) -> bool:

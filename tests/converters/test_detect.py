@@ -16,6 +16,7 @@ from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from proving import converted, load_on, logits_of, off_by, train
 from safetensors.torch import load_file, save_file
+from test_corda import make_corda
 from tiny_models import MakeAdapter, build_gpt2, build_llama
 
 from converters import detect_files, lora
@@ -29,6 +30,8 @@ from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.format import write_adapter
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import GoraError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")  # of preprocess_loraga
 
 NAMES = {
     "lora", "adalora", "dora", "pissa", "olora", "corda", "loftq", "lora_ga", "residual", "kasa", "vera", "loha",
@@ -53,32 +56,25 @@ def saved(folder: Path, config: Any, build: Callable[[], Any] = build_llama) -> 
 
 
 def prepare_lora_ga(model: Any, config: LoraConfig) -> None:
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     preprocess_loraga(model, config, gradient_of(model))
-    model.zero_grad()
-
-
-def lora_ga_run(folder: Path) -> Run:
-    return make_run(folder, "lora_ga", prepare=prepare_lora_ga, lora_ga_config=LoraGAConfig())
+    torch.manual_seed(0)
 
 
 def run_of(init: str, folder: Path) -> Run:
-    return lora_ga_run(folder) if init == "lora_ga" else make_run(folder, init)
+    if init == "lora_ga":
+        return make_run(folder, init, prepare=prepare_lora_ga, lora_ga_config=LoraGAConfig())
+    return make_run(folder, init)
 
 
 def by_peft(run: Run, init: str, folder: Path) -> Path:
-    """The trained adapter as PEFT converts it: factors of twice the rank."""
-    options: dict[str, Any] = (
-        {"prepare": prepare_lora_ga, "lora_ga_config": LoraGAConfig()} if init == "lora_ga" else {}
-    )
+    """The same run again, saved as PEFT converts it: factors of twice the rank."""
     shutil.copytree(run.initial, folder / "start")
     edit_config(folder / "start", init_lora_weights=True)
     model = build_llama()
-    settings = {key: value for key, value in options.items() if key != "prepare"}
+    settings = {"lora_ga_config": LoraGAConfig()} if init == "lora_ga" else {}
     config = LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, init_lora_weights=init, **settings)
-    if options:
-        options["prepare"](model, config)
+    if init == "lora_ga":
+        prepare_lora_ga(model, config)
     trained = train(get_peft_model(model, config))
     trained.save_pretrained(folder / "subtracted", path_initial_model_for_weight_conversion=str(folder / "start"))
     return folder / "subtracted"
@@ -118,7 +114,7 @@ def test_words_alone(tmp_path: Path, tiny_base: Path, word: str, family: str) ->
 
 
 def test_lora_ga_of_peft_and_of_the_fork(tmp_path: Path, tiny_base: Path) -> None:
-    run = lora_ga_run(tmp_path)
+    run = run_of("lora_ga", tmp_path)
     assert found(run.adapter, tiny_base).needs == ("--init-adapter DIR or --mutated-base DIR",)
     edit_config(run.adapter, peft_type="LORAGA", init_lora_weights=True)
     assert found(run.adapter, tiny_base).family == "lora_ga"
@@ -233,7 +229,7 @@ def test_the_official_layout_of_pissa_converts_by_itself(tmp_path: Path, tiny_ba
 
 @pytest.mark.parametrize("given", ["init_adapter", "mutated_base"])
 def test_what_is_given_says_that_the_base_was_edited(tmp_path: Path, tiny_base: Path, given: str) -> None:
-    run = lora_ga_run(tmp_path)
+    run = run_of("lora_ga", tmp_path)
     edit_config(run.adapter, init_lora_weights=True)
     path = run.initial if given == "init_adapter" else run.mutated
     done = converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(**{given: path}))
@@ -371,6 +367,14 @@ def test_a_minor_part_is_told_from_a_principal_one(tmp_path: Path, tiny_base: Pa
     assert (numbers.family, numbers.energy < 1) == ("residual", True)
 
 
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_shows_as_some_part_of_the_base(tmp_path: Path, tiny_base: Path, method: str) -> None:
+    run, _ = make_corda(tmp_path, method)
+    edit_config(run.adapter, init_lora_weights=True)
+    detection = found(run.adapter, tiny_base)
+    assert (detection.family, detection.confidence) == ("residual", "likely")
+
+
 def test_pissa_of_conv1d_shows_too(tmp_path: Path, tiny_gpt2: Path) -> None:
     run = make_run(tmp_path, "pissa", build=build_gpt2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     edit_config(run.adapter, init_lora_weights=True)
@@ -378,7 +382,7 @@ def test_pissa_of_conv1d_shows_too(tmp_path: Path, tiny_gpt2: Path) -> None:
 
 
 def test_lora_ga_is_guessed_and_goes_on_as_plain(tmp_path: Path, tiny_base: Path) -> None:
-    run = lora_ga_run(tmp_path)
+    run = run_of("lora_ga", tmp_path)
     edit_config(run.adapter, init_lora_weights=True)
     done = converted(run.adapter, tiny_base, tmp_path / "out")
     assert (done.detection.family, done.detection.confidence) == ("lora", "guess")
