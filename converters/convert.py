@@ -89,6 +89,7 @@ def convert(
             spill.put(name, _spectrum(factors, reading, config))
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
         ranks = choose_ranks(spill, config)
+        _check_something_is_left(source, ranks)
         adapter = _adapter(reading, detection, BaseId(base.name, base.revision, roots), spill, ranks, inputs)
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
@@ -150,16 +151,19 @@ def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
     return {path: len(values) for path, values in singular.items()}
 
 
+def _check_something_is_left(source: Source, ranks: Mapping[str, int]) -> None:
+    if not any(ranks.values()):
+        raise InputError(
+            "the update is zero: the adapter changes nothing", code="GS-3106", file=source.weights,
+            hint="is this the adapter as it was before training?",
+        )  # fmt: skip
+
+
 def _adapter(
     reading: Reading, detection: Detection, base: BaseId, spill: Spill, ranks: Mapping[str, int], inputs: Inputs
 ) -> Adapter:
     """Return what is written: the chosen part of each spectrum, bound to the base by its roots."""
     kept = [path for path, rank in ranks.items() if rank]
-    if not kept:
-        raise InputError(
-            "the update is zero: the adapter changes nothing", code="GS-3106",
-            hint="is this the adapter as it was before training?",
-        )  # fmt: skip
     origin = {**reading.adapter.origin, "converted_from": detection.family, "converted_by": reading.method}
     weights = inputs.need_base("convert")
     return replace(

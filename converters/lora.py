@@ -45,16 +45,33 @@ def pairs_of(source: Source) -> dict[str, Pair]:
         parsed = parse_key(name)
         if parsed:
             parts.setdefault(parsed[0], {})[parsed[1]] = name
-    for path, found in parts.items():
+    for found in parts.values():
         if found.keys() != {"A", "B"}:
-            raise InputError("a LoRA factor lacks its twin", code="GS-3108", file=source.weights, tensor=path)
+            raise InputError(
+                "a LoRA factor lacks its twin", code="GS-3108", file=source.weights, tensor=next(iter(found.values())),
+                hint="fetch the adapter again; the file is not whole",
+            )  # fmt: skip
     return {path: Pair(found["A"], found["B"]) for path, found in parts.items()}
 
 
 def factors_of(source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
-    """Return the factors as stored, with PEFT's scale. Raises InputError for ranks that the configuration denies."""
+    """Return the factors as stored, with PEFT's scale.
+
+    Raises InputError for ranks that the configuration denies, and for factors that do not fit (GS-3207).
+    """
+    for pair in pairs.values():
+        _check_shapes(source, pair)
     ranks = {path: source.tensors.shape(pair.A)[0] for path, pair in pairs.items()}
     scales = foreign_scales(source.config, ranks, file=source.config_file)
     return LazyModules(
         pairs, lambda path: LoraFactors(source.tensors[pairs[path].A], source.tensors[pairs[path].B], scales[path])
     )
+
+
+def _check_shapes(source: Source, pair: Pair) -> None:
+    of_A, of_B = source.tensors.shape(pair.A), source.tensors.shape(pair.B)
+    if len(of_A) != 2 or len(of_B) != 2 or of_A[0] != of_B[1]:
+        raise InputError(
+            "A and B of a module do not fit", code="GS-3207", file=source.weights, tensor=pair.B,
+            expected="A (r, in) and B (out, r)", actual=f"A {of_A}, B {of_B}", hint="save the adapter again, whole",
+        )  # fmt: skip

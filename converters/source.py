@@ -50,14 +50,18 @@ def open_source(path: Path, *, pickles: bool = False) -> Source:
     Raises MachineError (GS-540) where there is nothing, InputError for what is refused.
     """
     if not path.exists():
-        raise MachineError("there is no such file or folder", code="GS-540", file=path)
+        raise MachineError(
+            "there is no such file or folder", code="GS-540", file=path, hint="check the path of the adapter"
+        )
     folder = path if path.is_dir() else path.parent
     if is_model(path):
         return Source(path, path, {}, TensorFiles(find_model(path).weights.values()))
     weights = path if path.is_file() else _weights_of(path)
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if not isinstance(config, dict):
-        raise InputError("adapter_config.json is not an object", code="GS-3107", file=folder / CONFIG)
+        raise InputError(
+            "adapter_config.json is not an object", code="GS-3107", file=folder / CONFIG, hint="fetch the adapter again"
+        )
     return Source(folder, weights, config, TensorFiles([weights]))
 
 
@@ -74,7 +78,7 @@ def _weights_of(folder: Path) -> Path:
     names = sorted(path.name for path in folder.iterdir())
     raise InputError(
         "this folder holds no adapter", code="GS-3101", file=folder, expected=" or ".join(SAFETENSORS),
-        actual=", ".join(names[:8]) or "an empty folder",
+        actual=", ".join(names[:8]) or "an empty folder", hint="give the folder that the adapter was saved in",
     )  # fmt: skip
 
 

@@ -171,7 +171,10 @@ def foreign_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file:
 def scale_of(alpha: object, rank: int, config: Mapping[str, Any], path: str, file: Path) -> float:
     """Return alpha / rank, or alpha / √rank where the configuration says use_rslora."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
-        raise InputError("alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=alpha)
+        raise InputError(
+            "alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=alpha,
+            hint="write lora_alpha as it was in training",
+        )  # fmt: skip
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

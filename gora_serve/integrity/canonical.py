@@ -112,7 +112,8 @@ def parse_json(raw: bytes, path: Path) -> object:
         too_deep = True
     except StrictJsonError as err:
         code = "GS-309" if err.duplicate is not None else "GS-319"
-        raise InputError(f"this file is not strict JSON: {err}", code=code, file=path) from err
+        hint = "correct the file, or fetch it again"
+        raise InputError(f"this file is not strict JSON: {err}", code=code, file=path, hint=hint) from err
     except ValueError as err:  # also UnicodeDecodeError, JSONDecodeError and integers of thousands of digits
         hint = "the file may be cut off or damaged; fetch it again"
         raise InputError(f"this file is not JSON: {err}", code="GS-319", file=path, hint=hint) from err

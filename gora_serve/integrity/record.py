@@ -29,7 +29,10 @@ def read_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
             actual=record.get("schema") if isinstance(record, dict) else None, hint="upgrade gora-serve",
         )  # fmt: skip
     if not isinstance(record.get("base"), dict) or not isinstance(record.get("origin"), dict):
-        raise InputError("gora_serve metadata is malformed", code="GS-363", file=file, expected="base and origin")
+        raise InputError(
+            "gora_serve metadata is malformed", code="GS-363", file=file, expected="base and origin",
+            hint="export the adapter again",
+        )  # fmt: skip
     return record
 
 
