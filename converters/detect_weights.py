@@ -22,7 +22,7 @@ from gora_serve.errors import GoraError
 SAMPLE = 8  # modules
 LARGE = 1 << 25  # elements of a weight: larger modules are sampled only where there are no others
 PARALLEL = 0.5  # rows of A with rows of A0: subtracted adapters are at 0.73 to 1.0, others within 0.1 of 0
-NEAR = 0.4  # s B A with W0 projected on its own subspaces: PiSSA 0.61 to 1.0, OLoRA 0.77 to 1.0, others below 0.1
+NEAR = 0.4  # s B A with W0 projected on its own subspaces: PiSSA 0.64 to 1.0, OLoRA 0.77 to 1.0, others below 0.1
 STRANGE = 0.2  # the same, for an adapter whose initialisation was a projection of another base
 FIRST = 0.65  # W0's first r columns within B's columns: OLoRA 0.73 to 1.0, PiSSA below 0.6
 EVEN = 0.4  # gram: PiSSA 0 to 0.2; CorDA, a principal part too, 0.9

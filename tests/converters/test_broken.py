@@ -1,4 +1,4 @@
-"""A corpus of broken inputs: each is refused by a code of its own, with what and a next step, and nothing is written."""
+"""A corpus of broken inputs: each is refused by its own code, with a next step, and nothing is written."""
 
 from __future__ import annotations
 
