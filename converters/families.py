@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from converters import (
+    adalora,
     corda,
     dora,
     full,
@@ -42,6 +43,7 @@ class Family:
 
 _ALL = (
     Family("lora", "plain LoRA of PEFT, EVA, LoRA+, LoRA-FA", lora.read),
+    Family("adalora", "AdaLoRA of PEFT", adalora.read),
     Family("pissa", "PiSSA of PEFT, exact or by a randomized SVD", pissa.read),
     Family("olora", "OLoRA of PEFT", olora.read),
     Family("corda", "CorDA of PEFT", corda.read),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.names import parse_key
-from gora_serve.adapter.peft_config import foreign_scales
+from gora_serve.adapter.names import PREFIX, parse_key
+from gora_serve.adapter.peft_config import foreign_scales, saved_modules
 from gora_serve.errors import InputError
 
 
@@ -26,16 +26,29 @@ class Pair:
 
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one."""
-    pairs = pairs_of(source)
+    pairs, saved = pairs_of(source), carried_of(source)
     modules = factors_of(source, pairs)
-    adapter = Adapter(modules, base_id(source), task_type=source.config.get("task_type"))
+    carried = {parameter: source.tensors[name] for parameter, name in saved.items()}
+    adapter = Adapter(modules, base_id(source), carried=carried, task_type=source.config.get("task_type"))
     applied = frozenset(name for pair in pairs.values() for name in (pair.A, pair.B))
-    return Reading(adapter, applied, served=modules, method="scale * B A")
+    return Reading(adapter, applied, frozenset(saved.values()), served=modules, method="scale * B A")
 
 
 def base_id(source: Source) -> BaseId:
     """Return the base that the configuration names, whoever that is; not hashed."""
     return BaseId(str(source.config.get("base_model_name_or_path") or ""), source.config.get("revision"))
+
+
+def carried_of(source: Source) -> dict[str, str]:
+    """Return the modules that PEFT saved whole (modules_to_save): parameter path -> tensor name."""
+    saved = saved_modules(source.config, file=source.config_file)
+    found = {}
+    for name in source.tensors:
+        parameter = name.removeprefix(PREFIX)
+        module = parameter.rpartition(".")[0]
+        if name.startswith(PREFIX) and any(module == one or module.endswith(f".{one}") for one in saved):
+            found[parameter] = name
+    return found
 
 
 def pairs_of(source: Source) -> dict[str, Pair]:

@@ -9,12 +9,11 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
-from converters.lora import base_id
+from converters.lora import base_id, carried_of
 from converters.reading import Reading
 from converters.source import Source
 from gora_serve.adapter.factors import Adapter, LazyModules
 from gora_serve.adapter.names import PREFIX
-from gora_serve.adapter.peft_config import saved_modules
 from gora_serve.errors import InputError
 
 Parts = Mapping[str, str]  # part -> tensor name, of one module
@@ -45,18 +44,6 @@ def parts_of(source: Source, known: Collection[str], needed: Iterable[Collection
             hint="leave out --from, and the family is found by itself",
         )  # fmt: skip
     return dict(found)
-
-
-def carried_of(source: Source) -> dict[str, str]:
-    """Return the modules that PEFT saved whole (modules_to_save): parameter path -> tensor name."""
-    saved = saved_modules(source.config, file=source.config_file)
-    found = {}
-    for name in source.tensors:
-        parameter = name.removeprefix(PREFIX)
-        module = parameter.rpartition(".")[0]
-        if name.startswith(PREFIX) and any(module == one or module.endswith(f".{one}") for one in saved):
-            found[parameter] = name
-    return found
 
 
 def reading_of(

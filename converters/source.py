@@ -6,20 +6,28 @@ and FSDP, folders that hold no adapter. What the tensors mean is the families' b
 
 from __future__ import annotations
 
-import zipfile
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from gora_serve.adapter.format import DTYPES
 from gora_serve.adapter.tensors import TensorFiles
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.headers import TensorEntry
 from gora_serve.integrity.layout import INDEX, SINGLE, find_model
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = ("adapter_model.safetensors", "adapters.safetensors")
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_0.pt")
+ZERO = ("zero_to_fp32.py", "global_step*", "*zero_pp_rank_*", "mp_rank_*_model_states.pt")
+FSDP = ("pytorch_model_fsdp_*", "*.distcp", ".metadata")
+STUB = 256  # bytes: a weights file of a process that held no weights has a header and nothing else
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ def open_source(path: Path, *, pickles: bool = False) -> Source:
         raise InputError(
             "adapter_config.json is not an object", code="GS-3107", file=folder / CONFIG, hint="fetch the adapter again"
         )
-    return Source(folder, weights, config, TensorFiles([weights]))
+    return Source(folder, weights, config, _open_tensors(weights, pickles=pickles))
 
 
 def is_model(folder: Path) -> bool:
@@ -72,9 +80,10 @@ def is_model(folder: Path) -> bool:
 
 
 def _weights_of(folder: Path) -> Path:
-    for name in SAFETENSORS:
-        if (folder / name).is_file():
-            return folder / name
+    found = next((folder / name for name in (*SAFETENSORS, *PICKLES) if (folder / name).is_file()), None)
+    _refuse_leftovers(folder, found)
+    if found is not None:
+        return found
     names = sorted(path.name for path in folder.iterdir())
     raise InputError(
         "this folder holds no adapter", code="GS-3101", file=folder, expected=" or ".join(SAFETENSORS),
@@ -82,5 +91,59 @@ def _weights_of(folder: Path) -> Path:
     )  # fmt: skip
 
 
-def is_pickle(path: Path) -> bool:
-    return path.is_file() and zipfile.is_zipfile(path)
+def _refuse_leftovers(folder: Path, weights: Path | None) -> None:
+    """Raise InputError where the weights are still in the shares of several processes: GS-3111 ZeRO, GS-3112 FSDP."""
+    if weights is not None and weights.stat().st_size > STUB:
+        return
+    for pattern in ZERO:
+        if found := next(folder.glob(pattern), None):
+            raise InputError(
+                "the weights are in DeepSpeed's shares, one for each process", code="GS-3111", file=found,
+                hint="in that folder: python zero_to_fp32.py . OUTPUT; save the adapter from the model that it writes",
+            )  # fmt: skip
+    for pattern in FSDP:
+        if found := next(folder.glob(pattern), None):
+            raise InputError(
+                "the weights are in FSDP's shares, one for each process", code="GS-3112", file=found,
+                hint="accelerate merge-weights FOLDER OUTPUT, and save the adapter from the merged weights",
+            )  # fmt: skip
+
+
+class PickledTensors(TensorFiles):
+    """The tensors of a .bin or .pt file, opened by torch's loader for weights only, mapped rather than read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError (GS-3114) for what is no file of tensors, or holds other objects."""
+        super().__init__(())
+        try:
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
+            raise _no_tensors(path, str(err).splitlines()[0]) from err
+        if not isinstance(value, dict) or not all(isinstance(one, Tensor) for one in value.values()):
+            raise _no_tensors(path, "other objects than tensors")
+        self._tensors: dict[str, Tensor] = value
+        for name, tensor in value.items():
+            dtype = DTYPES.get(tensor.dtype, str(tensor.dtype))
+            self.entries[name] = TensorEntry(name, dtype, tuple(tensor.shape), 0, tensor.nbytes)
+            self.files[name] = path
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _no_tensors(path: Path, actual: str) -> InputError:
+    return InputError(
+        "this pickle is no plain file of tensors", code="GS-3114", file=path, actual=actual,
+        hint="save the adapter as safetensors with the tool that wrote it",
+    )  # fmt: skip
+
+
+def _open_tensors(weights: Path, *, pickles: bool) -> TensorFiles:
+    if weights.suffix not in (".bin", ".pt", ".pth", ".ckpt"):
+        return TensorFiles([weights])
+    if not pickles:
+        raise InputError(
+            "this file is a pickle; pickles can run code and are not opened unasked", code="GS-3110", file=weights,
+            hint="--allow-pickle opens it by torch's loader for weights only, where you trust it",
+        )  # fmt: skip
+    return PickledTensors(weights)

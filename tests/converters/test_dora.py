@@ -47,7 +47,7 @@ def test_modules_without_a_magnitude_are_plain(tmp_path: Path, tiny_base: Path) 
     done = converted(tmp_path / "adapter", tiny_base, tmp_path / "out", family="dora", tolerance=0.0)
     assert done.modules["model.layers.0.self_attn.q_proj"].full_rank == 4
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    norm = float(layer.get_delta_weight("default").norm())
+    norm = float(layer.get_delta_weight("default").detach().norm())
     assert done.modules["model.layers.0.self_attn.q_proj"].norm == pytest.approx(norm, rel=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_refusals(tmp_path: Path, tiny_base: Path) -> None:
     save_file(tensors | {name: tensors[name][:-1].contiguous()}, file)
     with pytest.raises(InputError, match="GS-3155"):
         converted(tmp_path / "adapter", tiny_base, tmp_path / "out", family="dora", rank=2)
-    save_file(tensors | {name.replace("q_proj", "o_proj"): tensors[name]}, file)
+    save_file(tensors | {name.replace("q_proj", "o_proj"): tensors[name].clone()}, file)
     with pytest.raises(InputError, match="GS-3154"):
         converted(tmp_path / "adapter", tiny_base, tmp_path / "out", family="dora", rank=2)
     save_file({key: tensor for key, tensor in tensors.items() if "magnitude" not in key}, file)

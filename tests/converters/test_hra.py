@@ -11,9 +11,8 @@ from proving import converted, load_on, logits_of, off_by, prove_exact, train
 from tiny_models import build_llama
 
 
-@pytest.mark.parametrize(
-    "settings", [{"r": 4}, {"r": 3}, {"r": 4, "apply_GS": True}, {"r": 4, "apply_GS": True, "init_weights": False}]
-)
+@pytest.mark.parametrize("settings", [{"r": 4}, {"r": 3}, {"r": 4, "apply_GS": True, "init_weights": False}])
+@pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed")
 def test_hra_is_exact(tmp_path: Path, tiny_base: Path, settings: dict[str, Any]) -> None:
     config = HRAConfig(target_modules="all-linear", **settings)
     model = train(get_peft_model(build_llama(), config), steps=6, lr=5e-3)

@@ -24,7 +24,10 @@ def trained_miss(folder: Path, *, seed: int = 0, **settings: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("settings", "rank"),
-    [({"r": 4}, 4), ({"r": 6}, 6), ({"r": 4, "init_weights": "mini", "mini_r": 8}, 4), ({"r": 3, "miss_dropout": 0.1}, 3)],
+    [
+        ({"r": 4}, 4), ({"r": 6}, 6), ({"r": 4, "init_weights": "mini", "mini_r": 8}, 4),
+        ({"r": 3, "miss_dropout": 0.1}, 3),
+    ],
 )  # fmt: skip
 def test_miss_is_exact(tmp_path: Path, tiny_base: Path, settings: dict[str, Any], rank: int) -> None:
     """r 6 and 3 do not divide the 32 and 64 inputs: PEFT pads with zeros."""

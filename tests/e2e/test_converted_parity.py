@@ -31,8 +31,9 @@ pytestmark = [
 DATA = Path(__file__).parents[2] / "examples" / "data" / "banking" / "train.jsonl"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = ("pissa", "olora", "lora_ga", "adalora")
-SERVED = 1e-4  # log probabilities: vLLM's kernels against transformers', float32
-LOADED = 1e-5  # log probabilities in PEFT: W0 + dW against W_res + s B A, float32
+# Of the largest log probability in float32: W0 + dW and W_res + s B A round differently, and logits are up to 40.
+LOADED = 1e-5
+SERVED = 1e-4  # log probabilities: vLLM's kernels against transformers', on top of that
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,10 @@ def test_converted_in_peft_on_the_untouched_base(
 ) -> None:
     assert converted[family].detection.family == family
     found = loaded(smollm2, converted[family].folder)
-    assert float((found - trained[family].logprobs).abs().max()) < LOADED
+    size = float(trained[family].logprobs.abs().max())
+    assert float((found - trained[family].logprobs).abs().max()) < LOADED * size
     others = [one.logprobs for name, one in trained.items() if name != family]
-    assert min(float((found - other).abs().max()) for other in others) > 1000 * LOADED
+    assert min(float((found - other).abs().max()) for other in others) > 1000 * LOADED * size
 
 
 def test_unconverted_lora_ga_is_wrong(smollm2: Path, trained: dict[str, Trained]) -> None:
@@ -172,4 +174,5 @@ def test_converted_adapters_are_served_right(smollm2: Path, trained: dict[str, T
         for token, logprob in answer.top[0].items():
             right = float(trained[family].logprobs[index, token])
             worst[family] = max(worst[family], abs(logprob - right))
-    assert max(worst.values()) < SERVED, worst
+    size = max(float(one.logprobs.abs().max()) for one in trained.values())
+    assert max(worst.values()) < SERVED + LOADED * size, worst
