@@ -40,6 +40,18 @@ from gora_serve.config import ConvertConfig, ExportDtype, Form
 @click.option(
     "--dtype", default=ConvertConfig.dtype, show_default=True, type=click.Choice(["float32", "bfloat16", "float16"])
 )
+@click.option(
+    "--leave-out",
+    multiple=True,
+    metavar="NAMES",
+    help="Of a fine-tuned model: drop the change of tensors whose name has this (a regular expression). Repeatable.",
+)
+@click.option(
+    "--carry",
+    multiple=True,
+    metavar="NAMES",
+    help="Of a fine-tuned model: keep such modules whole (modules_to_save): PEFT loads them, vLLM does not.",
+)
 @overwrite_option
 @json_option
 def convert(
@@ -55,6 +67,8 @@ def convert(
     tolerance: float | None,
     form: Form,
     dtype: ExportDtype,
+    leave_out: tuple[str, ...],
+    carry: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -74,6 +88,6 @@ def convert(
     config = ConvertConfig(family, rank, tolerance, form, dtype)
     config.validate()
     with watching() as listen:
-        inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen)
+        inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen, leave_out, carry)
         done = convert_adapter(adapter, locate_base(base), output, config, inputs, overwrite=overwrite)
     emit(convert_summary(done), as_json=as_json)

@@ -57,7 +57,7 @@ OBVIOUS = {"--rank-min", "--rank-max", "--port", "--seed", "--dtype", "--weight-
 OF_THE_CALL = {
     "data", "output", "eval_data", "ranks_file", "overwrite", "resume", "as_json", "base", "manifest", "strict",
     "plot", "adapters", "log", "dry_run", "debug", "help", "version",
-    "init_adapter", "mutated_base", "cache", "allow_pickle",
+    "init_adapter", "mutated_base", "cache", "allow_pickle", "leave_out", "carry",
 }  # fmt: skip
 
 
