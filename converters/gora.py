@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 from converters.foreign import Part, module_path, pair_up, tensors_of
+from converters.initial import check_kinship, check_same_form
 from converters.llama import halve_rows, to_halves, translate
 from converters.lora import Pair
+from converters.mutated import MutatedBase
 from converters.reading import Inputs, Reading
 from converters.source import Source, open_source
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
@@ -75,7 +77,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     )
     if settings.init_method in UNTOUCHED:
         return reading
-    initial = _initial(settings, inputs, base)
+    initial = _initial(settings, inputs, base, factors)
     modules = LazyModules(factors, lambda path: subtract(factors[path], initial[path]))
     return replace(
         reading, adapter=replace(adapter, modules=modules), initial=initial,
@@ -182,15 +184,23 @@ def _copies(source: Source, base: BaseWeights) -> dict[str, str]:
     return copies
 
 
-def _initial(settings: Settings, inputs: Inputs, base: BaseWeights) -> LazyModules:
-    """Return what the initialization took out of the base, from the checkpoint as it was right after it.
+def _initial(settings: Settings, inputs: Inputs, base: BaseWeights, trained: LazyModules) -> LazyModules:
+    """Return what the initialization took out of the base, from the checkpoint as it was right after it, or the base.
 
-    Raises UsageError (GS-235) where nothing says it.
+    Raises UsageError (GS-235) where nothing says it, and as `MutatedBase` and the checks of initial adapters do.
     """
+    if inputs.init_adapter is None and inputs.mutated_base is not None:
+        pair = MutatedBase(base, BaseWeights(inputs.mutated_base))
+        pair.check(trained)
+        return LazyModules(trained, lambda path: pair.initial(path, trained[path].rank))
     if inputs.init_adapter is None:
         raise UsageError(
             f"gora_init_method {settings.init_method} edited the base: weight_a and weight_b are no update of it",
-            code="GS-235", expected="the checkpoint as it was right after initialization",
-            hint="--init-adapter FILE; the base is left alone by gora_init_method compress and vanilla only",
+            code="GS-235", expected="--init-adapter or --mutated-base",
+            hint="the checkpoint right after initialization, or the edited base in transformers' layout",
         )  # fmt: skip
-    return _factors(open_source(inputs.init_adapter, pickles=inputs.pickles), settings, base)[0]
+    origin = open_source(inputs.init_adapter, pickles=inputs.pickles)
+    initial, _ = _factors(origin, settings, base)
+    check_same_form(origin, trained, initial)
+    check_kinship(origin, trained, initial, list(trained))
+    return initial

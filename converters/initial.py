@@ -138,8 +138,8 @@ def _from_adapter(
         origin = replace(origin, config={**origin.config, "peft_type": "LORA"})
     stored = lora.read(origin, inputs).adapter.modules
     base = inputs.need_base("an initial adapter")
-    _check_same_form(origin, plain.adapter.modules, stored)
-    _check_kinship(origin, plain.adapter.modules, stored, paths)
+    check_same_form(origin, plain.adapter.modules, stored)
+    check_kinship(origin, plain.adapter.modules, stored, paths)
 
     def initial(path: str) -> LoraFactors:
         factors = stored[path]
@@ -180,7 +180,7 @@ def _sibling(source: Source, mutated: Path | None) -> Path | None:
     return None
 
 
-def _check_same_form(origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors]) -> None:
+def check_same_form(origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors]) -> None:
     """Raise BindingError (GS-430) unless modules, ranks, shapes and scales of both are the same."""
     missing = sorted(trained.keys() ^ initial.keys())
     if missing:
@@ -199,7 +199,7 @@ def _check_same_form(origin: Source, trained: Mapping[str, LoraFactors], initial
             )  # fmt: skip
 
 
-def _check_kinship(
+def check_kinship(
     origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors], paths: list[str]
 ) -> None:
     """Raise BindingError where the trained adapter cannot have grown out of the initial one.

@@ -24,7 +24,8 @@ from gora_serve.integrity.layout import INDEX, SINGLE, find_model
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = ("adapter_model.safetensors", "adapters.safetensors")
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_0.pt")
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_0.pt", "final.ckpt")
+NESTED = "model_state_dict"  # where MyTransformers keeps the tensors, beside the state of its optimizer
 ZERO = ("zero_to_fp32.py", "global_step*", "*zero_pp_rank_*", "mp_rank_*_model_states.pt")
 FSDP = ("pytorch_model_fsdp_*", "*.distcp", ".metadata")
 STUB = 256  # bytes: a weights file of a process that held no weights has a header and nothing else
@@ -110,7 +111,7 @@ def _refuse_leftovers(folder: Path, weights: Path | None) -> None:
 
 
 class PickledTensors(TensorFiles):
-    """The tensors of a .bin or .pt file, opened by torch's loader for weights only, mapped rather than read."""
+    """The tensors of a .bin, .pt or .ckpt file, opened by torch's loader for weights only, mapped rather than read."""
 
     def __init__(self, path: Path) -> None:
         """Raises InputError (GS-3114) for what is no file of tensors, or holds other objects."""
@@ -119,6 +120,7 @@ class PickledTensors(TensorFiles):
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
             raise _no_tensors(path, str(err).splitlines()[0]) from err
+        value = value[NESTED] if isinstance(value, dict) and NESTED in value else value
         if not isinstance(value, dict) or not all(isinstance(one, Tensor) for one in value.values()):
             raise _no_tensors(path, "other objects than tensors")
         self._tensors: dict[str, Tensor] = value

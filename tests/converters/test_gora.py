@@ -12,7 +12,7 @@ import torch
 from plain_llama import PlainLlama, random_factors
 from proving import EXACT, converted, input_ids, load_on, logits_of, off_by, prove_exact
 from safetensors.torch import load_file, save_file
-from tiny_models import LLAMA_PATHS, llama_shapes
+from tiny_models import LLAMA_PATHS, build_llama, llama_shapes
 from torch import Tensor
 
 from converters.convert import read
@@ -91,6 +91,23 @@ def test_names_with_and_without_their_first_part(tmp_path: Path, tiny_base: Path
     assert set(done.modules) == set(RANKS)
 
 
+def test_the_checkpoint_as_it_is_saved(tmp_path: Path, tiny_base: Path) -> None:
+    """final.ckpt is a pickle with the optimizer's state in it: opened where that is allowed, weights only."""
+    factors = random_factors(llama_shapes(), RANKS)
+    run = write_run(tmp_path / "run", factors, own=True)
+    tensors = load_file(run / "adapter_model.safetensors")
+    (run / "adapter_model.safetensors").unlink()
+    states = {number: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)} for number in range(3)}
+    optimizer = {"state": states, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": [0, 1, 2]}]}
+    content = {"optimizer_state_dict": optimizer, "lr_scheduler_state_dict": {"num_iters": 3}}
+    torch.save({"model_state_dict": tensors, **content}, run / "final.ckpt")
+    with pytest.raises(GoraError, match="GS-3110"):
+        converted(run, tiny_base, tmp_path / "out")
+    trained = their_logits(tiny_base, factors, own=True)
+    done = prove_exact(run, tiny_base, tmp_path / "out", trained, inputs=Inputs(pickles=True))
+    assert done.detection.family == "gora"
+
+
 def test_rows_of_queries_and_keys_matter(tmp_path: Path, tiny_base: Path) -> None:
     """The same tensors under Hugging Face names are another update: the permutation is not a formality."""
     factors = random_factors(llama_shapes(), RANKS)
@@ -132,6 +149,12 @@ def test_an_initialization_that_edits_the_base(tmp_path: Path, tiny_base: Path) 
     with pytest.raises(GoraError, match="GS-235"):
         converted(run, tiny_base, tmp_path / "out", family="gora")
     start = write_run(tmp_path / "start", initial, gora_init_method="weight_svd")
+    others = {path: (down.flip(1), up.flip(0)) for path, (down, up) in initial.items()}
+    fewer = {path: factors for path, factors in initial.items() if path != LLAMA_PATHS[3]}
+    for name, wrong, code in (("others", others, "GS-431"), ("fewer", fewer, "GS-430")):
+        inputs = Inputs(init_adapter=write_run(tmp_path / name, wrong, gora_init_method="weight_svd"))
+        with pytest.raises(GoraError, match=code):
+            converted(run, tiny_base, tmp_path / "out", inputs=inputs, family="gora")
 
     scale = SCALER / MEAN_RANK
 
@@ -143,6 +166,13 @@ def test_an_initialization_that_edits_the_base(tmp_path: Path, tiny_base: Path) 
 
     logits = PlainLlama(tiny_base, neighbors=False).logits(input_ids(), update).float()
     prove_exact(run, tiny_base, tmp_path / "out", logits, inputs=Inputs(init_adapter=start), family="gora")
+
+    edited = build_llama()
+    for path, (down, up) in initial.items():
+        edited.get_submodule(path).weight.data -= scale * up @ down
+    edited.save_pretrained(tmp_path / "edited")
+    inputs = Inputs(mutated_base=tmp_path / "edited")
+    prove_exact(run, tiny_base, tmp_path / "out2", logits, inputs=inputs, family="gora")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 import torch
 from plain_llama import PlainLlama, random_factors
 from proving import EXACT, converted, input_ids, load_on, logits_of, off_by, prove_exact
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA_PATHS, build_llama, llama_shapes
 from torch import Tensor
 
+from converters.reading import Inputs
 from gora_serve.errors import GoraError
 
 RANK, ALPHA = 4, 10.0
@@ -72,6 +73,18 @@ def test_names_scale_and_rows(tmp_path: Path, kv_heads: int) -> None:
     trained = their_logits(base, factors)
     done = prove_exact(write_tune(tmp_path / "tune", factors), base, tmp_path / "out", trained, family="torchtune")
     assert set(done.modules) == set(PATHS)
+
+
+def test_the_pickle_beside_the_export(tmp_path: Path, tiny_base: Path) -> None:
+    """adapter_model.pt holds torchtune's own names; the safetensors file beside it is another spelling of the same."""
+    factors = tune_factors()
+    adapter = write_tune(tmp_path / "tune", factors)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.pt")
+    save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}, adapter / "adapter_model.safetensors")
+    trained = their_logits(tiny_base, factors)
+    pickles = Inputs(pickles=True)
+    done = prove_exact(adapter / "adapter_model.pt", tiny_base, tmp_path / "out", trained, inputs=pickles)
+    assert done.detection.family == "torchtune"
 
 
 def test_qwen_rotates_halves_already(tmp_path: Path, tiny_base: Path) -> None:
