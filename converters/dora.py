@@ -42,7 +42,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         plain,
         adapter=replace(plain.adapter, modules=modules),
         applied=plain.applied | frozenset(magnitudes.values()),
-        served=modules,
+        served=None,  # PEFT loads it, no engine serves it
         full_rank=True,
         method="(D - I) W0 + D s B A, D = diag(m / rownorm(W0 + s B A))",
         notes=(*plain.notes, "DoRA has full rank: merging it into the base is exact, LoRA is the nearest low rank"),

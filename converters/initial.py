@@ -33,12 +33,14 @@ Check = Callable[[str, LoraFactors, Path], None]  # raises where P0 of an initia
 
 @dataclass(frozen=True)
 class Initial:
-    """P0 by module, and in one line where it comes from. remainder: |W0 - W_res - P0| where W_res is at hand."""
+    """P0 by module, and in one line where it comes from. remainder: |W0 - W_res - P0|, and edited: W_res, where it is
+    at hand."""
 
     modules: Mapping[str, LoraFactors]
     method: str
     notes: tuple[str, ...] = ()
     remainder: Callable[[str], float] | None = None
+    edited: BaseWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Readin
         served=trained,
         initial=initial.modules,
         remainder=initial.remainder,
+        edited=initial.edited,
         method=initial.method,
         notes=(*plain.notes, *rules.notes, *initial.notes),
     )
@@ -127,6 +130,7 @@ def _from_mutated(pair: MutatedBase, plain: Reading, paths: list[str]) -> Initia
         f"trained less initial; initial is W0 - W_res at the adapter's rank, from {pair.mutated.folder}",
         _remainder_note(pair),
         lambda path: pair.remainder(path, modules[path]),
+        pair.mutated,
     )
 
 
@@ -158,7 +162,7 @@ def _from_adapter(
         return Initial(modules, method)
     return Initial(
         modules, f"{method}; it agrees with W0 - W_res of {pair.mutated.folder}", _remainder_note(pair),
-        lambda path: pair.remainder(path, modules[path]),
+        lambda path: pair.remainder(path, modules[path]), pair.mutated,
     )  # fmt: skip
 
 

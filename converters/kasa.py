@@ -52,6 +52,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         served=None,  # vLLM refuses lora_diag; PEFT takes the part out of the base again
         initial=initial.modules,
         remainder=initial.remainder,
+        edited=initial.edited,
         method=f"s B diag(d) A less initial; {initial.method.removeprefix('trained less initial; ')}",
         notes=(*plain.notes, *notes, *initial.notes),
     )

@@ -34,9 +34,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
         return as_factors(_bat(block, base.weight(path).double())) if block.ndim == 3 else _low_rank(block, path, base)
 
     method = "blocks of (W0 B + B)" if bat else "the block times a matrix that sums columns, rank r"
-    is_bone = source.config.get("peft_type") == "BONE"  # PEFT took its reader out
     modules = LazyModules(parts, factors)
-    return reading_of(source, modules, parts, method=method, full_rank=bat, served=not is_bone)
+    return reading_of(source, modules, parts, method=method, full_rank=bat)
 
 
 def _low_rank(block: Tensor, path: str, base: BaseWeights) -> LoraFactors:

@@ -55,11 +55,10 @@ def reading_of(
     shared: Iterable[str] = (),
     full_rank: bool = False,
     notes: tuple[str, ...] = (),
-    served: bool = True,
 ) -> Reading:
     """Return the reading of a family that leaves the base alone: each part applied, modules_to_save carried.
 
-    shared: tensors that serve several modules. served: whether PEFT loads the checkpoint as it is, and right.
+    shared: tensors that serve several modules. No engine serves such a checkpoint as it is.
     """
     carried = carried_of(source)
     tensors: dict[str, Tensor] = {parameter: source.tensors[name] for parameter, name in carried.items()}
@@ -68,7 +67,6 @@ def reading_of(
         adapter,
         frozenset(name for one in parts.values() for name in one.values()) | frozenset(shared),
         frozenset(carried.values()),
-        served=modules if served else None,
         full_rank=full_rank,
         method=method,
         notes=notes,

@@ -51,11 +51,12 @@ class Reading:
     applied: names of the input's tensors that went into `adapter.modules`; carried: those that went into
         `adapter.carried`; known: those that add nothing, each with the reason (a copy of the base's own embeddings).
         Together they are all of them.
-    served: what PEFT or vLLM would add to the base if they were given the checkpoint as it is; None where neither
-        loads it.
+    served: what an engine that serves LoRA would add to the base if it were given the checkpoint as it is; None where
+        none loads it (DoRA, LoHa and the like, which PEFT alone loads).
     initial: P0, what the initialisation took out of the base; None for a family that leaves the base alone.
     remainder: of a module, |W0 - W_res - P0|: what the edited base's rounding or quantization took, beyond any low-rank
         update; None where no edited base is at hand.
+    edited: W_res itself, as it was saved; None where it is not at hand.
     full_rank: the update is not low-rank (DoRA, a full fine-tune): it can be had only truncated.
     method: how the initial update was found, or how the family's maths was applied, in one line for the receipt.
     notes: what a person should know, one sentence each.
@@ -68,6 +69,7 @@ class Reading:
     served: Mapping[str, LoraFactors] | None = None
     initial: Mapping[str, LoraFactors] | None = None
     remainder: Callable[[str], float] | None = None
+    edited: BaseWeights | None = None
     full_rank: bool = False
     method: str = ""
     notes: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ Quantize = Literal["none", "nf4"]
 Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 Form = Literal["unit", "padded", "native"]
-TrainedOn = Literal["auto", "none", "nf4"]
+TrainedOn = Literal["auto", "stored", "float32", "bfloat16", "float16", "nf4"]
 
 FREE_SETTINGS = frozenset({"model.offload", "train.save_every"})  # decide no number: a run may be resumed with others
 MOST_STEPS = 10**7  # an order of batches is drawn for all steps at once
@@ -299,7 +299,8 @@ class GapConfig:
 
     dtype: what the factors are stored in; engines cast them to the model's dtype. threshold: of |served - dW| / |dW|,
     over all modules. Rounding to bfloat16, which every adapter goes through, costs 0.002 to 0.004; an edited base costs
-    more than the update itself: 0.01 lies between. trained_on: "auto" asks the adapter. tasks: of the cost of
+    more than the update itself: 0.01 lies between. trained_on: what the base's weights lay in while the adapter was
+    trained; "stored": as they are stored, which "auto" takes where the adapter says nothing. tasks: of the cost of
     deployment. max_rows: of the data, the first ones.
     """
 

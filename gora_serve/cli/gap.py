@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -33,8 +33,8 @@ from gora_serve.config import DataConfig, ExportDtype, GapConfig, TrainedOn
     "--trained-on",
     default=GapConfig.trained_on,
     show_default=True,
-    type=click.Choice(["auto", "none", "nf4"]),
-    help="nf4: the base was in 4 bits in training; how far is that from the real one? auto: asks the adapter.",
+    type=click.Choice(get_args(TrainedOn)),
+    help="What the base's weights lay in during training. auto: asks the adapter, else stored, as in their files.",
 )
 @click.option("--tasks", default=GapConfig.tasks, show_default=True, help="Number of tasks in the cost of deployment.")
 @click.option(
@@ -92,12 +92,13 @@ def gap(
         weights = BaseWeights(located.path)
         inputs = Inputs(weights, init_adapter, mutated_base, cache, allow_pickle, listen)
         source, detection, reading = read(adapter, inputs, family)
-        four_bit = quantization(source.tensors.metadata, reading.adapter.base.name, source.weights)
+        lay_in = quantization(source.tensors.metadata, reading.adapter.base.name, source.weights)
         if trained_on != "auto":
-            four_bit = ("nf4", "--trained-on says so") if trained_on == "nf4" else None
-        edited = BaseWeights(mutated_base) if mutated_base and reading.initial is not None else None
-        exact = reading.adapter.modules
-        parts = Parts(weights, exact, reading.served, reading.initial, edited, _rounder(four_bit))
+            lay_in = None if trained_on == "stored" else (trained_on, "--trained-on says so")
+        parts = Parts(
+            weights, reading.adapter.modules, reading.served, reading.initial, reading.edited, _rounder(lay_in),
+            STORED.get(lay_in[0]) if lay_in else None, reading.full_rank,
+        )  # fmt: skip
         stored, tolerance = STORED[dtype], NUMERICAL[dtype]
         measured = measure_gap(parts, stored, tolerance=tolerance, listen=listen)
         comparison = None
@@ -110,7 +111,7 @@ def gap(
     costs = deployments(measured.modules, base_bytes=base_bytes, itemsize=stored.itemsize, tasks=tasks)
     report = GapReport(
         str(adapter), located.name, detection.family, detection.evidence, reading.method, reading.notes,
-        reading.full_rank, config, four_bit, measured, costs, comparison, plot,
+        reading.full_rank, config, lay_in, measured, costs, comparison, plot,
     )  # fmt: skip
     if plot:
         from gora_serve.report import plot_gap
@@ -123,8 +124,10 @@ def gap(
     return 1
 
 
-def _rounder(four_bit: tuple[str, str] | None) -> Any:
-    """What rounds a weight as the base of training was rounded; None where it was not."""
+def _rounder(lay_in: tuple[str, str] | None) -> Any:
+    """What rounds a weight to 4 bits, where the base lay in them; None elsewhere."""
+    if lay_in is None or lay_in[0] != "nf4":
+        return None
     from gora_serve.training.quantize import nf4_rounder
 
-    return nf4_rounder() if four_bit else None
+    return nf4_rounder()

@@ -26,7 +26,8 @@ NOBODY = "no engine loads it as LoRA"
 
 @dataclass(frozen=True)
 class GapReport:
-    """Everything that `gap` found. four_bit: what the base was quantized to in training, and how one knows."""
+    """Everything that `gap` found. lay_in: what the base's weights lay in during training, and how one knows; None: as
+    they are stored."""
 
     adapter: str
     base: str
@@ -36,7 +37,7 @@ class GapReport:
     notes: Sequence[str]
     full_rank: bool
     config: GapConfig
-    four_bit: tuple[str, str] | None
+    lay_in: tuple[str, str] | None
     gap: Gap
     costs: Sequence[Deployment]
     comparison: Comparison | None
@@ -78,7 +79,8 @@ def _value(report: GapReport) -> dict[str, Any]:
         "settings": asdict(report.config),
         "engine_loads_it": gap.loads,
         "within_threshold": gap.within(report.config.threshold),
-        "trained_on": report.four_bit and report.four_bit[0],
+        "trained_on": report.lay_in[0] if report.lay_in else "stored",
+        "base_rounding_is_an_estimate": gap.estimated,
         "total": gap.norms() | gap.shares(),
         "modules": {path: asdict(module) | gap.shares([path]) for path, module in gap.modules.items()},
         "deployment": [asdict(cost) for cost in report.costs],
@@ -93,20 +95,28 @@ def _lines(report: GapReport) -> list[str]:
     lines += [f"how: {report.method}"] if report.method else []
     lines += [f"note: {note}" for note in report.notes]
     lines.append(f"served as it is: {_verdict(report)}")
-    if shares["base_rounding_of_update"] is not None:
-        rounding = _percent(shares["base_rounding_of_update"])
-        lines.append(f"rounding of the edited base: {rounding} of the update, which no adapter can hold")
-    stored, plain = (_percent(shares[name]) for name in ("stored_of_update", "stored_plain_of_update"))
-    lines.append(f"stored in {report.config.dtype}: converted {stored} off, its exact factors as they are {plain} off")
+    lines += _rounding(report)
     if report.full_rank:
-        lines.append("its update has full rank: convert gives it truncated only; the numbers here are of the whole")
-    if report.four_bit:
-        error = _percent(shares["quantized_of_weight"])
-        lines.append(
-            f"trained on the base in {report.four_bit[0]} ({report.four_bit[1]}): {error} of |W0| off the real one"
-        )
+        lines.append("its update has full rank: as LoRA it can only be stored truncated (convert --rank, --tolerance)")
+    else:
+        stored, plain = (_percent(shares[name]) for name in ("stored_of_update", "stored_plain_of_update"))
+        lines.append(f"stored in {report.config.dtype}: converted {stored} off, not compressed {plain} off")
+    if report.lay_in and shares["quantized_of_weight"] is not None:
+        (name, how), error = report.lay_in, _percent(shares["quantized_of_weight"])
+        lines.append(f"trained on the base in {name} ({how}): {error} of |W0| off the real one")
     lines += [f"wrote {report.plot}"] if report.plot else []
     return lines
+
+
+def _rounding(report: GapReport) -> list[str]:
+    shares, gap = report.gap.shares(), report.gap
+    if shares["base_rounding_of_update"] is None:
+        return []
+    error = f"{_percent(shares['base_rounding_of_update'])} of the update, which no adapter can hold"
+    if not gap.estimated:
+        return [f"rounding of the edited base, measured: {error}"]
+    dtype = f"in {report.lay_in[0]}" if report.lay_in else "in the dtype that the base is stored in"
+    return [f"rounding of the base if it lay {dtype} in training: {error} (see --mutated-base, --trained-on)"]
 
 
 def _verdict(report: GapReport) -> str:
@@ -137,12 +147,15 @@ def _table(report: GapReport) -> Table:
     gap = report.gap
     total = gap.shares()
     shown = [name for name in HEADS if total[name] is not None]
-    table = Table("module", "number", "rank", title="Error, Frobenius norms", title_justify="left")
-    for name in shown:
-        table.add_column("\n".join(HEADS[name]), justify="right")
     kinds: dict[str, list[str]] = {}
     for path, (kind, _) in kinds_and_layers(gap.modules).items():
         kinds.setdefault(kind, []).append(path)
+    table = Table(title="Error, Frobenius norms", title_justify="left", padding=(0, 0))
+    table.add_column("module", no_wrap=True, min_width=max(map(len, kinds), default=0))
+    table.add_column("number")
+    table.add_column("rank")
+    for name in shown:
+        table.add_column("\n".join(HEADS[name]), justify="right")
     for kind, paths in kinds.items():
         shares = gap.shares(paths)
         ranks = sorted(gap.modules[path].rank for path in paths)

@@ -33,7 +33,7 @@ class Deployment:
 
 def bucket_of(rank: int) -> int | None:
     """Return the smallest rank that vLLM can be told to hold, None above the largest."""
-    return next((bucket for bucket in BUCKETS if bucket >= rank), None) if rank else None
+    return next((bucket for bucket in BUCKETS if bucket >= rank), None)
 
 
 def deployments(
@@ -41,28 +41,31 @@ def deployments(
 ) -> tuple[Deployment, ...]:
     """Return what each method takes for `tasks` tasks that are like this adapter.
 
-    A base per task: mutated ones with their adapters, or merged ones. One base and N adapters: the exact factors as
-    concatenation gives them (rank 2r), as converted, and GoRA with as many parameters as the adapter has as trained,
-    whose ranks are RankConfig's: up to four times the mean. itemsize: bytes of an adapter's value.
+    A base per task: mutated ones, or merged ones. One base and N adapters: the exact factors as concatenation gives
+    them (rank 2r), as converted, and GoRA with as many parameters as the adapter has as trained, whose ranks are
+    RankConfig's: up to four times the mean. An update of full rank is no adapter; for GoRA then the default rank
+    counts. itemsize: bytes of an adapter's value.
     """
     width = sum(module.parameters for module in modules.values())  # parameters of rank 1 everywhere
     trained = {path: module.served_rank or module.rank for path, module in modules.items()}
     plain = {path: module.plain_rank for path, module in modules.items()}
     converted = {path: module.rank for path, module in modules.items()}
     budget = _parameters(modules, trained)
-    mean = -(-budget // width) if width else 0
+    mean = -(-budget // width)
+    if not budget:
+        mean, budget = RankConfig.rank, RankConfig.rank * width
 
     def over_one_base(name: str, parameters: int, rank: int) -> Deployment:
         bucket = bucket_of(rank)
-        memory = None if bucket is None and rank else base_bytes + tasks * width * (bucket or 0) * itemsize
+        memory = None if bucket is None else base_bytes + tasks * width * bucket * itemsize
         return Deployment(name, tasks, base_bytes + tasks * parameters * itemsize, rank, bucket, memory)
 
-    return (
-        Deployment("a base per task", tasks, tasks * base_bytes, 0, None, tasks * base_bytes),
-        over_one_base("one base, concatenated", _parameters(modules, plain), max(plain.values(), default=0)),
-        over_one_base("one base, converted", _parameters(modules, converted), max(converted.values(), default=0)),
-        replace(over_one_base("one base, GoRA", budget, RankConfig(mean).highest if mean else 0), is_bound=True),
-    )
+    ways = [Deployment("a base per task", tasks, tasks * base_bytes, 0, None, tasks * base_bytes)]
+    for name, ranks in (("one base, concatenated", plain), ("one base, converted", converted)):
+        if any(ranks.values()):
+            ways.append(over_one_base(name, _parameters(modules, ranks), max(ranks.values())))
+    gora = over_one_base(f"one base, GoRA at rank {mean}", budget, RankConfig(mean).highest)
+    return (*ways, replace(gora, is_bound=True))
 
 
 def _parameters(modules: Mapping[str, ModuleGap], ranks: Mapping[str, int]) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gora_serve.adapter.factors import LoraFactors
-from gora_serve.adapter.linalg import compress, distance, norm
+from gora_serve.adapter.linalg import compress, distance, norm, subtract
 from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
 from gora_serve.errors import InputError
 from gora_serve.progress import Listener, Progress, silent
@@ -30,9 +30,11 @@ class ModuleGap:
 
     weight: |W0|. update: |dW|, the exact update on W0. initial: |P0|, what the initialisation took out of the base.
     unconverted: |served - dW|, the error where an engine applies the adapter as it is; None: no engine loads it.
-    base_rounding: |W_res - (W0 - P0)|, full rank, which no adapter can hold. stored: the error of dW compressed, then
-    rounded; rank: its rank. stored_plain: that of the exact factors rounded as they are, at the rank `plain_rank`
-    (2r where P0 is concatenated). quantized: |W0 - W_4bit|.
+    base_rounding: |W_res - (W0 - P0)|, full rank, which no adapter can hold (and what A0 and B0 lost, where P0 is an
+    initial adapter: on a base in 16 bits PEFT rounds them after it has made W_res). stored: the error of dW
+    compressed, then rounded; rank: its rank. stored_plain: that of the exact factors rounded as they are, at the rank
+    `plain_rank` (2r where P0 is concatenated). Both are None for an update of full rank, whose ranks are 0: it can be
+    stored only truncated. quantized: |W0 - W_4bit|.
     """
 
     shape: tuple[int, int]
@@ -41,8 +43,8 @@ class ModuleGap:
     unconverted: float | None
     initial: float | None
     base_rounding: float | None
-    stored: float
-    stored_plain: float
+    stored: float | None
+    stored_plain: float | None
     quantized: float | None
     rank: int
     plain_rank: int
@@ -70,10 +72,12 @@ SHARES: Mapping[str, tuple[str, str]] = {  # name -> part, whole
 
 @dataclass(frozen=True)
 class Gap:
-    """All modules, and `loads`: whether any engine would take the adapter as it is."""
+    """All modules. loads: whether any engine would take the adapter as it is. estimated: whether base_rounding is what
+    the dtype of training makes likely, and not measured on the edited base itself."""
 
     modules: Mapping[str, ModuleGap]
     loads: bool
+    estimated: bool = False
 
     def norms(self, paths: Iterable[str] | None = None) -> dict[str, float | None]:
         """Return each of NORMS over these modules together (all of them where none are named)."""
@@ -113,9 +117,9 @@ def _share(part: float | None, whole: float | None) -> float | None:
 @dataclass(frozen=True)
 class Parts:
     """What is compared. exact: the update on the untouched base. served: what an engine would add to it, None where
-    none loads the adapter. initial: P0, None where the base was left alone. mutated: the base that was trained on,
-    where it is at hand; else it is taken to be W0 - P0 in W0's dtype. requantize: rounds a weight to 4 bits, for an
-    adapter that was trained on such a base.
+    none loads the adapter. initial: P0, None where the base was left alone. mutated: the edited base that was trained
+    on, where it is at hand; else it is taken to be W0 - P0 in `dtype` (None: the one that W0 is stored in). requantize:
+    rounds a weight to 4 bits, for an adapter that was trained on such a base. full_rank: exact is not low-rank.
     """
 
     base: BaseWeights
@@ -124,6 +128,8 @@ class Parts:
     initial: Factors | None = None
     mutated: BaseWeights | None = None
     requantize: Requantize | None = None
+    dtype: torch.dtype | None = None
+    full_rank: bool = False
 
     @property
     def paths(self) -> list[str]:
@@ -138,6 +144,7 @@ class Parts:
         """Return the weight of `path` in training, (out, in), given W0: W_res, in 4 bits where it was, or W0 itself."""
         if self.mutated is not None:
             return self._mutated(self.mutated, path, weight)
+        weight = weight.to(self.dtype or weight.dtype)
         if self.initial is not None and path in self.initial:
             taken = self.initial[path]
             weight = torch.cat([(block - part).to(weight.dtype) for block, part in _blocks(weight, taken)])
@@ -164,18 +171,17 @@ def measure_gap(parts: Parts, dtype: torch.dtype, *, tolerance: float = 0.0, lis
     for index, path in enumerate(parts.paths):
         modules[path] = _measure(parts, path, dtype, tolerance)
         listen(Progress("gap", index + 1, len(parts.paths)))
-    return Gap(modules, parts.served is not None)
+    return Gap(modules, parts.served is not None, parts.mutated is None)
 
 
 def _measure(parts: Parts, path: str, dtype: torch.dtype, tolerance: float) -> ModuleGap:
     weight = parts.base.weight(path)  # (out, in)
     exact, served, taken = parts.of(path)
     _check_shapes(path, weight, exact, served, taken)
-    rank, stored, plain = 0, 0.0, 0.0
-    if exact is not None:
-        rank, stored = stored_error(exact, dtype, tolerance)
-        plain = distance(rounded(exact, dtype), exact)
-    edited = parts.initial is not None or parts.mutated is not None
+    low = None if parts.full_rank else exact
+    rank, stored = stored_error(low, dtype, tolerance) if low else (0, 0.0)
+    plain = distance(rounded(low, dtype), low) if low else 0.0
+    edited = parts.initial is not None or parts.mutated is not None or parts.dtype is not None
     four_bit = parts.requantize is not None and is_quantizable(path)
     return ModuleGap(
         (weight.shape[0], weight.shape[1]),
@@ -184,11 +190,11 @@ def _measure(parts: Parts, path: str, dtype: torch.dtype, tolerance: float) -> M
         unconverted=None if parts.served is None else _distance(served, exact),
         initial=None if parts.initial is None else _distance(taken, None),
         base_rounding=residual_error(weight, parts.trained_on(path, weight), taken) if edited else None,
-        stored=stored,
-        stored_plain=plain,
+        stored=None if parts.full_rank else stored,
+        stored_plain=None if parts.full_rank else plain,
         quantized=residual_error(weight, parts.requantize(weight), None) if parts.requantize and four_bit else None,
         rank=rank,
-        plain_rank=exact.rank if exact else 0,
+        plain_rank=low.rank if low else 0,
         served_rank=served.rank if served else 0,
     )
 
@@ -203,16 +209,29 @@ def _check_shapes(path: str, weight: Tensor, *factors: LoraFactors | None) -> No
 
 
 def _distance(one: LoraFactors | None, other: LoraFactors | None) -> float:
-    """Return |one - other|, where None is zero."""
+    """Return |one - other|, where None is zero. Factors of high rank are multiplied out, some rows at a time."""
     if one is None or other is None:
-        alone = one or other
-        return norm(alone) if alone else 0.0
-    return distance(one, other)
+        difference = one or other
+    elif torch.equal(one.A, other.A) and torch.equal(one.B, other.B) and one.scale == other.scale:
+        difference = None
+    else:
+        difference = subtract(one, other)
+    if difference is None:
+        return 0.0
+    if difference.rank < min(difference.shape):
+        return norm(difference)
+    right = difference.A.double() * difference.scale  # (r, in)
+    return math.sqrt(sum(float((B.double() @ right).square().sum()) for B in torch.split(difference.B, _rows(right))))
 
 
 def rounded(factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
-    """Return the factors as a file in `dtype` holds them."""
-    return LoraFactors(factors.A.to(dtype), factors.B.to(dtype), factors.scale)
+    """Return the factors as a file in `dtype` holds them. Raises InputError (GS-3194) where it cannot."""
+    stored = LoraFactors(factors.A.to(dtype), factors.B.to(dtype), factors.scale)
+    if not (stored.A.isfinite().all() and stored.B.isfinite().all()):
+        raise InputError(
+            f"the update holds values that {dtype} cannot", code="GS-3194", hint="--dtype bfloat16 or float32",
+        )  # fmt: skip
+    return stored
 
 
 def stored_update(exact: LoraFactors, dtype: torch.dtype, tolerance: float) -> LoraFactors | None:

@@ -1,4 +1,4 @@
-"""Whether an adapter was trained on a base in 4 bits, by what the adapter says of itself."""
+"""In what the base of an adapter lay while it was trained, by what the adapter says of itself."""
 
 from __future__ import annotations
 

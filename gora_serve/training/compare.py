@@ -60,7 +60,8 @@ class Comparison:
 
 
 def variants_of(parts: Parts, saved: Mapping[str, Tensor], dtype: torch.dtype, tolerance: float) -> dict[str, Variant]:
-    """Return the models to compare: as trained, served unconverted (where an engine loads it), converted, the base.
+    """Return the models to compare: as trained, served unconverted (where an engine loads it), converted (where the
+    update has low rank), the base.
 
     saved: the parameters that the adapter carries whole (modules_to_save). dtype and tolerance: of the conversion.
     """
@@ -86,7 +87,9 @@ def variants_of(parts: Parts, saved: Mapping[str, Tensor], dtype: torch.dtype, t
     found = {AS_TRAINED: Variant(trained, saved)}
     if parts.served is not None:
         found[UNCONVERTED] = Variant(unconverted, saved)
-    return found | {CONVERTED: Variant(converted, saved), BASE: Variant(parts.base.weight, {})}
+    if not parts.full_rank:
+        found[CONVERTED] = Variant(converted, saved)
+    return found | {BASE: Variant(parts.base.weight, {})}
 
 
 def compare(
@@ -122,8 +125,8 @@ def compare(
 
 
 def _paths(model: nn.Module, parts: Parts) -> list[str]:
-    """Return the modules whose weights differ: the adapted ones, and all in 4 bits where the base was."""
-    others = linear_modules(model) if parts.requantize is not None else ()
+    """Return the modules whose weights differ: the adapted ones, and all linear ones where the base was rounded."""
+    others = linear_modules(model) if parts.requantize is not None or parts.dtype is not None else ()
     return list(dict.fromkeys([*parts.paths, *others]))
 
 
