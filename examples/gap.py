@@ -6,8 +6,8 @@ before they trained, so they are wrong there until `gora-serve convert` has had 
 
     python examples/gap.py --output gap
 
-Without --base it makes SmolLM2-135M-Instruct (the extra `demo`). Writes the adapters, gap.json and, with matplotlib
-(the extra `report`), gap.png.
+Without --base it makes SmolLM2-135M-Instruct in the folder `base`, once (the extra `demo`). Writes the adapters,
+gap.json and, with matplotlib (the extra `report`), gap.png.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def draw(base_loss: float, results: Mapping[str, Mapping[str, Any]], file: Path)
 
 def prepare(options: Any) -> Task:
     """Return base and batches. Raises GoraError before the work that takes time."""
-    base = locate_base(str(options.base or make_smollm2(options.output / "base")))
+    base = locate_base(str(options.base or make_smollm2(Path("base"))))
     tokenizer = load_tokenizer(base)
     rows = DataConfig(max_length=options.max_length, batch_size=options.batch_size)
 
@@ -285,9 +285,9 @@ def prepare(options: Any) -> Task:
 
 
 def run(options: Any) -> None:
-    check_target(options.output, protect=[Path(options.base)] if options.base else [])
-    options.output.mkdir(parents=True)
+    check_target(options.output, protect=[Path(options.base or "base")])
     task = prepare(options)
+    options.output.mkdir(parents=True)
     base_loss = ask(load_model(task.base, FLOAT32), task).loss
     adapters, results = {}, {}
     for method in NAMES:
@@ -313,7 +313,7 @@ def run(options: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder to be made")
-    parser.add_argument("--base", help="model folder or hub id; SmolLM2-135M-Instruct where none is given")
+    parser.add_argument("--base", help="model folder or hub id; without it SmolLM2-135M-Instruct, made in `base`")
     parser.add_argument("--data", default=str(TASK / "train.jsonl"), help="rows of prompt and completion")
     parser.add_argument("--eval-data", default=str(TASK / "test.jsonl"), help="held-out rows")
     parser.add_argument("--eval-rows", type=int, default=32)
