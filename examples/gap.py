@@ -6,8 +6,8 @@ before they trained, so they are wrong there until `gora-serve convert` has had 
 
     python examples/gap.py --output gap
 
-Without --base it makes SmolLM2-135M-Instruct (the extra `demo`). Writes the adapters, gap.json and, with matplotlib
-(the extra `report`), gap.png.
+Without --base it makes SmolLM2-135M-Instruct in the folder `base`, once (the extra `demo`). Writes the adapters,
+gap.json and, with matplotlib (the extra `report`), gap.png.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from gora_serve.integrity.verify import verify_adapter
 from gora_serve.training import inject
 from gora_serve.training.data import collate, load_data, schedule
 from gora_serve.training.demo_base import make_smollm2
+from gora_serve.training.encode import IGNORED
 from gora_serve.training.export import export
 from gora_serve.training.fit import fit
 from gora_serve.training.loop import cosine_with_floor, make_optimizer
@@ -49,6 +50,7 @@ from gora_serve.training.weights import memory_root
 
 TASK = Path(__file__).parent / "data" / "requests"
 NAMES = {"pissa": "PiSSA", "lora_ga": "LoRA-GA", "gora": "GoRA"}
+ALPHAS = {"pissa": 1, "lora_ga": 2}  # times the rank, as in PEFT's own examples of the two
 RATES = {"pissa": 5e-4, "lora_ga": 5e-4, "gora": 4e-4}  # of A; GoRA's B learns 16 times faster
 FLOAT32 = ModelConfig(dtype="float32")
 Batch = Mapping[str, Tensor]
@@ -65,20 +67,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says at each held-out token with loss: log-probabilities (tokens, vocabulary), and what is right."""
+    """What a model says at each token of the held-out completions: log-probabilities (tokens, vocabulary).
+
+    right: what stands there. rows: which row the token belongs to.
+    """
 
     logs: Tensor
     right: Tensor
+    rows: Tensor
 
     @property
     def loss(self) -> float:
         return float(-self.logs.gather(1, self.right.unsqueeze(1)).double().mean())
 
     def against(self, trained: Answers) -> dict[str, float]:
-        """Return the loss, KL(trained || these) in nats, and the share of tokens with the same likeliest next token."""
+        """Return the loss, KL(trained || these) in nats, and the agreement on the likeliest next token.
+
+        agreement: the share of tokens where it is the same; answers: of rows, where it is at all of their tokens.
+        """
         kl = (trained.logs.exp() * (trained.logs - self.logs)).sum(dim=1).double().mean()
-        same = (trained.logs.argmax(dim=1) == self.logs.argmax(dim=1)).double().mean()
-        return {"loss": self.loss, "kl": float(kl), "agreement": float(same)}
+        same = trained.logs.argmax(dim=1) == self.logs.argmax(dim=1)  # (tokens,)
+        spoiled = self.rows[~same].unique().numel() / self.rows.unique().numel()
+        return {"loss": self.loss, "kl": float(kl), "agreement": float(same.double().mean()), "answers": 1 - spoiled}
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,9 @@ class Trained:
 def ask(model: nn.Module, task: Task) -> Answers:
     asked = [scored(model.eval(), batch) for batch in task.test]
     logs = torch.cat([torch.log_softmax(logits.float(), dim=1) for logits, _ in asked])
-    return Answers(logs, torch.cat([right for _, right in asked]))
+    counts = torch.cat([(batch["labels"][:, 1:] != IGNORED).sum(dim=1) for batch in task.test])
+    rows = torch.arange(len(counts)).repeat_interleave(counts)
+    return Answers(logs, torch.cat([right for _, right in asked]), rows)
 
 
 def with_peft(method: str, task: Task, folder: Path, options: Any) -> Trained:
@@ -102,7 +114,7 @@ def with_peft(method: str, task: Task, folder: Path, options: Any) -> Trained:
     model = load_model(task.base, FLOAT32)
     config = LoraConfig(
         r=options.rank,
-        lora_alpha=options.rank,
+        lora_alpha=ALPHAS[method] * options.rank,
         target_modules=list(linear_modules(model)),
         init_lora_weights=method,  # type: ignore[arg-type]
         lora_ga_config=LoraGAConfig() if method == "lora_ga" else None,
@@ -210,7 +222,7 @@ def compare(task: Task, method: str, trained: Trained, folder: Path) -> dict[str
 
 
 def table(base_loss: float, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return loss and agreement with the trained model on held-out rows, one line a method."""
+    """Return the loss on held-out rows, and how many of the trained model's answers are left, one line a method."""
     lines = [
         f"held-out loss of the base: {base_loss:.3f}", "",
         f"{'':8}  {'as trained':>10}  {'on the untouched base, as it is':>31}  {'converted':>17}",
@@ -218,34 +230,36 @@ def table(base_loss: float, results: Mapping[str, Mapping[str, Any]]) -> str:
     for method, result in results.items():
         as_it_is, converted = (_cell(result.get(name)) for name in ("as_it_is", "converted"))
         lines.append(f"{NAMES[method]:8}  {result['trained']['loss']:10.3f}  {as_it_is:>31}  {converted:>17}")
-    return "\n".join([*lines, "", "loss, and share of tokens for which the likeliest next one is the trained model's"])
+    return "\n".join([*lines, "", "loss (share of the answers that are, token by token, the trained model's)"])
 
 
 def _cell(outcome: Mapping[str, float] | None) -> str:
-    return f"{outcome['loss']:.3f} ({outcome['agreement']:.1%})" if outcome else "not needed"
+    return f"{outcome['loss']:.3f} ({outcome['answers']:.0%})" if outcome else "not needed"
 
 
 def draw(base_loss: float, results: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Draw the losses as bars: as trained, on the untouched base as it is, and converted."""
+    """Draw the losses as bars, on a logarithmic scale: as trained, on the untouched base as it is, and converted."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     bars = {"trained": ("as trained", "tab:gray"), "as_it_is": ("on the untouched base, as it is", "tab:red"),
-            "converted": ("converted by gora-serve", "tab:blue")}  # fmt: skip
+            "converted": ("on the untouched base, converted", "tab:blue")}  # fmt: skip
     figure, axes = pyplot.subplots(figsize=(8.0, 4.2))
     for offset, (kind, (label, color)) in enumerate(bars.items()):
         there = [(at, result[kind]) for at, result in enumerate(results.values()) if kind in result]
         drawn = axes.bar([at + 0.27 * (offset - 1) for at, _ in there], [one["loss"] for _, one in there], 0.25,
                          label=label, color=color)  # fmt: skip
-        texts = [f"{one['loss']:.2f}" + (f"\n{one['agreement']:.0%}" if "agreement" in one else "") for _, one in there]
+        texts = [f"{one['loss']:.2f}" + (f"\n{one['answers']:.0%}" if "answers" in one else "") for _, one in there]
         axes.bar_label(drawn, texts, padding=2, fontsize="small")
-    axes.axhline(base_loss, color="black", linewidth=1, linestyle=":", label="the base itself")
+    axes.axhline(base_loss, color="black", linewidth=1, linestyle=":", label="the base without an adapter")
     axes.set_xticks(range(len(results)), [NAMES[method] for method in results])
     axes.set_ylabel("held-out loss, nats per token")
-    axes.set_ylim(0, 1.25 * max(base_loss, *(result["as_it_is"]["loss"] for result in results.values())))
-    axes.set_title("One task, one seed, one base. Per cent: answers like the trained model's", fontsize="medium")
+    axes.set_yscale("log")
+    losses = [one["loss"] for result in results.values() for one in (result["trained"], result["as_it_is"])]
+    axes.set_ylim(min(losses) / 2, 4 * max(base_loss, *losses))
+    axes.set_title("One task, one seed, one base. In per cent: answers left of the trained model's", fontsize="medium")
     axes.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(file, dpi=130)
@@ -254,7 +268,7 @@ def draw(base_loss: float, results: Mapping[str, Mapping[str, Any]], file: Path)
 
 def prepare(options: Any) -> Task:
     """Return base and batches. Raises GoraError before the work that takes time."""
-    base = locate_base(str(options.base or make_smollm2(options.output / "base")))
+    base = locate_base(str(options.base or make_smollm2(Path("base"))))
     tokenizer = load_tokenizer(base)
     rows = DataConfig(max_length=options.max_length, batch_size=options.batch_size)
 
@@ -271,9 +285,9 @@ def prepare(options: Any) -> Task:
 
 
 def run(options: Any) -> None:
-    check_target(options.output, protect=[Path(options.base)] if options.base else [])
-    options.output.mkdir(parents=True)
+    check_target(options.output, protect=[Path(options.base or "base")])
     task = prepare(options)
+    options.output.mkdir(parents=True)
     base_loss = ask(load_model(task.base, FLOAT32), task).loss
     adapters, results = {}, {}
     for method in NAMES:
@@ -299,7 +313,7 @@ def run(options: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="folder to be made")
-    parser.add_argument("--base", help="model folder or hub id; SmolLM2-135M-Instruct where none is given")
+    parser.add_argument("--base", help="model folder or hub id; without it SmolLM2-135M-Instruct, made in `base`")
     parser.add_argument("--data", default=str(TASK / "train.jsonl"), help="rows of prompt and completion")
     parser.add_argument("--eval-data", default=str(TASK / "test.jsonl"), help="held-out rows")
     parser.add_argument("--eval-rows", type=int, default=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -92,3 +93,33 @@ def test_trainer(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     assert reloaded == pytest.approx(end, abs=1e-4)
     assert verify_adapter(output, base=tiny_base).root
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_gap(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """GoRA is right on the untouched base at once, the other two once they are converted."""
+    output = tmp_path / "gap"
+    out = run_example(
+        "gap.py", "--base", tiny_base, "--output", output, "--data", tiny_data, "--eval-data", tiny_data,
+        "--steps", 4, "--probe-steps", 2, "--rank", 4, "--eval-rows", 16,
+    )  # fmt: skip
+    record = json.loads((output / "gap.json").read_text())
+    found = record["methods"]
+    assert all(one["trained"]["loss"] < record["base_loss"] for one in found.values())
+    assert found["gora"]["as_it_is"]["kl"] < 1e-6
+    for method in ("pissa", "lora_ga"):
+        assert found[method]["family"] == method
+        assert found[method]["converted"]["kl"] < 1e-6
+        assert found[method]["converted"]["loss"] == pytest.approx(found[method]["trained"]["loss"], abs=1e-4)
+        assert found[method]["as_it_is"]["kl"] > 1e-3
+    assert {method: one["peft_edits_the_base"] for method, one in found.items()} == {
+        "pissa": True, "lora_ga": False, "gora": False,
+    }  # fmt: skip
+    assert record["gora_after_peft_loaded_pissa_onto_its_base"]["kl"] > 1e-3
+    assert re.search(r"^GoRA .*\(100%\) +not needed$", out, re.MULTILINE)
+    assert (output / "gap.png").exists() == (find_spec("matplotlib") is not None)
+
+
+def test_gap_refuses_an_output_that_is_there(tiny_base: Path, tmp_path: Path) -> None:
+    done = started("gap.py", "--base", tiny_base, "--output", tmp_path)
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "error[GS-601]" in done.stderr
