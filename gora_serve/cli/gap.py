@@ -120,7 +120,8 @@ def gap(
     emit(gap_summary(report), as_json=as_json)
     if measured.within(threshold):
         return 0
-    say(str(refusal(report)))
+    for line in str(refusal(report)).splitlines():
+        say(line)
     return 1
 
 

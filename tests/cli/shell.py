@@ -34,7 +34,7 @@ class Answer:
     @property
     def gs(self) -> str | None:
         """The GS code of the error, if there is one."""
-        found = re.search(r"^error\[(GS-\d{3})\]", self.err, re.MULTILINE)
+        found = re.search(r"^error\[(GS-\d{3,4})\]", self.err, re.MULTILINE)
         return found.group(1) if found else None
 
     def field(self, name: str) -> str | None:
