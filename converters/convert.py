@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-import gora_serve
 from converters.detect import Detection, decide
 from converters.families import family_named
 from converters.reading import Inputs, Reading
@@ -24,17 +23,17 @@ from converters.source import Source, open_source
 from converters.spill import Spill
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.format import read_adapter, write_adapter
+from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
 from gora_serve.adapter.linalg import Spectrum, compress, distance, leading
 from gora_serve.adapter.truncate import ranks_of_budget, ranks_of_tolerance
-from gora_serve.config import ConvertConfig
+from gora_serve.config import ConvertConfig, ExportConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import check_binding, seal_folder
 from gora_serve.integrity.files import staged_folder, write_json, write_text
 from gora_serve.integrity.manifest import Roots, hash_model
-from gora_serve.integrity.record import binding_json, bound_roots, read_record
+from gora_serve.integrity.record import bound_roots, read_record
 from gora_serve.progress import Progress
 
 # Of an update's norm: less than rounding to this dtype costs (unit roundoffs are 6e-8, 2e-3 and 5e-4).
@@ -97,7 +96,7 @@ def convert(
         shutil.rmtree(spill.folder)
         done = replace(done, receipt=make_receipt(source, done, config, inputs))
         write_json(stage / RECEIPT, done.receipt)
-        seal_folder(stage, _seal(done, config))
+        seal_folder(stage, seal_record(root, done.base, done.origin, ExportConfig(config.form, config.dtype)))
     return done
 
 
@@ -186,15 +185,3 @@ def _measure(stage: Path, spill: Spill, ranks: Mapping[str, int]) -> dict[str, M
         before = min(module.shape) if spectrum.rest else spectrum.rank
         errors[path] = ModuleError(rank, before, norm, truncated, error)
     return errors
-
-
-def _seal(done: Converted, config: ConvertConfig) -> dict[str, object]:
-    base = done.base
-    return {
-        "adapter_root": done.root,
-        "form": config.form,
-        "dtype": config.dtype,
-        "binding": binding_json(base.name, base.revision, base.roots),
-        "training": dict(done.origin),
-        "tool": f"gora-serve {gora_serve.__version__}",
-    }

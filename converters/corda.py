@@ -6,16 +6,14 @@ by torch's loader for weights only where that is allowed.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from converters.initial import Rules, read_without_initial
 from converters.reading import Inputs, Reading
-from converters.source import Source
+from converters.source import PickledTensors, Source
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.tensors import TensorFiles
 from gora_serve.deploy.base import BaseWeights
@@ -39,7 +37,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
 
 def _open_cache(file: Path, *, pickles: bool) -> Mapping[str, Tensor]:
-    """Open PEFT's cache, or the same tensors in safetensors. Raises InputError (GS-3131) for anything else."""
+    """Open PEFT's cache, or the same in safetensors. Raises InputError: GS-3131 unasked, GS-3114 no tensors."""
     if file.suffix == ".safetensors":
         return TensorFiles([file])
     if not pickles:
@@ -47,13 +45,7 @@ def _open_cache(file: Path, *, pickles: bool) -> Mapping[str, Tensor]:
             "CorDA's cache is a pickle; pickles can run code and are not opened unasked", code="GS-3131", file=file,
             hint="--allow-pickle opens it by torch's loader for weights only",
         )  # fmt: skip
-    try:
-        cache = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
-        raise InputError("this is no file of tensors", code="GS-3131", file=file, actual=str(err)[:200]) from err
-    if not isinstance(cache, dict) or not all(isinstance(value, Tensor) for value in cache.values()):
-        raise InputError("this is no cache of CorDA", code="GS-3131", file=file, expected="MODULE.eigens.U_WC, ...")
-    return cache
+    return PickledTensors(file)
 
 
 def _part(cache: Mapping[str, Tensor], file: Path, base: BaseWeights, path: str, rank: int) -> LoraFactors:

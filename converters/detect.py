@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters import lora
-from converters.detect_files import by_files, by_initialization, check_configuration, is_redrawn, siblings
+from converters.detect_files import BACKUP, by_files, by_initialization, check_configuration, is_redrawn, siblings
 from converters.detect_weights import ORTHOGONAL, differs, halves, kinship, orthogonality, projections
+from converters.initial import KINSHIP
 from converters.reading import Inputs
 from converters.residual import base_beside
 from converters.source import CONFIG, Source, open_source
@@ -22,7 +23,6 @@ from gora_serve.adapter.factors import LoraFactors
 from gora_serve.errors import BindingError, GoraError, InputError
 from gora_serve.integrity.staging import SEAL
 
-KIN = 0.25  # mean cosine of A's rows with those of an initial adapter of the same run; another run's is near 0
 WAYS = "--init-adapter DIR or --mutated-base DIR"
 _EDITING = ("pissa", "olora", "corda", "lora_ga", "loftq", "residual")  # their readers subtract an initial update
 _PROJECTING = ("pissa", "olora", "corda")  # their initial update is W0 projected on its own rows or columns
@@ -125,7 +125,7 @@ def _beside(source: Source, inputs: Inputs, modules: Modules) -> tuple[str | Non
     lines, family = [], None
     for folder in siblings(source, named):
         kin = _kinship(folder, inputs, modules)
-        if kin < KIN or folder.name == "pissa_backup":
+        if kin < KINSHIP or folder.name == BACKUP:
             lines.append(f"{folder} lies there, but is no initial adapter of this one")
             continue
         family = "loftq" if folder.name == "loftq_init" else family or "residual"

@@ -56,7 +56,8 @@ _FLAGS = {
     "arrow_config": "Arrow routes each token to another adapter",
     "layer_replication": "the adapter belongs to a model with repeated layers",
 }
-_SIBLINGS = ("pissa_init", "loftq_init", "init_lora_checkpoint", "pissa_backup")
+BACKUP = "pissa_backup"  # of LLaMA-Factory: the trained adapter, before it was converted
+_SIBLINGS = ("pissa_init", "loftq_init", "init_lora_checkpoint", BACKUP)
 
 
 @dataclass(frozen=True)

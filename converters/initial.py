@@ -7,14 +7,16 @@ noticed and refused: by its modules and scales, by what it has in common with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from converters import lora
 from converters.decompose import transposed
+from converters.detect_files import BACKUP, siblings
 from converters.mutated import MutatedBase
 from converters.reading import Inputs, Reading
 from converters.source import CONFIG, Source, open_source
@@ -23,7 +25,6 @@ from gora_serve.adapter.linalg import subtract
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, UsageError
 
-SIBLINGS = ("pissa_init", "loftq_init", "init_lora_checkpoint")
 KINSHIP = 0.25  # mean cosine of trained and initial factors: another run's is near 0, one's own above 0.5
 TURNED = 0.02  # share of rows and columns with a cosine below -0.5
 
@@ -33,13 +34,11 @@ Check = Callable[[str, LoraFactors, Path], None]  # raises where P0 of an initia
 
 @dataclass(frozen=True)
 class Initial:
-    """P0 by module, and in one line where it comes from. remainder: |W0 - W_res - P0|, and edited: W_res, where it is
-    at hand."""
+    """P0 by module, and in one line where it comes from. edited: W_res, where it is at hand."""
 
     modules: Mapping[str, LoraFactors]
     method: str
     notes: tuple[str, ...] = ()
-    remainder: Callable[[str], float] | None = None
     edited: BaseWeights | None = None
 
 
@@ -80,7 +79,6 @@ def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Readin
         adapter=replace(plain.adapter, modules=LazyModules(trained, update)),
         served=trained,
         initial=initial.modules,
-        remainder=initial.remainder,
         edited=initial.edited,
         method=initial.method,
         notes=(*plain.notes, *rules.notes, *initial.notes),
@@ -110,10 +108,13 @@ def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules) -
             hint="DIR is the adapter as saved right after its initialisation, or the edited base as saved with it",
         )  # fmt: skip
     compute = rules.compute
-    return Initial(
-        LazyModules(paths, lambda path: compute(path, plain.adapter.modules[path].rank)),
-        f"trained less initial; {rules.computed}",
-    )
+    modules = _one_kept(paths, lambda path: compute(path, plain.adapter.modules[path].rank))
+    return Initial(modules, f"trained less initial; {rules.computed}")
+
+
+def _one_kept(paths: Iterable[str], factors: Callable[[str], LoraFactors]) -> LazyModules:
+    """Return modules that keep the last one: P0 can cost an SVD, and is asked for alone and as part of the update."""
+    return LazyModules(paths, lru_cache(maxsize=1)(factors))
 
 
 def _can_be_edited(path: str, plain: Reading, base: BaseWeights) -> bool:
@@ -124,12 +125,11 @@ def _can_be_edited(path: str, plain: Reading, base: BaseWeights) -> bool:
 
 def _from_mutated(pair: MutatedBase, plain: Reading, paths: list[str]) -> Initial:
     trained = plain.adapter.modules
-    modules = LazyModules(paths, lambda path: pair.initial(path, trained[path].rank))
+    modules = _one_kept(paths, lambda path: pair.initial(path, trained[path].rank))
     return Initial(
         modules,
         f"trained less initial; initial is W0 - W_res at the adapter's rank, from {pair.mutated.folder}",
         _remainder_note(pair),
-        lambda path: pair.remainder(path, modules[path]),
         pair.mutated,
     )
 
@@ -156,13 +156,13 @@ def _from_adapter(
             pair.check_initial(path, factors, origin.weights)
         return factors
 
-    modules = LazyModules(paths, initial)
+    modules = _one_kept(paths, initial)
     method = f"trained less initial; initial is the adapter as it was saved, {folder}"
     if not pair:
         return Initial(modules, method)
     return Initial(
         modules, f"{method}; it agrees with W0 - W_res of {pair.mutated.folder}", _remainder_note(pair),
-        lambda path: pair.remainder(path, modules[path]), pair.mutated,
+        pair.mutated,
     )  # fmt: skip
 
 
@@ -177,11 +177,8 @@ def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:
 
 def _sibling(source: Source, mutated: Path | None) -> Path | None:
     """Return the initial adapter that tools leave in the adapter's folder, beside it, or in the edited base."""
-    places = [source.folder, source.folder.parent, *([mutated] if mutated else [])]
-    for folder in (place / name for place in places for name in SIBLINGS):
-        if (folder / CONFIG).is_file() and folder.resolve() != source.folder.resolve():
-            return folder
-    return None
+    folders = siblings(source, mutated)
+    return next((one for one in folders if (one / CONFIG).is_file() and one.name != BACKUP), None)
 
 
 def check_same_form(origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors]) -> None:

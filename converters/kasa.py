@@ -51,7 +51,6 @@ def read(source: Source, inputs: Inputs) -> Reading:
         applied=plain.applied | frozenset(names.values()),
         served=None,  # vLLM refuses lora_diag; PEFT takes the part out of the base again
         initial=initial.modules,
-        remainder=initial.remainder,
         edited=initial.edited,
         method=f"s B diag(d) A less initial; {initial.method.removeprefix('trained less initial; ')}",
         notes=(*plain.notes, *notes, *initial.notes),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from converters import lora
-from converters.initial import KINSHIP, Rules, read_without_initial
+from converters.detect_weights import halves
+from converters.initial import Rules, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LoraFactors
@@ -88,21 +89,16 @@ def _half(value: object) -> object:
 
 
 def _check_halves(source: Source, modules: Mapping[str, LoraFactors]) -> None:
-    rows, columns = [], []
-    for path, factors in modules.items():
-        if factors.rank % 2:
-            raise InputError(
-                "a converted adapter of the LoRA-GA fork has an even rank; this has not", code="GS-3132",
-                file=source.weights, tensor=path, actual=factors.rank,
-            )  # fmt: skip
-        (A, A0), (B, B0) = factors.A.double().chunk(2), factors.B.double().chunk(2, dim=1)
-        rows.append(torch.cosine_similarity(A, A0, dim=1))
-        columns.append(-torch.cosine_similarity(B, B0, dim=0))
-    of_A, of_B = float(torch.cat(rows).mean()), float(torch.cat(columns).mean())
-    if max(of_A, of_B) < KINSHIP:
+    odd = next((path for path, factors in modules.items() if factors.rank % 2), None)
+    if odd is not None:
+        raise InputError(
+            "a converted adapter of the LoRA-GA fork has an even rank; this has not", code="GS-3132",
+            file=source.weights, tensor=odd, actual=modules[odd].rank,
+        )  # fmt: skip
+    found = halves(modules)
+    if found is None or not found.parallel:
         raise InputError(
             "init_lora_weights is true, but this is no trained adapter less its initial one", code="GS-3132",
-            file=source.weights, expected="halves [A; A0] and [B, -B0] that are alike",
-            actual=f"mean cosines {of_A:.2f} and {of_B:.2f}",
+            file=source.weights, expected="halves [A; A0] and [B, -B0] that are alike", actual=str(found),
             hint='if it was not converted, set init_lora_weights to "lora_ga" and give --init-adapter',
         )  # fmt: skip

@@ -53,11 +53,6 @@ class MutatedBase:
             )  # fmt: skip
         return found
 
-    def remainder(self, path: str, initial: LoraFactors) -> float:
-        """Return |W0 - W_res - P0|, Frobenius: rounding or quantization, which no adapter of low rank can hold."""
-        D = self.base.weight(path).double() - self.mutated.weight(path).double()
-        return float((D - initial.delta()).norm())
-
     def check_initial(self, path: str, initial: LoraFactors, file: Path) -> None:
         """Raise BindingError (GS-432) unless P0 of an initial adapter is what this base lacks, up to rounding.
 

@@ -37,12 +37,12 @@ def read(source: Source, inputs: Inputs) -> Reading:
     reading = read_without_initial(source, inputs, rules)
     if computed not in reading.method:
         return reading
-    return replace(reading, notes=(*reading.notes, gap_note(base, _ranks(source, inputs, reading), inputs)))
+    return replace(reading, notes=(*reading.notes, gap_note(base, _ranks(source, reading), inputs)))
 
 
-def _ranks(source: Source, inputs: Inputs, reading: Reading) -> dict[str, int]:
-    trained = lora.read(source, inputs).adapter.modules
-    return {path: trained[path].rank for path in reading.initial or ()}
+def _ranks(source: Source, reading: Reading) -> dict[str, int]:
+    pairs = lora.pairs_of(source)
+    return {path: source.tensors.shape(pairs[path].A)[0] for path in reading.initial or ()}
 
 
 def gap_note(base: BaseWeights, ranks: Mapping[str, int], inputs: Inputs, *, smallest: bool = False) -> str:

@@ -7,7 +7,7 @@ module is asked for. Recompression, truncation, rounding and writing come later 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,8 +54,6 @@ class Reading:
     served: what an engine that serves LoRA would add to the base if it were given the checkpoint as it is; None where
         none loads it (DoRA, LoHa and the like, which PEFT alone loads).
     initial: P0, what the initialisation took out of the base; None for a family that leaves the base alone.
-    remainder: of a module, |W0 - W_res - P0|: what the edited base's rounding or quantization took, beyond any low-rank
-        update; None where no edited base is at hand.
     edited: W_res itself, as it was saved; None where it is not at hand.
     full_rank: the update is not low-rank (DoRA, a full fine-tune): it can be had only truncated.
     method: how the initial update was found, or how the family's maths was applied, in one line for the receipt.
@@ -68,7 +66,6 @@ class Reading:
     known: Mapping[str, str] = field(default_factory=dict)
     served: Mapping[str, LoraFactors] | None = None
     initial: Mapping[str, LoraFactors] | None = None
-    remainder: Callable[[str], float] | None = None
     edited: BaseWeights | None = None
     full_rank: bool = False
     method: str = ""

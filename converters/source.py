@@ -7,6 +7,7 @@ and FSDP, folders that hold no adapter. What the tensors mean is the families' b
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +112,13 @@ def _refuse_leftovers(folder: Path, weights: Path | None) -> None:
 
 
 class PickledTensors(TensorFiles):
-    """The tensors of a .bin, .pt or .ckpt file, opened by torch's loader for weights only, mapped rather than read."""
+    """The tensors of a .bin, .pt or .ckpt file, opened by torch's loader for weights only; mapped but for old ones."""
 
     def __init__(self, path: Path) -> None:
         """Raises InputError (GS-3114) for what is no file of tensors, or holds other objects."""
         super().__init__(())
         try:
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
             raise _no_tensors(path, str(err).splitlines()[0]) from err
         value = value[NESTED] if isinstance(value, dict) and NESTED in value else value

@@ -20,7 +20,7 @@ from gora_serve.adapter.linalg import fold_scale, pad_rank
 from gora_serve.adapter.names import embedding_key, parse_embedding_key, parse_key, saved_key, tensor_key
 from gora_serve.adapter.peft_config import make_config, read_scales, saved_modules
 from gora_serve.adapter.tensors import TensorFiles
-from gora_serve.config import Form
+from gora_serve.config import ExportConfig, Form
 from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import canonical_json, read_json
 from gora_serve.integrity.files import write_json, write_stream
@@ -167,6 +167,18 @@ def _record(adapter: Adapter, root: str) -> dict[str, Any]:
         "adapter_root": root,
         "base": binding_json(adapter.base.name, adapter.base.revision, adapter.base.roots),
         "origin": dict(adapter.origin),
+        "tool": f"gora-serve {gora_serve.__version__}",
+    }
+
+
+def seal_record(root: str, base: BaseId, origin: Mapping[str, str], config: ExportConfig) -> dict[str, object]:
+    """Return what the seal of an adapter folder says beside its files: root, form, base, and where it comes from."""
+    return {
+        "adapter_root": root,
+        "form": config.form,
+        "dtype": config.dtype,
+        "binding": binding_json(base.name, base.revision, base.roots),
+        "training": dict(origin),
         "tool": f"gora-serve {gora_serve.__version__}",
     }
 

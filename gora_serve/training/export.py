@@ -8,15 +8,13 @@ from pathlib import Path
 
 import torch
 
-import gora_serve
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter
-from gora_serve.adapter.format import read_adapter, write_adapter
+from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
 from gora_serve.config import ExportConfig
 from gora_serve.errors import InputError
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_text
-from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.verify import find_adapter
 
 
@@ -62,16 +60,5 @@ def export_adapter(
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
-        seal_folder(stage, _record(adapter, root, config))
+        seal_folder(stage, seal_record(root, adapter.base, adapter.origin, config))
     return Exported(output, root, adapter)
-
-
-def _record(adapter: Adapter, root: str, config: ExportConfig) -> dict[str, object]:
-    return {
-        "adapter_root": root,
-        "form": config.form,
-        "dtype": config.dtype,
-        "binding": binding_json(adapter.base.name, adapter.base.revision, adapter.base.roots),
-        "training": dict(adapter.origin),
-        "tool": f"gora-serve {gora_serve.__version__}",
-    }

@@ -57,7 +57,7 @@ def test_caches_that_are_refused(tmp_path: Path, tiny_base: Path) -> None:
     assert unbound.value.code == "GS-437"
     (tmp_path / "bad.pt").write_bytes(b"no tensors")
     bad = Inputs(cache=tmp_path / "bad.pt", pickles=True)
-    with pytest.raises(InputError, match="no file of tensors"):
+    with pytest.raises(InputError, match="GS-3114"):
         converted(run.adapter, tiny_base, tmp_path / "out", inputs=bad, family="corda")
     with pytest.raises(UsageError, match="cache is CorDA's"):
         converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(cache=cache), family="pissa")

@@ -86,8 +86,6 @@ def test_what_is_missing_is_the_full_rank_remainder(tmp_path: Path, tiny_base: P
         missing = written[path].delta() - (factors.delta() - difference)
         assert float(missing.norm()) == pytest.approx(remainder, rel=1e-3)
         assert remainder < 0.9 * float(difference.norm())  # leaving P0 in would be worse
-        if done.reading.remainder:
-            assert done.reading.remainder(path) == pytest.approx(remainder)
     assert any("full rank" in note for note in done.reading.notes)
 
 

@@ -25,6 +25,13 @@ def test_a_pickle_is_opened_where_it_is_allowed(tmp_path: Path, tiny_base: Path)
     prove_exact(tmp_path / "adapter", tiny_base, tmp_path / "out", logits_of(model), inputs=Inputs(pickles=True))
 
 
+def test_a_pickle_of_the_old_form(tmp_path: Path) -> None:
+    """Before torch 1.6 a file was no zip archive; such a one cannot be mapped."""
+    file = tmp_path / "adapter_model.bin"
+    torch.save({"a": torch.arange(3.0)}, file, _use_new_zipfile_serialization=False)
+    assert torch.equal(open_source(tmp_path, pickles=True).tensors["a"], torch.arange(3.0))
+
+
 @pytest.mark.parametrize("content", [b"not a pickle at all", {"lora": object}])
 def test_a_pickle_of_something_else(tmp_path: Path, content: object) -> None:
     file = tmp_path / "adapter_model.bin"

@@ -71,7 +71,7 @@ def config_of(family: str) -> Any:
 
     shared: dict[str, Any] = {"lora_alpha": 16, "target_modules": LINEARS}
     if family == "adalora":
-        return AdaLoraConfig(init_r=8, target_r=4, tinit=1, tfinal=1, total_step=len(range(16)), **shared)
+        return AdaLoraConfig(init_r=8, target_r=4, tinit=1, tfinal=1, total_step=16, **shared)
     extra = {"lora_ga_config": LoraGAConfig()} if family == "lora_ga" else {}
     return LoraConfig(r=8, init_lora_weights=family, **extra, **shared)
 
