@@ -26,7 +26,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         return LoraFactors(E.double() * A.double(), B, scale)
 
     method = "alpha / init_r * B (E * A)"
-    return reading_of(source, LazyModules(kept, factors), parts, method=method)
+    return reading_of(source, inputs, LazyModules(kept, factors), parts, method=method)
 
 
 def _scale(source: Source) -> float:

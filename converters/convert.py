@@ -17,6 +17,7 @@ import torch
 
 from converters.detect import Detection, decide
 from converters.families import family_named
+from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.receipt import RECEIPT, Converted, ModuleError, make_receipt
 from converters.source import Source, open_source
@@ -43,21 +44,39 @@ LEADING = 8  # times --rank: the most that a module of full rank can get
 
 
 def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
-    """Open a checkpoint, decide its family and read it.
+    """Open a checkpoint, decide its family and read it, with every tensor accounted for.
 
-    Raises InputError (GS-3104) where a tensor of it is not accounted for, and what `decide` and the reader raise.
+    Raises what `decide`, the reader and `_account` raise.
     """
     source = open_source(path, pickles=inputs.pickles)
     detection = decide(source, inputs, family)
     reading = family_named(detection.family).read(source, inputs)
-    lost = sorted(source.tensors.keys() - reading.applied - reading.carried - reading.known.keys())
-    if lost:
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    return source, detection, _account(source, detection, reading, inputs)
+
+
+def _account(source: Source, detection: Detection, reading: Reading, inputs: Inputs) -> Reading:
+    """Return the reading with what the user leaves out among the known tensors.
+
+    Raises InputError for a tensor that would be lost: GS-3115 with the reason, GS-3104 where it is not the family's.
+    """
+    leave_out = Patterns("--leave-out", inputs.leave_out)
+    others = source.tensors.keys() - reading.applied - reading.carried - reading.known.keys() - reading.lost.keys()
+    lost = {**reading.lost, **dict.fromkeys(sorted(others), f"{detection.family} has no such tensor")}
+    left_out = {name: f"{LEFT_OUT}: {why}" for name, why in lost.items() if leave_out.match(name)}
+    for name in (name for name, why in reading.known.items() if why.startswith(LEFT_OUT)):
+        leave_out.match(name)
+    leave_out.check()
+    remaining = [name for name in lost if name not in left_out]
+    if remaining:
+        more = f" (and {len(remaining) - 1} more)" if len(remaining) > 1 else ""
+        known = remaining[0] in reading.lost
         raise InputError(
-            f"a tensor that {detection.family} does not have{more}: it would be lost", code="GS-3104",
-            file=source.weights, tensor=lost[0], hint="name the family by --from, or report the file's tensor names",
+            f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
+            tensor=remaining[0], actual=lost[remaining[0]],
+            hint="merging the adapter is exact; --leave-out NAMES drops the tensor and says so" if known
+            else "name the family by --from, or report the file's tensor names; --leave-out NAMES drops the tensor",
         )  # fmt: skip
-    return source, detection, reading
+    return replace(reading, known={**reading.known, **left_out})
 
 
 def convert(

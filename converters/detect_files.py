@@ -31,12 +31,12 @@ _MARKS: Mapping[str, re.Pattern[str]] = {
         "gora": r"\.weight_[ab]$",
         "torchtune": r"\.lora_[ab]\.weight$",
         "mlx": r"\.lora_[ab]$",
-        "lora": r"\.lora_(embedding_)?[AB](\.|$)",
+        "lora": r"\.lora_(embedding_)?[AB](\.|$)|\.trainable_tokens_delta(\.|$)",
     }.items()
 }
 # Family of the tensors -> the peft_types that go with them; a family that is not here has a configuration of its own.
 _TYPES: Mapping[str, tuple[str, ...]] = {
-    "lora": ("LORA", "LORAGA"),
+    "lora": ("LORA", "LORAGA", "TRAINABLE_TOKENS"),
     "dora": ("LORA",),
     "kasa": ("LORA",),
     "adalora": ("ADALORA",),

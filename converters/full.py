@@ -10,15 +10,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
+from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source
+from converters.whole import CARRIED, check_vocabulary, counterpart, same
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
 from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
-from gora_serve.errors import BindingError, InputError, UsageError
+from gora_serve.errors import BindingError, InputError
 
 # Modules with a matrix that are no linear layer of their own in transformers' models.
 NOT_LINEAR = re.compile(r"\.experts\.|(emb|wpe|wte|shared|relative_attention_bias)[^.]*$|\.(gate|router)$")
@@ -46,10 +45,9 @@ def read(source: Source, inputs: Inputs) -> Reading:
     another base, UsageError GS-236 and GS-237 for names that make no sense.
     """
     base, model = inputs.need_base("a full fine-tune"), BaseWeights(source.folder)
-    leave_out, carry = _Names("--leave-out", inputs.leave_out), _Names("--carry", inputs.carry)
+    leave_out, carry = Patterns("--leave-out", inputs.leave_out), Patterns("--carry", inputs.carry)
     found = _sort(model, base, leave_out, carry)
     _refuse_problems(source, found)
-    leave_out.check()
     carry.check()
 
     def delta(path: str) -> LoraFactors:
@@ -69,34 +67,11 @@ def read(source: Source, inputs: Inputs) -> Reading:
     )
 
 
-class _Names:
-    """Names or regular expressions that a user gave, and which of them matched."""
-
-    def __init__(self, option: str, names: Iterable[str]) -> None:
-        self.option, self.unused = option, set(names)
-        try:
-            self.patterns = {name: re.compile(name) for name in names}
-        except re.error as err:
-            raise UsageError(f"{option} is no regular expression", code="GS-236", actual=f"{err.pattern!r}") from err
-
-    def match(self, tensor: str) -> bool:
-        matching = [name for name, pattern in self.patterns.items() if pattern.search(tensor)]
-        self.unused -= set(matching)
-        return bool(matching)
-
-    def check(self) -> None:
-        if self.unused:
-            raise UsageError(
-                f"{self.option} names no tensor of the model", code="GS-237", actual=", ".join(sorted(self.unused)),
-                hint="write a part of the tensor's name, or a regular expression",
-            )  # fmt: skip
-
-
-def _sort(model: BaseWeights, base: BaseWeights, leave_out: _Names, carry: _Names) -> _Sorted:
+def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Patterns) -> _Sorted:
     found = _Sorted()
     whole = {name.rpartition(".")[0] for name in model.tensors if carry.match(name)}  # modules that are kept whole
     for name in model.tensors:
-        ours = _counterpart(name, base)
+        ours = counterpart(name, base)
         path, _, kind = max(name, ours or "", key=len).rpartition(".")
         if COMPUTED.search(name) and (ours is None or not _is_vector(model, name)):
             found.known[name] = "computed by the model itself"
@@ -104,25 +79,19 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: _Names, carry: _Name
         if ours is not None:
             _check_shape(model, base, name, ours)
         if leave_out.match(name):
-            found.known[name] = f"left out by --leave-out, relative change {_change(model, base, name, ours)}"
+            found.known[name] = f"{LEFT_OUT}, relative change {_change(model, base, name, ours)}"
             found.left_out.append(name)
         elif name.rpartition(".")[0] in whole:
             found.carried[f"{path}.{kind}"] = name
         elif ours is not None and kind == "weight" and _is_linear(model, path, name):
             found.modules[path] = name
-        elif ours is not None and (reason := _same(model.tensors[name], base.tensors[ours])):
+        elif ours is not None and (reason := same(model.tensors[name], base.tensors[ours])):
             found.known[name] = reason
         else:
             found.problems[name] = _change(model, base, name, ours)
     _tied_head(model, base, found)
     _missing(model, base, leave_out, found)
     return found
-
-
-def _counterpart(name: str, base: BaseWeights) -> str | None:
-    """Return the base's name of the tensor; for a head that the base ties, its embeddings."""
-    path, _, kind = name.rpartition(".")
-    return base.find(path) if kind == "weight" else base.find_parameter(name)
 
 
 def _is_linear(model: BaseWeights, path: str, name: str) -> bool:
@@ -146,9 +115,9 @@ def _tied_head(model: BaseWeights, base: BaseWeights, found: _Sorted) -> None:
         found.carried["lm_head.weight"] = names[0]
 
 
-def _missing(model: BaseWeights, base: BaseWeights, leave_out: _Names, found: _Sorted) -> None:
+def _missing(model: BaseWeights, base: BaseWeights, leave_out: Patterns, found: _Sorted) -> None:
     for name in base.tensors:
-        if not (_counterpart(name, model) or COMPUTED.search(name) or leave_out.match(name)):
+        if not (counterpart(name, model) or COMPUTED.search(name) or leave_out.match(name)):
             found.problems[name] = "the model lacks it"
 
 
@@ -156,26 +125,11 @@ def _check_shape(model: BaseWeights, base: BaseWeights, name: str, ours: str) ->
     actual, expected = model.tensors.shape(name), base.tensors.shape(ours)
     if actual == expected:
         return
-    part = name.split(".")[-2] if "." in name else name
-    if part in EMBEDDINGS + HEADS and actual[1:] == expected[1:]:
-        raise BindingError(
-            "the model has another vocabulary than the base", code="GS-450", file=model.folder, tensor=name,
-            expected=f"{expected[0]} tokens", actual=f"{actual[0]} tokens",
-            hint="resize the base to the same vocabulary first, or serve the model as a base of its own",
-        )  # fmt: skip
+    check_vocabulary(name, actual, base, ours, file=model.folder)
     raise BindingError(
         "the model is no fine-tune of this base: a tensor has another shape", code="GS-451", file=model.folder,
         tensor=name, expected=expected, actual=actual, hint="give the base that the model was trained from",
     )  # fmt: skip
-
-
-def _same(theirs: Tensor, ours: Tensor) -> str | None:
-    """Return why a tensor adds nothing, or None: it is the base's, or the base's rounded to the other's dtype."""
-    if theirs.dtype == ours.dtype:
-        return "the base's own" if torch.equal(theirs, ours) else None
-    if torch.equal(theirs, ours.to(theirs.dtype)) or torch.equal(theirs.to(ours.dtype), ours):
-        return f"the base's own, as {theirs.dtype}"
-    return None
 
 
 def _change(model: BaseWeights, base: BaseWeights, name: str, ours: str | None) -> str:
@@ -209,7 +163,7 @@ def _notes(found: _Sorted, model: BaseWeights, base: BaseWeights) -> Iterable[st
     if found.left_out:
         yield f"the changes of {len(found.left_out)} tensors are left out: without_effect names them"
     if found.carried:
-        yield "modules are carried whole: PEFT loads them, vLLM serves only a classifier's head so"
+        yield CARRIED
     kinds = [{one.tensors.entries[name].dtype for name in one.tensors} for one in (model, base)]
     if kinds[0] != kinds[1]:
         words = [", ".join(sorted(kind)) for kind in kinds]

@@ -29,7 +29,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         return LoraFactors(U.T.contiguous(), base.weight(path).double() @ P, 1.0)
 
     method = f"W0 (product of reflections - I), rank r{', orthonormalized' if orthonormal else ''}"
-    return reading_of(source, LazyModules(parts, factors), parts, method=method)
+    return reading_of(source, inputs, LazyModules(parts, factors), parts, method=method)
 
 
 def _chain(U: Tensor) -> Tensor:

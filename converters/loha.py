@@ -36,7 +36,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
     method = "Khatri-Rao products of the two pairs, rank r squared"
     notes = (f"the exact rank is up to {max(ranks.values()) ** 2}: --rank or --tolerance makes it smaller",)
-    return reading_of(source, LazyModules(parts, factors), parts, method=method, notes=notes)
+    return reading_of(source, inputs, LazyModules(parts, factors), parts, method=method, notes=notes)
 
 
 def _pieces(source: Source, parts: Parts) -> list[Tensor]:

@@ -36,7 +36,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
     method = "Kronecker products of the factors, rank(w1) * rank(w2)"
     notes = ("the exact rank is the product of two ranks: --rank or --tolerance makes it smaller",)
-    return reading_of(source, LazyModules(parts, factors), parts, method=method, notes=notes)
+    return reading_of(source, inputs, LazyModules(parts, factors), parts, method=method, notes=notes)
 
 
 def _rank(source: Source, path: str, parts: Parts) -> int:

@@ -10,28 +10,58 @@ from dataclasses import dataclass
 
 from converters.reading import Inputs, Reading
 from converters.source import Source
+from converters.token_rows import row_factors, rows_of
+from converters.whole import sort_whole
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.names import PREFIX, parse_key
-from gora_serve.adapter.peft_config import foreign_scales, saved_modules
+from gora_serve.adapter.names import parse_embedding_key, parse_key
+from gora_serve.adapter.peft_config import foreign_scales
 from gora_serve.errors import InputError
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The tensor names of a module's factors."""
+    """The tensor names of a module's factors. Of an embedding (V, d) PEFT has A (r, V) and B (d, r)."""
 
     A: str
     B: str
+    embedding: bool = False
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one."""
-    pairs, saved = pairs_of(source), carried_of(source)
-    modules = factors_of(source, pairs)
-    carried = {parameter: source.tensors[name] for parameter, name in saved.items()}
-    adapter = Adapter(modules, base_id(source), carried=carried, task_type=source.config.get("task_type"))
-    applied = frozenset(name for pair in pairs.values() for name in (pair.A, pair.B))
-    return Reading(adapter, applied, frozenset(saved.values()), served=modules, method="scale * B A")
+    pairs, rows = pairs_of(source), rows_of(source, inputs)
+    low_rank = factors_of(source, pairs)
+
+    def factors(path: str) -> LoraFactors:
+        return row_factors(source, inputs.need_base("lora"), path, rows[path]) if path in rows else low_rank[path]
+
+    modules = LazyModules({**pairs, **rows}, factors)
+    whole = sort_whole(source, inputs, modules)
+    embeddings = frozenset(path for path, pair in pairs.items() if pair.embedding)
+    embeddings |= {path for path in rows if inputs.need_base("lora").is_embedding(path)}
+    adapter = Adapter(
+        modules,
+        base_id(source),
+        carried=whole.tensors(source),
+        task_type=source.config.get("task_type"),
+        embeddings=embeddings,
+    )
+    applied = {name for pair in pairs.values() for name in (pair.A, pair.B)} | {one.tensor for one in rows.values()}
+    return Reading(
+        adapter,
+        frozenset(applied),
+        frozenset(whole.carried.values()),
+        whole.known,
+        lost=whole.lost,
+        served=modules,
+        method="scale * B A",
+        notes=whole.notes,
+    )
+
+
+def modules_of(source: Source) -> LazyModules:
+    """Return the factors alone, as stored: what `read` has, less trainable tokens."""
+    return factors_of(source, pairs_of(source))
 
 
 def base_id(source: Source) -> BaseId:
@@ -39,32 +69,23 @@ def base_id(source: Source) -> BaseId:
     return BaseId(str(source.config.get("base_model_name_or_path") or ""), source.config.get("revision"))
 
 
-def carried_of(source: Source) -> dict[str, str]:
-    """Return the modules that PEFT saved whole (modules_to_save): parameter path -> tensor name."""
-    saved = saved_modules(source.config, file=source.config_file)
-    found = {}
-    for name in source.tensors:
-        parameter = name.removeprefix(PREFIX)
-        module = parameter.rpartition(".")[0]
-        if name.startswith(PREFIX) and any(module == one or module.endswith(f".{one}") for one in saved):
-            found[parameter] = name
-    return found
-
-
 def pairs_of(source: Source) -> dict[str, Pair]:
     """Return the factors' names by module path. Raises InputError for a factor without its twin (GS-3108)."""
     parts: dict[str, dict[str, str]] = {}
+    embeddings: set[str] = set()
     for name in source.tensors:
-        parsed = parse_key(name)
+        embedding = parse_embedding_key(plain := name.replace(".default", ""))
+        parsed = embedding or parse_key(plain)
         if parsed:
             parts.setdefault(parsed[0], {})[parsed[1]] = name
+            embeddings |= {parsed[0]} if embedding else set()
     for found in parts.values():
         if found.keys() != {"A", "B"}:
             raise InputError(
                 "a LoRA factor lacks its twin", code="GS-3108", file=source.weights, tensor=next(iter(found.values())),
                 hint="fetch the adapter again; the file is not whole",
             )  # fmt: skip
-    return {path: Pair(found["A"], found["B"]) for path, found in parts.items()}
+    return {path: Pair(found["A"], found["B"], path in embeddings) for path, found in parts.items()}
 
 
 def factors_of(source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
@@ -76,9 +97,13 @@ def factors_of(source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
         _check_shapes(source, pair)
     ranks = {path: source.tensors.shape(pair.A)[0] for path, pair in pairs.items()}
     scales = foreign_scales(source.config, ranks, file=source.config_file)
-    return LazyModules(
-        pairs, lambda path: LoraFactors(source.tensors[pairs[path].A], source.tensors[pairs[path].B], scales[path])
-    )
+
+    def factors(path: str) -> LoraFactors:
+        pair = pairs[path]
+        A, B = source.tensors[pair.A], source.tensors[pair.B]
+        return LoraFactors(B.T, A.T, scales[path]) if pair.embedding else LoraFactors(A, B, scales[path])
+
+    return LazyModules(pairs, factors)
 
 
 def _check_shapes(source: Source, pair: Pair) -> None:

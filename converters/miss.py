@@ -35,7 +35,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
     method = "blocks of (W0 B + B)" if bat else "the block times a matrix that sums columns, rank r"
     modules = LazyModules(parts, factors)
-    return reading_of(source, modules, parts, method=method, full_rank=bat)
+    return reading_of(source, inputs, modules, parts, method=method, full_rank=bat)
 
 
 def _low_rank(block: Tensor, path: str, base: BaseWeights) -> LoraFactors:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from torch import Tensor
-
-from converters.lora import base_id, carried_of
-from converters.reading import Reading
+from converters.lora import base_id
+from converters.reading import Inputs, Reading
 from converters.source import Source
+from converters.whole import sort_whole
 from gora_serve.adapter.factors import Adapter, LazyModules
 from gora_serve.adapter.names import PREFIX
 from gora_serve.errors import InputError
@@ -48,6 +47,7 @@ def parts_of(source: Source, known: Collection[str], needed: Iterable[Collection
 
 def reading_of(
     source: Source,
+    inputs: Inputs,
     modules: LazyModules,
     parts: Mapping[str, Parts],
     *,
@@ -60,14 +60,16 @@ def reading_of(
 
     shared: tensors that serve several modules. No engine serves such a checkpoint as it is.
     """
-    carried = carried_of(source)
-    tensors: dict[str, Tensor] = {parameter: source.tensors[name] for parameter, name in carried.items()}
-    adapter = Adapter(modules, base_id(source), carried=tensors, task_type=source.config.get("task_type"))
+    whole = sort_whole(source, inputs, parts)
+    carried = whole.tensors(source)
+    adapter = Adapter(modules, base_id(source), carried=carried, task_type=source.config.get("task_type"))
     return Reading(
         adapter,
         frozenset(name for one in parts.values() for name in one.values()) | frozenset(shared),
-        frozenset(carried.values()),
+        frozenset(whole.carried.values()),
+        whole.known,
+        lost=whole.lost,
         full_rank=full_rank,
         method=method,
-        notes=notes,
+        notes=(*notes, *whole.notes),
     )

@@ -23,8 +23,8 @@ class Inputs:
 
     base: the untouched base. init_adapter: the adapter as it was right after initialisation. mutated_base: the base
     that the initialisation edited. cache: CorDA's cache file. pickles: whether .bin and .pt files may be opened
-    (weights only). leave_out, carry: of a fully fine-tuned model, regular expressions (parts of names do) for the
-    tensors whose change is dropped, and for the modules that are kept whole as modules_to_save.
+    (weights only). leave_out: regular expressions (parts of names do) for tensors that the output cannot hold, and that
+    are dropped; carry: of a fully fine-tuned model, for the modules that are kept whole as modules_to_save.
     """
 
     base: BaseWeights | None = None
@@ -50,7 +50,8 @@ class Reading:
     adapter: the update on the untouched base, exact, read module by module.
     applied: names of the input's tensors that went into `adapter.modules`; carried: those that went into
         `adapter.carried`; known: those that add nothing, each with the reason (a copy of the base's own embeddings).
-        Together they are all of them.
+        lost: those that the output cannot hold, each with the reason; the user may leave them out. Together they are
+        all of them.
     served: what an engine that serves LoRA would add to the base if it were given the checkpoint as it is; None where
         none loads it (DoRA, LoHa and the like, which PEFT alone loads).
     initial: P0, what the initialisation took out of the base; None for a family that leaves the base alone.
@@ -64,6 +65,7 @@ class Reading:
     applied: frozenset[str]
     carried: frozenset[str] = frozenset()
     known: Mapping[str, str] = field(default_factory=dict)
+    lost: Mapping[str, str] = field(default_factory=dict)
     served: Mapping[str, LoraFactors] | None = None
     initial: Mapping[str, LoraFactors] | None = None
     edited: BaseWeights | None = None

@@ -39,7 +39,6 @@ UNSUPPORTED: Mapping[str, str] = {
     "LILY": _OWN,
     "BEFT": "it trains biases alone",
     "LN_TUNING": "it trains norms alone",
-    "TRAINABLE_TOKENS": "it trains rows of the embeddings alone",
     "PVERA": _INPUT,
     "PEANUT": _INPUT,
     "SHADOW": _INPUT,

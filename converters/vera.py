@@ -43,7 +43,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
     found = "as saved" if shared else f"rebuilt from projection_prng_key {source.config['projection_prng_key']}"
     method = f"diag(b) B diag(d) A; projections {found}"
-    return reading_of(source, LazyModules(parts, factors), parts, method=method, shared=shared)
+    return reading_of(source, inputs, LazyModules(parts, factors), parts, method=method, shared=shared)
 
 
 def _rebuilt(source: Source, shapes: dict[str, tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,7 @@ def _keys(adapter: Adapter, path: str) -> tuple[str, str]:
 
 
 def _little_endian(tensor: Tensor) -> bytes:
-    data: bytes = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    data: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return data
 
 

@@ -63,6 +63,11 @@ class BaseWeights:
         found = [name for name in self.tensors if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
         return found[0] if len(found) == 1 else None
 
+    def is_tied(self, head: str, path: str) -> bool:
+        """Return whether module `head` has no weight of its own but that of the embeddings `path`."""
+        own = self.find_parameter(f"{head}.weight")
+        return own is None and self._tied(head) is not None and self._tied(head) == self.find(path)
+
     def is_transposed(self, path: str) -> bool:
         """Return whether the module's weight is stored as (in, out): GPT-2's Conv1D."""
         return self.config.get("model_type") in TRANSPOSED_TYPES and path.rpartition(".")[2] in TRANSPOSED_NAMES

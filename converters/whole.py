@@ -1,0 +1,129 @@
+"""What lies in an adapter's file beside its factors: modules saved whole, copies of the base's own, trained biases.
+
+PEFT saves modules_to_save, embeddings that it takes for changed, and biases where `bias` says so. Each tensor is
+carried, adds nothing, or is lost: plain LoRA cannot hold it, and the user decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters.reading import Inputs
+from converters.source import Source
+from gora_serve.adapter.names import PREFIX
+from gora_serve.adapter.peft_config import saved_modules
+from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
+from gora_serve.errors import BindingError
+
+CARRIED = "modules are carried whole: PEFT loads them, vLLM serves only a classifier's head so"
+# What PEFT's wrappers put into the names of a state dict; `original_module` is what stood there before training.
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
+_ORIGINAL = ".original_module."
+_FACTOR = re.compile(r"\.lora_|\.token_adapter\.|\.trainable_tokens_")
+_LORA_BIAS = re.compile(r"\.lora_B(\.default)?\.bias$")
+
+
+@dataclass
+class Whole:
+    """Tensors that are no factors. carried: parameter path -> tensor name. known, lost: tensor name -> why."""
+
+    carried: dict[str, str] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+
+    def tensors(self, source: Source) -> dict[str, Tensor]:
+        """Return what is carried: parameter path -> tensor."""
+        return {parameter: source.tensors[name] for parameter, name in self.carried.items()}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (CARRIED,) if self.carried else ()
+
+
+def sort_whole(source: Source, inputs: Inputs, adapted: Collection[str]) -> Whole:
+    """Sort the tensors that are no factors; those whose names say nothing are left out.
+
+    adapted: the paths of the modules that have factors. Raises BindingError (GS-450) for embeddings of another
+    vocabulary than the base's.
+    """
+    saved = tuple(saved_modules(source.config, file=source.config_file))
+    found = Whole()
+    for name in source.tensors:
+        if _LORA_BIAS.search(name):
+            _sort_bias(source, name, found)
+        elif name.startswith(PREFIX) and not _FACTOR.search(name):
+            parameter = _WRAPPED.sub("", name.removeprefix(PREFIX))
+            module = parameter.rpartition(".")[0]
+            # PEFT's own rule: a name of modules_to_save is any end of the path.
+            if module.endswith(saved) and module not in adapted and _ORIGINAL not in name:
+                found.carried[parameter] = name
+            elif parameter.endswith((".weight", ".bias")):
+                _sort_parameter(source, inputs.base, name, parameter, module in adapted, found)
+    return found
+
+
+def _sort_bias(source: Source, name: str, found: Whole) -> None:
+    if source.tensors[name].any():
+        found.lost[name] = "lora_bias: a bias that B adds, which plain LoRA does not have"
+    else:
+        found.known[name] = "zero"
+
+
+def _sort_parameter(
+    source: Source, base: BaseWeights | None, name: str, parameter: str, adapted: bool, found: Whole
+) -> None:
+    """Sort a parameter of the base's: its own, or one that was trained."""
+    if base is None:
+        found.known[name] = "of the base's own name; no base was given to compare it with"
+        return
+    ours = counterpart(parameter, base)
+    if ours is None:
+        return
+    module, _, kind = parameter.rpartition(".")
+    check_vocabulary(name, source.tensors.shape(name), base, ours, file=source.weights)
+    reason = same(source.tensors[name], base.tensors[ours])
+    if reason:
+        found.known[name] = reason
+    elif is_vocabulary(module) and kind == "weight" and not adapted and _ORIGINAL not in name:
+        found.carried[parameter] = name
+    else:
+        found.lost[name] = f"a {kind} that is not the base's own: trained, or from another base"
+
+
+def counterpart(parameter: str, base: BaseWeights) -> str | None:
+    """Return the base's name of a parameter; for a head that the base ties, its embeddings."""
+    module, _, kind = parameter.rpartition(".")
+    return base.find(module) if kind == "weight" else base.find_parameter(parameter)
+
+
+def is_vocabulary(module: str) -> bool:
+    """Tell whether a module has a row for each token."""
+    return module.rpartition(".")[2] in EMBEDDINGS + HEADS
+
+
+def check_vocabulary(name: str, actual: tuple[int, ...], base: BaseWeights, ours: str, *, file: Path) -> None:
+    """Raise BindingError (GS-450) for embeddings or a head of another vocabulary than the base's."""
+    expected = base.tensors.shape(ours)
+    if actual != expected and actual[1:] == expected[1:] and is_vocabulary(ours.rpartition(".")[0]):
+        raise BindingError(
+            "the base has another vocabulary", code="GS-450", file=file, tensor=name,
+            expected=f"{expected[0]} tokens", actual=f"{actual[0]} tokens",
+            hint="resize the base to the same vocabulary first, or serve the merged model as a base of its own",
+        )  # fmt: skip
+
+
+def same(theirs: Tensor, ours: Tensor) -> str | None:
+    """Return why a tensor adds nothing, or None: it is the base's, or the base's rounded to the other's dtype."""
+    if theirs.shape != ours.shape:
+        return None
+    if theirs.dtype == ours.dtype:
+        return "the base's own" if torch.equal(theirs, ours) else None
+    if torch.equal(theirs, ours.to(theirs.dtype)) or torch.equal(theirs.to(ours.dtype), ours):
+        return f"the base's own, as {theirs.dtype}"
+    return None
