@@ -44,7 +44,8 @@ from gora_serve.config import ConvertConfig, ExportDtype, Form
     "--leave-out",
     multiple=True,
     metavar="NAMES",
-    help="Of a fine-tuned model: drop the change of tensors whose name has this (a regular expression). Repeatable.",
+    help="Drop tensors that LoRA cannot hold (biases, norms), where their name has this (a regular expression). "
+    "Repeatable.",
 )
 @click.option(
     "--carry",
