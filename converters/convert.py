@@ -107,7 +107,7 @@ def convert(
             spill.put(name, _spectrum(factors, reading, config))
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
         ranks = choose_ranks(spill, config)
-        _check_something_is_left(source, ranks)
+        _check_something_is_left(source, reading, ranks)
         adapter = _adapter(reading, detection, BaseId(base.name, base.revision, roots), spill, ranks, inputs)
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
@@ -153,7 +153,7 @@ def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:
 
 
 def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:
-    tolerance = NUMERICAL[config.dtype]
+    tolerance = NUMERICAL[config.dtype] if config.tolerance is None else 0.0  # one tolerance, over all modules
     if reading.full_rank and config.rank is not None:
         return leading(factors, LEADING * config.rank, tolerance=tolerance)
     return compress(factors, tolerance=tolerance)
@@ -169,11 +169,13 @@ def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
     return {path: len(values) for path, values in singular.items()}
 
 
-def _check_something_is_left(source: Source, ranks: Mapping[str, int]) -> None:
+def _check_something_is_left(source: Source, reading: Reading, ranks: Mapping[str, int]) -> None:
     if not any(ranks.values()):
+        carried = bool(reading.carried)
         raise InputError(
-            "the update is zero: the adapter changes nothing", code="GS-3106", file=source.weights,
-            hint="is this the adapter as it was before training?",
+            "no update is left for LoRA: every module that changed is carried whole" if carried
+            else "the update is zero: the adapter changes nothing", code="GS-3106", file=source.weights,
+            hint="serve the model as a base of its own" if carried else "is this the adapter as it was before training?",
         )  # fmt: skip
 
 
@@ -201,6 +203,5 @@ def _measure(stage: Path, spill: Spill, ranks: Mapping[str, int]) -> dict[str, M
         spectrum, rank = module.load(), ranks[path]
         norm, truncated = spectrum.dropped(0), spectrum.dropped(rank)
         error = math.hypot(distance(written[path], spectrum.first(spectrum.rank)), spectrum.rest) if rank else norm
-        before = min(module.shape) if spectrum.rest else spectrum.rank
-        errors[path] = ModuleError(rank, before, norm, truncated, error)
+        errors[path] = ModuleError(rank, spectrum.numerical_rank, norm, truncated, error)
     return errors

@@ -13,16 +13,17 @@ from gora_serve.adapter.linalg import Spectrum
 
 @dataclass(frozen=True)
 class Spilled:
-    """One module's spectrum on disk. singular: descending. shape: (out, in). rest: norm of what it does not hold."""
+    """One module's spectrum on disk. singular: descending. shape: (out, in). The rest is as Spectrum has it."""
 
     file: Path
     singular: tuple[float, ...]
     shape: tuple[int, int]
     rest: float
+    numerical_rank: int
 
     def load(self) -> Spectrum:
         tensors = load_file(self.file)
-        return Spectrum(tensors["A"], tensors["B"], tensors["singular"], self.rest)
+        return Spectrum(tensors["A"], tensors["B"], tensors["singular"], self.rest, self.numerical_rank)
 
 
 class Spill(Mapping[str, Spilled]):
@@ -37,7 +38,8 @@ class Spill(Mapping[str, Spilled]):
         file = self.folder / f"{len(self._modules)}.safetensors"
         save_file({"A": spectrum.A, "B": spectrum.B, "singular": spectrum.singular}, file)
         shape = spectrum.B.shape[0], spectrum.A.shape[1]
-        self._modules[path] = Spilled(file, tuple(spectrum.singular.tolist()), shape, spectrum.rest)
+        values = tuple(spectrum.singular.tolist())
+        self._modules[path] = Spilled(file, values, shape, spectrum.rest, spectrum.numerical_rank)
 
     def __getitem__(self, path: str) -> Spilled:
         return self._modules[path]

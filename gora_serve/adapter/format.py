@@ -31,6 +31,7 @@ from gora_serve.integrity.record import RECORD_SCHEMA, WEIGHTS, binding_json, bo
 CONFIG = "adapter_config.json"
 ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that every engine reading PEFT LoRA can hold
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CARRIED_DTYPES = {**DTYPES, torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 
 
 def to_form(adapter: Adapter, form: Form) -> Adapter:
@@ -92,7 +93,12 @@ def write_adapter(folder: Path, adapter: Adapter, form: Form, dtype: torch.dtype
         for key, tensor in _spelled(adapter, path, factors):
             specs[key] = (DTYPES[dtype], tuple(tensor.shape))
     for parameter, tensor in adapter.carried.items():
-        specs[saved_key(parameter)] = (DTYPES[tensor.dtype], tuple(tensor.shape))
+        if tensor.dtype not in CARRIED_DTYPES:
+            raise InputError(
+                "a module that is kept whole has values of an unusual type", code="GS-3119", tensor=parameter,
+                expected=", ".join(CARRIED_DTYPES.values()), actual=tensor.dtype, hint="save it in float32",
+            )  # fmt: skip
+        specs[saved_key(parameter)] = (CARRIED_DTYPES[tensor.dtype], tuple(tensor.shape))
     root = _write_tensors(folder / WEIGHTS, adapter, specs)
     config = make_config(
         ranks,

@@ -133,7 +133,11 @@ def pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     PEFT's rule (`get_pattern_key`): a key is a regular expression for the end of the path, starting at a dot; the first
     match wins. The keys must be safe (`is_safe_pattern`).
     """
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next(iter(_matches(pattern, path)), default)
+
+
+def _matches(pattern: Mapping[str, Any], path: str) -> list[Any]:
+    return [value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)]
 
 
 def foreign_pattern(config: Mapping[str, Any], name: str, *, file: Path) -> dict[str, Any]:
@@ -152,19 +156,28 @@ def foreign_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file:
     """Return the scale of each module of another tool's LoRA adapter, given the ranks of its tensors.
 
     alpha / r, or alpha / √r with use_rslora, per module. The configured rank must be the tensor's: PEFT computes with
-    the one and multiplies the other. Raises InputError: GS-3103 where they differ, GS-355 where alpha is no number.
+    the one and multiplies the other. PEFT sorts the keys of a pattern when it saves, so that the first match may be
+    another than in training. Raises InputError: GS-3103 where no rank is the tensor's, GS-3118 where two alphas match,
+    GS-355 where alpha is no number.
     """
     of_rank, of_alpha = (foreign_pattern(config, name, file=file) for name in ("rank_pattern", "alpha_pattern"))
     scales = {}
     for path, rank in ranks.items():
         declared = pattern_value(of_rank, path, config.get("r", rank))
-        if declared != rank:
+        if rank not in (_matches(of_rank, path) or [declared]):
             raise InputError(
                 "the configured rank is not the tensor's: the scale is not known", code="GS-3103", file=file,
                 tensor=path, expected=f"r {declared}", actual=f"A has {rank} rows",
                 hint="correct r or rank_pattern in adapter_config.json, with lora_alpha as it was in training",
             )  # fmt: skip
-        scales[path] = scale_of(pattern_value(of_alpha, path, config.get("lora_alpha", 8)), rank, config, path, file)
+        alphas = _matches(of_alpha, path) or [config.get("lora_alpha", 8)]
+        if any(alpha != alphas[0] for alpha in alphas):
+            raise InputError(
+                "two keys of alpha_pattern give this module different values, and PEFT saves no order of keys",
+                code="GS-3118", file=file, tensor=path, actual=", ".join(str(alpha) for alpha in alphas)[:80],
+                hint="leave in adapter_config.json the key that training used for this module",
+            )  # fmt: skip
+        scales[path] = scale_of(alphas[0], rank, config, path, file)
     return scales
 
 

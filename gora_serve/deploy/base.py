@@ -81,8 +81,19 @@ class BaseWeights:
         return (shape[1], shape[0]) if self.is_transposed(path) else (shape[0], shape[1])
 
     def weight(self, path: str) -> Tensor:
-        """Return the module's weight as (out, in), in its own dtype. Raises BindingError (GS-404) as `shape`."""
-        weight = self.tensors[self._name(path)]
+        """Return the module's weight as (out, in), in its own dtype.
+
+        Raises BindingError (GS-404) as `shape`, and InputError (GS-3117) for numbers that are no weights by themselves:
+        those of a quantized base, whose scales lie beside them.
+        """
+        name = self._name(path)
+        if self.tensors.entries[name].dtype not in ("F64", "F32", "F16", "BF16"):
+            raise InputError(
+                "the base is quantized, and its weights are needed as they were", code="GS-3117",
+                file=self.tensors.files[name], tensor=name, expected="F32, F16 or BF16",
+                actual=self.tensors.entries[name].dtype, hint="give the base as it was before it was quantized",
+            )  # fmt: skip
+        weight = self.tensors[name]
         return weight.T if self.is_transposed(path) else weight
 
     def _name(self, path: str) -> str:

@@ -240,7 +240,8 @@ def _log_probabilities(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def _against(trained: Tensor, logs: Tensor, labels: Tensor) -> Tensor:
     """Return the sums of loss, KL(trained || logs) and agreement, and the count, over one batch's tokens."""
     loss = -logs.gather(1, labels.unsqueeze(1)).double().sum()
-    kl = (trained.exp() * (trained - logs)).sum(dim=1).double().sum()
+    wide, other = trained.double(), logs.double()  # in float32 the sum has a floor of 2e-8
+    kl = (wide.exp() * (wide - other)).sum(dim=1).sum()
     agreement = (trained.argmax(dim=1) == logs.argmax(dim=1)).double().sum()
     count = torch.tensor(float(len(labels)), dtype=torch.float64, device=loss.device)
     return torch.stack([loss, kl, agreement, count]).cpu()
