@@ -72,7 +72,7 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
     whole = {name.rpartition(".")[0] for name in model.tensors if carry.match(name)}  # modules that are kept whole
     for name in model.tensors:
         ours = counterpart(name, base)
-        path, _, kind = max(name, ours or "", key=len).rpartition(".")
+        path, _, kind = _longer(name, ours).rpartition(".")
         if COMPUTED.search(name) and (ours is None or not _is_vector(model, name)):
             found.known[name] = "computed by the model itself"
             continue
@@ -92,6 +92,11 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
     _tied_head(model, base, found)
     _missing(model, base, leave_out, found)
     return found
+
+
+def _longer(name: str, ours: str | None) -> str:
+    """Return the longer spelling of one name: the model's own, unless the base's alone has the first part."""
+    return ours if ours is not None and ours.endswith(f".{name}") else name
 
 
 def _is_linear(model: BaseWeights, path: str, name: str) -> bool:
