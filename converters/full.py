@@ -89,6 +89,7 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
             found.known[name] = reason
         else:
             found.problems[name] = _change(model, base, name, ours)
+    _carry_shared(model, found)
     _tied_head(model, base, found)
     _missing(model, base, leave_out, found)
     return found
@@ -116,8 +117,18 @@ def _tied_head(model: BaseWeights, base: BaseWeights, found: _Sorted) -> None:
         found.modules[own[0].removesuffix(".weight")] = tied
         return
     names = [name for parameter, name in found.carried.items() if parameter.split(".")[-2] in EMBEDDINGS]
-    if names and _task(model) == "CAUSAL_LM" and model.find("lm_head") in names:
-        found.carried["lm_head.weight"] = names[0]
+    if _task(model) != "SEQ_CLS" and (tied := model.find("lm_head")) in names:
+        found.carried["lm_head.weight"] = str(tied)
+
+
+def _carry_shared(model: BaseWeights, found: _Sorted) -> None:
+    """Encoder and decoder of T5, BART and their kin read `shared` through modules of their own: carry these too."""
+    for parameter, name in list(found.carried.items()):
+        *before, last, _ = parameter.split(".")
+        for half in ("encoder", "decoder") if last == "shared" else ():
+            stack = ".".join([*before, half])
+            if any(other.startswith(f"{stack}.") for other in model.tensors):
+                found.carried.setdefault(f"{stack}.embed_tokens.weight", name)
 
 
 def _missing(model: BaseWeights, base: BaseWeights, leave_out: Patterns, found: _Sorted) -> None:
