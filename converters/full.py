@@ -171,8 +171,10 @@ def _refuse_problems(source: Source, found: _Sorted) -> None:
 
 
 def _task(model: BaseWeights) -> str | None:
+    """PEFT's word for the kind of model. A reader of images too is ForConditionalGeneration, without an encoder."""
     names = model.config.get("architectures") or ["ForCausalLM"]
-    return next((task for end, task in TASKS.items() if str(names[0]).endswith(end)), "CAUSAL_LM")
+    task = next((task for end, task in TASKS.items() if str(names[0]).endswith(end)), "CAUSAL_LM")
+    return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and not model.config.get("is_encoder_decoder") else task
 
 
 def _notes(found: _Sorted, model: BaseWeights, base: BaseWeights) -> Iterable[str]:

@@ -127,7 +127,7 @@ def _shares_of_zero(file: Path, tensor: str | None = None) -> InputError:
     return InputError(
         "the weights are in DeepSpeed's shares, one for each process", code="GS-3111", file=file, tensor=tensor,
         actual="shape (0,) in the file of one process" if tensor else None,
-        hint="in the checkpoint's folder: python zero_to_fp32.py . OUTPUT; save the adapter from the model that it writes",
+        hint="in its folder: python zero_to_fp32.py . OUTPUT; save the adapter from the model that it writes",
     )  # fmt: skip
 
 
