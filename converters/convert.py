@@ -46,10 +46,16 @@ LEADING = 8  # times --rank: the most that a module of full rank can get
 def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
     """Open a checkpoint, decide its family and read it, with every tensor accounted for.
 
-    Raises what `decide`, the reader and `_account` raise.
+    Raises UsageError (GS-238) for an option that is a full fine-tune's, and what `decide`, the reader and `_account`
+    raise.
     """
     source = open_source(path, pickles=inputs.pickles)
     detection = decide(source, inputs, family)
+    if detection.family != "full" and inputs.carry:
+        raise UsageError(
+            f"--carry is for a fine-tuned model; this is {detection.family}", code="GS-238", file=source.weights,
+            actual=", ".join(inputs.carry), hint="leave --carry out: what an adapter saved whole is carried unasked",
+        )  # fmt: skip
     reading = family_named(detection.family).read(source, inputs)
     return source, detection, _account(source, detection, reading, inputs)
 
@@ -100,6 +106,7 @@ def convert(
     with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:
         source, detection, reading = read(path, inputs, config.family)
         _check_can_be_low_rank(source, detection, reading, config)
+        _check_carried(source, reading)
         roots = _roots(source, base, inputs)
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
@@ -107,7 +114,7 @@ def convert(
             spill.put(name, _spectrum(factors, reading, config))
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
         ranks = choose_ranks(spill, config)
-        _check_something_is_left(source, ranks)
+        _check_something_is_left(source, reading, ranks)
         adapter = _adapter(reading, detection, BaseId(base.name, base.revision, roots), spill, ranks, inputs)
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
@@ -152,6 +159,15 @@ def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:
         )  # fmt: skip
 
 
+def _check_carried(source: Source, reading: Reading) -> None:
+    for parameter, tensor in reading.adapter.carried.items():
+        if not tensor.isfinite().all():
+            raise InputError(
+                "a module that is carried holds NaN or infinite values", code="GS-3105", file=source.weights,
+                tensor=parameter, hint="training diverged, or the file is damaged: use an earlier checkpoint",
+            )  # fmt: skip
+
+
 def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:
     tolerance = NUMERICAL[config.dtype]
     if reading.full_rank and config.rank is not None:
@@ -169,12 +185,14 @@ def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
     return {path: len(values) for path, values in singular.items()}
 
 
-def _check_something_is_left(source: Source, ranks: Mapping[str, int]) -> None:
-    if not any(ranks.values()):
-        raise InputError(
-            "the update is zero: the adapter changes nothing", code="GS-3106", file=source.weights,
-            hint="is this the adapter as it was before training?",
-        )  # fmt: skip
+def _check_something_is_left(source: Source, reading: Reading, ranks: Mapping[str, int]) -> None:
+    if any(ranks.values()):
+        return
+    what, hint = "the update is zero: the adapter changes nothing", "is this the adapter as it was before training?"
+    if reading.adapter.carried:
+        what = "the update is zero beside what is carried whole: LoRA has nothing to hold"
+        hint = "carry fewer modules, or serve the model as a base of its own"
+    raise InputError(what, code="GS-3106", file=source.weights, hint=hint)
 
 
 def _adapter(
