@@ -123,7 +123,7 @@ def leading(factors: LoraFactors, count: int, *, tolerance: float = 0.0, iterati
     kept = int(((tails > tolerance * total) & (noise < S)).sum())
     root = S[:kept].sqrt()
     A, B = Vh[:kept] * root[:, None], (Q @ U[:, :kept]) * root
-    return Spectrum(A, B, S[:kept], _difference_of_squares(total, float(S[:kept].norm())))
+    return Spectrum(A.contiguous(), B.contiguous(), S[:kept], _difference_of_squares(total, float(S[:kept].norm())))
 
 
 def _product(factors: LoraFactors) -> Tensor:
