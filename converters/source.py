@@ -6,7 +6,8 @@ and FSDP, folders that hold no adapter. What the tensors mean is the families' b
 
 from __future__ import annotations
 
-import pickle
+import errno
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -139,10 +140,12 @@ class PickledTensors(TensorFiles):
         super().__init__(())
         try:
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
-            raise _no_tensors(path, str(err).splitlines()[0]) from err
+        except Exception as err:  # of a damaged file, nearly any: KeyError, struct.error, BadZipFile ...
+            if isinstance(err, OSError) and err.errno != errno.EINVAL:
+                raise
+            raise _no_tensors(path, _reason(err)) from err
         value = value[NESTED] if isinstance(value, dict) and NESTED in value else value
-        if not isinstance(value, dict) or not all(isinstance(one, Tensor) for one in value.values()):
+        if not isinstance(value, dict) or not all(map(_is_named_tensor, value.items())):
             raise _no_tensors(path, "other objects than tensors")
         self._tensors: dict[str, Tensor] = value
         for name, tensor in value.items():
@@ -152,6 +155,20 @@ class PickledTensors(TensorFiles):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _reason(err: Exception) -> str:
+    """Return why torch's loader refused, without its advice to load the file unchecked."""
+    text = str(err)
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it would call or build {found[1]}"
+    if "weights_only" in text:
+        return "what the loader for weights only does not know"
+    return text.partition("\n")[0] or "it ends early"
 
 
 def _no_tensors(path: Path, actual: str) -> InputError:
