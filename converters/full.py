@@ -48,6 +48,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     leave_out, carry = Patterns("--leave-out", inputs.leave_out), Patterns("--carry", inputs.carry)
     found = _sort(model, base, leave_out, carry)
     _refuse_problems(source, found)
+    leave_out.check()
     carry.check()
 
     def delta(path: str) -> LoraFactors:

@@ -662,12 +662,11 @@ def test_refusals(tmp_path: Path, tiny_base: Path, name: str) -> None:
     assert sorted(model.rglob("*")) == before
 
 
-def test_the_options_of_a_fine_tuned_model_are_refused_with_an_adapter(tmp_path: Path, tiny_base: Path) -> None:
+def test_carrying_is_refused_with_an_adapter(tmp_path: Path, tiny_base: Path) -> None:
     model = train(get_peft_model(build_llama(), LoraConfig(r=2, target_modules=["q_proj"])))
     model.save_pretrained(tmp_path / "adapter")
-    for inputs in (Inputs(leave_out=("q_proj",)), Inputs(carry=("q_proj",))):
-        with pytest.raises(UsageError, match="GS-238"):
-            converted(tmp_path / "adapter", tiny_base, tmp_path / "out", inputs=inputs)
+    with pytest.raises(UsageError, match="GS-238"):
+        converted(tmp_path / "adapter", tiny_base, tmp_path / "out", inputs=Inputs(carry=("q_proj",)))
 
 
 def test_the_command_line(tmp_path: Path, whole: Tuned, capsys: pytest.CaptureFixture[str]) -> None:
