@@ -46,10 +46,16 @@ LEADING = 8  # times --rank: the most that a module of full rank can get
 def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
     """Open a checkpoint, decide its family and read it, with every tensor accounted for.
 
-    Raises what `decide`, the reader and `_account` raise.
+    Raises UsageError (GS-238) for an option that is a full fine-tune's, and what `decide`, the reader and `_account`
+    raise.
     """
     source = open_source(path, pickles=inputs.pickles)
     detection = decide(source, inputs, family)
+    if detection.family != "full" and inputs.carry:
+        raise UsageError(
+            f"--carry is for a fine-tuned model; this is {detection.family}", code="GS-238", file=source.weights,
+            actual=", ".join(inputs.carry), hint="leave --carry out: what an adapter saved whole is carried unasked",
+        )  # fmt: skip
     reading = family_named(detection.family).read(source, inputs)
     return source, detection, _account(source, detection, reading, inputs)
 
@@ -63,9 +69,8 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
     others = source.tensors.keys() - reading.applied - reading.carried - reading.known.keys() - reading.lost.keys()
     lost = {**reading.lost, **dict.fromkeys(sorted(others), f"{detection.family} has no such tensor")}
     left_out = {name: f"{LEFT_OUT}: {why}" for name, why in lost.items() if leave_out.match(name)}
-    for name in (name for name, why in reading.known.items() if why.startswith(LEFT_OUT)):
-        leave_out.match(name)
-    leave_out.check()
+    if detection.family != "full":  # whose reader has checked them, against the base's tensors too
+        leave_out.check()
     remaining = [name for name in lost if name not in left_out]
     if remaining:
         more = f" (and {len(remaining) - 1} more)" if len(remaining) > 1 else ""
@@ -100,6 +105,7 @@ def convert(
     with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:
         source, detection, reading = read(path, inputs, config.family)
         _check_can_be_low_rank(source, detection, reading, config)
+        _check_carried(source, reading)
         roots = _roots(source, base, inputs)
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
@@ -152,6 +158,15 @@ def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:
         )  # fmt: skip
 
 
+def _check_carried(source: Source, reading: Reading) -> None:
+    for parameter, tensor in reading.adapter.carried.items():
+        if not tensor.isfinite().all():
+            raise InputError(
+                "a module that is carried holds NaN or infinite values", code="GS-3105", file=source.weights,
+                tensor=parameter, hint="training diverged, or the file is damaged: use an earlier checkpoint",
+            )  # fmt: skip
+
+
 def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:
     tolerance = NUMERICAL[config.dtype] if config.tolerance is None else 0.0  # one tolerance, over all modules
     if reading.full_rank and config.rank is not None:
@@ -170,13 +185,13 @@ def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
 
 
 def _check_something_is_left(source: Source, reading: Reading, ranks: Mapping[str, int]) -> None:
-    if not any(ranks.values()):
-        carried = bool(reading.carried)
-        raise InputError(
-            "no update is left for LoRA: every module that changed is carried whole" if carried
-            else "the update is zero: the adapter changes nothing", code="GS-3106", file=source.weights,
-            hint="serve the model as a base of its own" if carried else "is this the adapter as it was before training?",
-        )  # fmt: skip
+    if any(ranks.values()):
+        return
+    what, hint = "the update is zero: the adapter changes nothing", "is this the adapter as it was before training?"
+    if reading.adapter.carried:
+        what = "the update is zero beside what is carried whole: LoRA has nothing to hold"
+        hint = "carry fewer modules, or serve the model as a base of its own"
+    raise InputError(what, code="GS-3106", file=source.weights, hint=hint)
 
 
 def _adapter(

@@ -48,6 +48,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     leave_out, carry = Patterns("--leave-out", inputs.leave_out), Patterns("--carry", inputs.carry)
     found = _sort(model, base, leave_out, carry)
     _refuse_problems(source, found)
+    leave_out.check()
     carry.check()
 
     def delta(path: str) -> LoraFactors:
@@ -72,7 +73,7 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
     whole = {name.rpartition(".")[0] for name in model.tensors if carry.match(name)}  # modules that are kept whole
     for name in model.tensors:
         ours = counterpart(name, base)
-        path, _, kind = max(name, ours or "", key=len).rpartition(".")
+        path, _, kind = _longer(name, ours).rpartition(".")
         if COMPUTED.search(name) and (ours is None or not _is_vector(model, name)):
             found.known[name] = "computed by the model itself"
             continue
@@ -89,9 +90,15 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
             found.known[name] = reason
         else:
             found.problems[name] = _change(model, base, name, ours)
+    _carry_shared(model, found)
     _tied_head(model, base, found)
     _missing(model, base, leave_out, found)
     return found
+
+
+def _longer(name: str, ours: str | None) -> str:
+    """Return the longer spelling of one name: the model's own, unless the base's alone has the first part."""
+    return ours if ours is not None and ours.endswith(f".{name}") else name
 
 
 def _is_linear(model: BaseWeights, path: str, name: str) -> bool:
@@ -111,8 +118,18 @@ def _tied_head(model: BaseWeights, base: BaseWeights, found: _Sorted) -> None:
         found.modules[own[0].removesuffix(".weight")] = tied
         return
     names = [name for parameter, name in found.carried.items() if parameter.split(".")[-2] in EMBEDDINGS]
-    if names and _task(model) == "CAUSAL_LM" and model.find("lm_head") in names:
-        found.carried["lm_head.weight"] = names[0]
+    if _task(model) != "SEQ_CLS" and (tied := model.find("lm_head")) in names:
+        found.carried["lm_head.weight"] = str(tied)
+
+
+def _carry_shared(model: BaseWeights, found: _Sorted) -> None:
+    """Encoder and decoder of T5, BART and their kin read `shared` through modules of their own: carry these too."""
+    for parameter, name in list(found.carried.items()):
+        *before, last, _ = parameter.split(".")
+        for half in ("encoder", "decoder") if last == "shared" else ():
+            stack = ".".join([*before, half])
+            if any(other.startswith(f"{stack}.") for other in model.tensors):
+                found.carried.setdefault(f"{stack}.embed_tokens.weight", name)
 
 
 def _missing(model: BaseWeights, base: BaseWeights, leave_out: Patterns, found: _Sorted) -> None:
@@ -155,8 +172,10 @@ def _refuse_problems(source: Source, found: _Sorted) -> None:
 
 
 def _task(model: BaseWeights) -> str | None:
+    """PEFT's word for the kind of model. A reader of images too is ForConditionalGeneration, without an encoder."""
     names = model.config.get("architectures") or ["ForCausalLM"]
-    return next((task for end, task in TASKS.items() if str(names[0]).endswith(end)), "CAUSAL_LM")
+    task = next((task for end, task in TASKS.items() if str(names[0]).endswith(end)), "CAUSAL_LM")
+    return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and not model.config.get("is_encoder_decoder") else task
 
 
 def _notes(found: _Sorted, model: BaseWeights, base: BaseWeights) -> Iterable[str]:

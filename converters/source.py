@@ -6,9 +6,10 @@ and FSDP, folders that hold no adapter. What the tensors mean is the families' b
 
 from __future__ import annotations
 
-import pickle
+import errno
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,14 @@ def open_source(path: Path, *, pickles: bool = False) -> Source:
         )
     folder = path if path.is_dir() else path.parent
     if is_model(path):
-        return Source(path, path, {}, TensorFiles(find_model(path).weights.values()))
+        return Source(path, path, {}, _whole(path, TensorFiles(find_model(path).weights.values())))
     weights = path if path.is_file() else _weights_of(path)
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if not isinstance(config, dict):
         raise InputError(
             "adapter_config.json is not an object", code="GS-3107", file=folder / CONFIG, hint="fetch the adapter again"
         )
-    return Source(folder, weights, config, _open_tensors(weights, pickles=pickles))
+    return Source(folder, weights, config, _whole(folder, _open_tensors(weights, pickles=pickles)))
 
 
 def is_model(folder: Path) -> bool:
@@ -86,6 +87,8 @@ def _weights_of(folder: Path) -> Path:
     _refuse_leftovers(folder, found)
     if found is not None:
         return found
+    if any(folder.glob("pytorch_model*.bin")):
+        find_model(folder)  # GS-323: a whole model as pickles, with the way to safetensors
     names = sorted(path.name for path in folder.iterdir())
     raise InputError(
         "this folder holds no adapter", code="GS-3101", file=folder, expected=" or ".join(SAFETENSORS),
@@ -97,18 +100,36 @@ def _refuse_leftovers(folder: Path, weights: Path | None) -> None:
     """Raise InputError where the weights are still in the shares of several processes: GS-3111 ZeRO, GS-3112 FSDP."""
     if weights is not None and weights.stat().st_size > STUB:
         return
-    for pattern in ZERO:
-        if found := next(folder.glob(pattern), None):
-            raise InputError(
-                "the weights are in DeepSpeed's shares, one for each process", code="GS-3111", file=found,
-                hint="in that folder: python zero_to_fp32.py . OUTPUT; save the adapter from the model that it writes",
-            )  # fmt: skip
-    for pattern in FSDP:
-        if found := next(folder.glob(pattern), None):
-            raise InputError(
-                "the weights are in FSDP's shares, one for each process", code="GS-3112", file=found,
-                hint="accelerate merge-weights FOLDER OUTPUT, and save the adapter from the merged weights",
-            )  # fmt: skip
+    if found := _first(folder, ZERO):
+        raise _shares_of_zero(found)
+    if found := _first(folder, FSDP):
+        raise InputError(
+            "the weights are in FSDP's shares, one for each process", code="GS-3112", file=found,
+            hint="accelerate merge-weights FOLDER OUTPUT, and save the adapter from the merged weights",
+        )  # fmt: skip
+
+
+def _whole(folder: Path, tensors: TensorFiles) -> TensorFiles:
+    """Return the tensors. Raises InputError (GS-3111) where ZeRO-3 left a name without content, as (0,) for a matrix.
+
+    Tensors below its threshold stay whole: the file may be of any size.
+    """
+    for name, entry in tensors.entries.items():
+        if entry.shape == (0,):
+            raise _shares_of_zero(_first(folder, ZERO) or tensors.files[name], name)
+    return tensors
+
+
+def _first(folder: Path, patterns: Iterable[str]) -> Path | None:
+    return next((found for pattern in patterns for found in sorted(folder.glob(pattern))), None)
+
+
+def _shares_of_zero(file: Path, tensor: str | None = None) -> InputError:
+    return InputError(
+        "the weights are in DeepSpeed's shares, one for each process", code="GS-3111", file=file, tensor=tensor,
+        actual="shape (0,) in the file of one process" if tensor else None,
+        hint="in its folder: python zero_to_fp32.py . OUTPUT; save the adapter from the model that it writes",
+    )  # fmt: skip
 
 
 class PickledTensors(TensorFiles):
@@ -119,10 +140,12 @@ class PickledTensors(TensorFiles):
         super().__init__(())
         try:
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
-            raise _no_tensors(path, str(err).splitlines()[0]) from err
+        except Exception as err:  # of a damaged file, nearly any: KeyError, struct.error, BadZipFile ...
+            if isinstance(err, OSError) and err.errno != errno.EINVAL:
+                raise
+            raise _no_tensors(path, _reason(err)) from err
         value = value[NESTED] if isinstance(value, dict) and NESTED in value else value
-        if not isinstance(value, dict) or not all(isinstance(one, Tensor) for one in value.values()):
+        if not isinstance(value, dict) or not all(map(_is_named_tensor, value.items())):
             raise _no_tensors(path, "other objects than tensors")
         self._tensors: dict[str, Tensor] = value
         for name, tensor in value.items():
@@ -132,6 +155,20 @@ class PickledTensors(TensorFiles):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _reason(err: Exception) -> str:
+    """Return why torch's loader refused, without its advice to load the file unchecked."""
+    text = str(err)
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it would call or build {found[1]}"
+    if "weights_only" in text:
+        return "what the loader for weights only does not know"
+    return text.partition("\n")[0] or "it ends early"
 
 
 def _no_tensors(path: Path, actual: str) -> InputError:

@@ -104,10 +104,10 @@ def leading(factors: LoraFactors, count: int, *, tolerance: float = 0.0, iterati
     """Return the first `count` directions of an update of full rank, without its whole SVD, and the norm of the rest.
 
     Randomized subspace iteration in float64 (Halko, Martinsson and Tropp 2011, algorithm 4.4, orthonormalized at every
-    step; 16 directions more than asked for; a fixed seed). On a flat spectrum the directions are not quite the best ones
-    (what is left out was 0.2 % larger on random matrices), but what is said of them is exact: they are a projection of
-    the update, so that the norm beyond the first r is √(|delta|² - Σ_{i<=r} σ_i²) for every r. `compress` where that is
-    no more work. tolerance: as `compress` has it.
+    step; 16 directions more than asked for; a fixed seed). On a flat spectrum they are not quite the best: 0.2 % more
+    was left out of random matrices. What is said of them is exact: they are a projection of the update, so that the
+    norm beyond the first r is √(|delta|² - Σ_{i<=r} σ_i²) for every r. `compress` where that is no more work.
+    tolerance: as `compress` has it.
     """
     wanted = count + 16
     if factors.rank < min(factors.shape) or 2 * wanted >= min(factors.shape):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gora_serve.adapter.factors import LoraFactors
-from gora_serve.adapter.linalg import compress, distance, fold_scale, pad_rank, stack, subtract
+from gora_serve.adapter.linalg import as_factors, compress, distance, fold_scale, leading, pad_rank, stack, subtract
 from gora_serve.errors import InputError
 
 
@@ -133,3 +133,20 @@ def test_a_small_difference_of_large_factors_survives_in_float64() -> None:
     nudge = other(1, 5)
     moved = stack([factors, LoraFactors(nudge.A, nudge.B, 1e-9)])
     assert distance(moved, factors) == pytest.approx(1e-9 * np.linalg.norm(update(nudge)) / 0.75, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 90), (90, 64)])
+@pytest.mark.parametrize("decay", [0.5, 0.97, 1.0])
+def test_the_leading_directions_of_an_update_of_full_rank(shape: tuple[int, int], decay: float) -> None:
+    """Less than half of it is computed: near the best where the spectrum falls, and what is said of the rest true."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(size, 64, generator=generator).double()).Q for size in shape)
+    values = decay ** torch.arange(64).double()
+    M = (left * values) @ right.T
+    spectrum = leading(as_factors(M), 8)
+    assert (spectrum.rank, spectrum.A.is_contiguous(), spectrum.B.is_contiguous()) == (8, True, True)
+    np.testing.assert_allclose(spectrum.singular, values[:8], rtol=0.01 if decay < 1 else 0.2)
+    for rank in (1, 5, 8):
+        rest = np.linalg.norm(M.numpy() - update(spectrum.first(rank)))
+        np.testing.assert_allclose(spectrum.dropped(rank), rest, rtol=1e-6)
+    np.testing.assert_allclose(spectrum.rest, spectrum.dropped(8))

@@ -31,9 +31,11 @@ pytestmark = [
 DATA = Path(__file__).parents[2] / "examples" / "data" / "banking" / "train.jsonl"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = ("pissa", "olora", "lora_ga", "adalora")
-# Of the largest log probability in float32: W0 + dW and W_res + s B A round differently, and logits are up to 40.
-LOADED = 1e-5
-SERVED = 1e-4  # log probabilities: vLLM's kernels against transformers', on top of that
+# Both models are computed in float64, from their float32 files: what differs is the conversion, and not the rounding of
+# W0 + dW and of W_res + s B A, which in float32 alone is 1e-4 where logits are 40. LOADED is of the largest log
+# probability: W_res itself was rounded to float32, which no adapter holds.
+LOADED = 1e-6
+SERVED = 5e-4  # log probabilities: vLLM in float32
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def prompts() -> list[str]:
 
 
 def last_logprobs(model: Any, tokenizer: Any) -> Tensor:
-    model.eval()
+    """Of the model in float64, which the model becomes."""
+    model.eval().double()
     with torch.no_grad():
         found = [model(**tokenizer(text, return_tensors="pt")).logits[0, -1].log_softmax(-1) for text in prompts()]
     return torch.stack(found)
@@ -140,9 +143,11 @@ def test_converted_in_peft_on_the_untouched_base(
     assert converted[family].detection.family == family
     found = loaded(smollm2, converted[family].folder)
     size = float(trained[family].logprobs.abs().max())
-    assert float((found - trained[family].logprobs).abs().max()) < LOADED * size
+    off = float((found - trained[family].logprobs).abs().max())
+    print(f"{family}: log probabilities off by {off:.2e} of {size:.1f}")
+    assert off < LOADED * size
     others = [one.logprobs for name, one in trained.items() if name != family]
-    assert min(float((found - other).abs().max()) for other in others) > 1000 * LOADED * size
+    assert min(float((found - other).abs().max()) for other in others) > 10_000 * LOADED * size
 
 
 def test_unconverted_lora_ga_is_wrong(smollm2: Path, trained: dict[str, Trained]) -> None:
@@ -174,5 +179,4 @@ def test_converted_adapters_are_served_right(smollm2: Path, trained: dict[str, T
         for token, logprob in answer.top[0].items():
             right = float(trained[family].logprobs[index, token])
             worst[family] = max(worst[family], abs(logprob - right))
-    size = max(float(one.logprobs.abs().max()) for one in trained.values())
-    assert max(worst.values()) < SERVED + LOADED * size, worst
+    assert max(worst.values()) < SERVED, worst
