@@ -119,7 +119,7 @@ def convert(
         write_text(stage / "README.md", model_card(adapter, config.form))
         done = Converted(output, root, detection, reading, adapter.base, adapter.origin, _measure(stage, spill, ranks))
         shutil.rmtree(spill.folder)
-        done = replace(done, receipt=make_receipt(source, done, config, inputs))
+        done = replace(done, receipt=make_receipt(source, done, config))
         write_json(stage / RECEIPT, done.receipt)
         seal_folder(stage, seal_record(root, done.base, done.origin, ExportConfig(config.form, config.dtype)))
     return done
@@ -168,7 +168,7 @@ def _check_carried(source: Source, reading: Reading) -> None:
 
 
 def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:
-    tolerance = NUMERICAL[config.dtype] if config.tolerance is None else 0.0  # one tolerance, over all modules
+    tolerance = NUMERICAL[config.dtype]
     if reading.full_rank and config.rank is not None:
         return leading(factors, LEADING * config.rank, tolerance=tolerance)
     return compress(factors, tolerance=tolerance)
@@ -176,11 +176,11 @@ def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> 
 
 def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
     """Return the rank of each module, 0 where nothing is left of it: the numerical one, or one choice over all."""
-    singular = {path: module.singular for path, module in spill.items()}
+    if config.tolerance is not None:
+        return ranks_of_tolerance({path: module.singular for path, module in spill.items()}, config.tolerance)
+    singular = {path: module.singular[: module.numerical_rank] for path, module in spill.items()}
     if config.rank is not None:
         return ranks_of_budget(singular, {path: module.shape for path, module in spill.items()}, config.rank)
-    if config.tolerance is not None:
-        return ranks_of_tolerance(singular, config.tolerance)
     return {path: len(values) for path, values in singular.items()}
 
 

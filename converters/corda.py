@@ -7,10 +7,12 @@ by torch's loader for weights only where that is allowed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from converters.fresh import check_projection
 from converters.initial import Rules, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.source import PickledTensors, Source
@@ -24,14 +26,15 @@ PARTS = ("U_WC", "S_WC", "V_WC")  # U (out, r), S (r,), V (in, r)
 
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read CorDA. Raises UsageError GS-232 without any source of P0, and what `_open_cache` and `_part` raise."""
-    if inputs.cache is None or inputs.init_adapter or inputs.mutated_base:
-        return read_without_initial(source, inputs, Rules("corda"))
     base, file = inputs.need_base("CorDA edits the base; its conversion"), inputs.cache
+    if file is None or inputs.init_adapter or inputs.mutated_base:
+        return read_without_initial(source, inputs, Rules("corda", check=partial(check_projection, base)))
     cache = _open_cache(file, pickles=inputs.pickles)
     rules = Rules(
         "corda",
         lambda path, rank: _part(cache, file, base, path, rank),
         f"initial is U S Vᵀ of CorDA's cache {file}",
+        files=(file,),
     )
     return read_without_initial(source, inputs, rules)
 

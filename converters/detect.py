@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters import lora
-from converters.detect_files import BACKUP, by_files, by_initialization, check_configuration, is_redrawn, siblings
+from converters.detect_files import (
+    BACKUP,
+    LOFTQ_INIT,
+    by_files,
+    by_initialization,
+    check_configuration,
+    is_redrawn,
+    siblings,
+)
 from converters.detect_weights import ORTHOGONAL, differs, halves, kinship, orthogonality, projections
 from converters.initial import KINSHIP
 from converters.reading import Inputs
@@ -108,15 +116,16 @@ def _behind_plain(source: Source, inputs: Inputs, evidence: tuple[str, ...]) -> 
         return Detection("lora", (*evidence, f"written by gora-serve: {ours[0] if ours else 'says its header'}"))
     if inputs.init_adapter or inputs.mutated_base:
         given = "--init-adapter" if inputs.init_adapter else "--mutated-base"
-        return Detection("residual", (*evidence, f"{given} was given: the base was edited"))
+        family = "loftq" if inputs.init_adapter and inputs.init_adapter.name == LOFTQ_INIT else "residual"
+        return Detection(family, (*evidence, f"{given} was given: the base was edited"))
     modules = lora.modules_of(source)
     half = halves(modules)
     if half and half.parallel:
         line = "already converted: A and B hold the trained factors and, turned around, the initial ones"
         return Detection("lora", (*evidence, line, str(half)))
-    family, lines = _beside(source, inputs, modules)
+    left, lines = _beside(source, inputs, modules)
     evidence = (*evidence, *lines)
-    return Detection(family, evidence) if family else _by_weights(inputs, modules, evidence)
+    return Detection(left, evidence) if left else _by_weights(inputs, modules, evidence)
 
 
 def _beside(source: Source, inputs: Inputs, modules: Modules) -> tuple[str | None, tuple[str, ...]]:
@@ -128,7 +137,7 @@ def _beside(source: Source, inputs: Inputs, modules: Modules) -> tuple[str | Non
         if kin < KINSHIP or folder.name == BACKUP:
             lines.append(f"{folder} lies there, but is no initial adapter of this one")
             continue
-        family = "loftq" if folder.name == "loftq_init" else family or "residual"
+        family = "loftq" if folder.name == LOFTQ_INIT else family or "residual"
         lines.append(f"{folder} is its initial adapter: the mean cosine of their rows is {kin:.2f}")
     where = differs(inputs.base, named, list(modules)) if named and inputs.base else "unreadable"
     if where == "targets":

@@ -57,7 +57,8 @@ _FLAGS = {
     "layer_replication": "the adapter belongs to a model with repeated layers",
 }
 BACKUP = "pissa_backup"  # of LLaMA-Factory: the trained adapter, before it was converted
-_SIBLINGS = ("pissa_init", "loftq_init", "init_lora_checkpoint", BACKUP)
+LOFTQ_INIT = "loftq_init"
+_SIBLINGS = ("pissa_init", LOFTQ_INIT, "init_lora_checkpoint", BACKUP)
 
 
 @dataclass(frozen=True)

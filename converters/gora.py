@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 
 from converters.foreign import Part, module_path, pair_up, tensors_of
-from converters.initial import check_kinship, check_same_form
+from converters.initial import Rules, find_initial
 from converters.llama import halve_rows, to_halves, translate
 from converters.lora import Pair
-from converters.mutated import MutatedBase
 from converters.reading import Inputs, Reading
-from converters.source import Source, open_source
+from converters.source import Source
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import subtract
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.errors import InputError, UsageError
+from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import read_json
 
 PART = re.compile(r"\.weight_([ab])$")
@@ -66,23 +65,30 @@ class Settings:
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
-    """Read GoRA of MyTransformers. Raises InputError (GS-3173 to GS-3176) and UsageError (GS-235) for what it lacks."""
+    """Read GoRA of MyTransformers. Raises InputError (GS-3173 to GS-3176) and UsageError (GS-232) for what it lacks."""
     base = inputs.need_base("GoRA of MyTransformers")
     settings = read_settings(source.folder)
     factors, pairs = _factors(source, settings, base)
     adapter = Adapter(factors, BaseId(""))
     known = _copies(source, base)
     reading = Reading(
-        adapter, tensors_of(pairs.values()), known=known, served=None, method="lora_scaler / rank * weight_b weight_a"
-    )
+        adapter, tensors_of(pairs.values()), known=known, served=None, method="lora_scaler / rank * weight_b weight_a",
+        files=(source.folder / "config.json",),
+    )  # fmt: skip
     if settings.init_method in UNTOUCHED:
         return reading
-    initial = _initial(settings, inputs, base, factors)
-    modules = LazyModules(factors, lambda path: subtract(factors[path], initial[path]))
+    rules = Rules("gora", in_adapter=False, stored=lambda origin: _factors(origin, settings, base)[0])
+    initial = find_initial(source, inputs, reading, rules, list(factors))
+    modules = LazyModules(factors, lambda path: subtract(factors[path], initial.modules[path]))
     return replace(
-        reading, adapter=replace(adapter, modules=modules), initial=initial,
-        method=f"trained - initial: gora_init_method {settings.init_method} edited the base",
-    )  # fmt: skip
+        reading,
+        adapter=replace(adapter, modules=modules),
+        initial=initial.modules,
+        edited=initial.edited,
+        files=(*reading.files, *initial.files),
+        method=f"{initial.method}; gora_init_method {settings.init_method} edited the base",
+        notes=initial.notes,
+    )
 
 
 def read_settings(folder: Path) -> Settings:
@@ -182,25 +188,3 @@ def _copies(source: Source, base: BaseWeights) -> dict[str, str]:
         if torch.equal(weight, base.tensors[theirs].to(weight.dtype)):
             copies[name] = "a copy of the base's own weight"
     return copies
-
-
-def _initial(settings: Settings, inputs: Inputs, base: BaseWeights, trained: LazyModules) -> LazyModules:
-    """Return what the initialization took out of the base, from the checkpoint as it was right after it, or the base.
-
-    Raises UsageError (GS-235) where nothing says it, and as `MutatedBase` and the checks of initial adapters do.
-    """
-    if inputs.init_adapter is None and inputs.mutated_base is not None:
-        pair = MutatedBase(base, BaseWeights(inputs.mutated_base))
-        pair.check(trained)
-        return LazyModules(trained, lambda path: pair.initial(path, trained[path].rank))
-    if inputs.init_adapter is None:
-        raise UsageError(
-            f"gora_init_method {settings.init_method} edited the base: weight_a and weight_b are no update of it",
-            code="GS-235", expected="--init-adapter or --mutated-base",
-            hint="the checkpoint right after initialization, or the edited base in transformers' layout",
-        )  # fmt: skip
-    origin = open_source(inputs.init_adapter, pickles=inputs.pickles)
-    initial, _ = _factors(origin, settings, base)
-    check_same_form(origin, trained, initial)
-    check_kinship(origin, trained, initial, list(trained))
-    return initial

@@ -7,8 +7,8 @@ noticed and refused: by its modules and scales, by what it has in common with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,13 +17,14 @@ import torch
 from converters import lora
 from converters.decompose import transposed
 from converters.detect_files import BACKUP, siblings
+from converters.fresh import is_rounded
 from converters.mutated import MutatedBase
 from converters.reading import Inputs, Reading
 from converters.source import CONFIG, Source, open_source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
 from gora_serve.adapter.linalg import subtract
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.errors import BindingError, UsageError
+from gora_serve.errors import BindingError, InputError, UsageError
 
 KINSHIP = 0.25  # mean cosine of trained and initial factors: another run's is near 0, one's own above 0.5
 TURNED = 0.02  # share of A's rows with a cosine below -0.5
@@ -34,10 +35,11 @@ Check = Callable[[str, LoraFactors, Path], None]  # raises where P0 of an initia
 
 @dataclass(frozen=True)
 class Initial:
-    """P0 by module, and in one line where it comes from. edited: W_res, where it is at hand."""
+    """P0 by module, and in one line where it comes from. edited: W_res, where it is at hand. files: what was read."""
 
     modules: Mapping[str, LoraFactors]
     method: str
+    files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     edited: BaseWeights | None = None
 
@@ -47,6 +49,8 @@ class Rules:
     """What a family knows about its own initialisation.
 
     compute: P0 from W0 (or from a cache), where unique; `computed` says how. check: of an initial adapter against W0.
+    refine: P0 from W0 and an initial adapter that was rounded to 16 bits. files: what `compute` reads.
+    stored: how an initial adapter is read.
     quantized, unscaled: LoftQ's base is Q, and its B0 A0 were made without the scale. untransposed: the family's
     initialisation ignores that Conv1D keeps (in, out), so that what it took out is the transpose of what it put in.
     """
@@ -55,12 +59,15 @@ class Rules:
     compute: Factors | None = None
     computed: str = ""
     check: Check | None = None
+    refine: Callable[[str, LoraFactors], LoraFactors] | None = None
+    files: tuple[Path, ...] = ()
+    stored: Callable[[Source], Mapping[str, LoraFactors]] = lora.modules_of
     quantized: bool = False
     unscaled: bool = False
     untransposed: bool = False
     in_adapter: bool = True  # whether P0 is in the adapter as it was after initialisation
     mutated: Path | None = None  # found by the family itself, where no flag is given
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Reading:
@@ -69,7 +76,7 @@ def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Readin
         raise UsageError(f"--cache is CorDA's; {rules.family} has none", code="GS-233", hint="leave --cache out")
     plain = lora.read(source, inputs)
     trained = plain.adapter.modules
-    initial = find_initial(source, inputs, plain, rules)
+    initial = find_initial(source, inputs, plain, rules, list(lora.modules_of(source)))
 
     def update(path: str) -> LoraFactors:
         return subtract(trained[path], initial.modules[path]) if path in initial.modules else trained[path]
@@ -81,22 +88,25 @@ def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Readin
         initial=initial.modules,
         edited=initial.edited,
         method=initial.method,
+        files=initial.files,
         notes=(*plain.notes, *rules.notes, *initial.notes),
     )
 
 
-def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules) -> Initial:
-    """Return P0 from the most trusted source there is.
+def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules, stored: Sequence[str]) -> Initial:
+    """Return P0 from the most trusted source there is. stored: the modules with factors of their own in the file.
 
-    Raises UsageError (GS-232) where there is none, BindingError where the sources belong to another run or base.
+    Raises UsageError (GS-232) where there is none, BindingError where the sources belong to another run or base,
+    InputError (GS-3125) for a head that the base ties to its embeddings.
     """
     base = inputs.need_base(f"{rules.family} edits the base; its conversion")
-    paths = [path for path in lora.modules_of(source) if _can_be_edited(path, plain, base)]
+    paths = [path for path in stored if _can_be_edited(path, plain, base)]
+    _refuse_tied(source, base, paths, rules)
     mutated = inputs.mutated_base or rules.mutated
     pair = MutatedBase(base, BaseWeights(mutated), rules.quantized) if mutated else None
     if pair:
         pair.check(paths)
-    folder = inputs.init_adapter or (_sibling(source, mutated) if rules.in_adapter else None)
+    folder = initial_folder(source, inputs, mutated) if rules.in_adapter else inputs.init_adapter
     if folder is not None:
         return _from_adapter(folder, inputs, plain, rules, paths, pair)
     if pair:
@@ -109,7 +119,7 @@ def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules) -
         )  # fmt: skip
     compute = rules.compute
     modules = _one_kept(paths, lambda path: compute(path, plain.adapter.modules[path].rank))
-    return Initial(modules, f"trained less initial; {rules.computed}")
+    return Initial(modules, f"trained less initial; {rules.computed}", rules.files, _rounding_note(base, paths))
 
 
 def _one_kept(paths: Iterable[str], factors: Callable[[str], LoraFactors]) -> LazyModules:
@@ -123,12 +133,24 @@ def _can_be_edited(path: str, plain: Reading, base: BaseWeights) -> bool:
     return path not in plain.adapter.embeddings and name is not None and len(base.tensors.shape(name)) == 2
 
 
+def _refuse_tied(source: Source, base: BaseWeights, paths: Iterable[str], rules: Rules) -> None:
+    """The initialisation edited one tensor that is both: the embeddings lost P0, and LoRA on the head is no help."""
+    tied = next((path for path in paths if base.find_parameter(f"{path}.weight") is None), None)
+    if tied is not None:
+        raise InputError(
+            f"{rules.family} edited the head, which this base ties to its embeddings: these changed too",
+            code="GS-3125", file=source.weights, tensor=tied,
+            hint="merge it with the tool that made it, and convert the merged model: --from full",
+        )  # fmt: skip
+
+
 def _from_mutated(pair: MutatedBase, plain: Reading, paths: list[str]) -> Initial:
     trained = plain.adapter.modules
     modules = _one_kept(paths, lambda path: pair.initial(path, trained[path].rank))
     return Initial(
         modules,
         f"trained less initial; initial is W0 - W_res at the adapter's rank, from {pair.mutated.folder}",
+        (pair.mutated.folder,),
         _remainder_note(pair),
         pair.mutated,
     )
@@ -140,7 +162,7 @@ def _from_adapter(
     origin = open_source(folder, pickles=inputs.pickles)
     if origin.config.get("peft_type") == "LORAGA":
         origin = replace(origin, config={**origin.config, "peft_type": "LORA"})
-    stored = lora.modules_of(origin)
+    stored = rules.stored(origin)
     base = inputs.need_base("an initial adapter")
     check_same_form(origin, plain.adapter.modules, stored)
     check_kinship(origin, plain.adapter.modules, stored, paths)
@@ -150,20 +172,25 @@ def _from_adapter(
         factors = LoraFactors(factors.A, factors.B, 1.0) if rules.unscaled else factors
         if rules.untransposed and base.is_transposed(path):
             factors = transposed(factors)
-        if rules.check:
+        if rules.check and not pair:
             rules.check(path, factors, origin.weights)
         if pair:
             pair.check_initial(path, factors, origin.weights)
-        return factors
+            return factors if rules.quantized else pair.initial(path, factors.rank)
+        return rules.refine(path, factors) if rules.refine and is_rounded(base, path) else factors
 
     modules = _one_kept(paths, initial)
     method = f"trained less initial; initial is the adapter as it was saved, {folder}"
     if not pair:
-        return Initial(modules, method)
-    return Initial(
-        modules, f"{method}; it agrees with W0 - W_res of {pair.mutated.folder}", _remainder_note(pair),
-        pair.mutated,
-    )  # fmt: skip
+        return Initial(modules, method, (folder,), _rounding_note(base, paths))
+    agreed = f"{method}; it agrees with W0 - W_res of {pair.mutated.folder}"
+    return Initial(modules, agreed, (folder, pair.mutated.folder), _remainder_note(pair), pair.mutated)
+
+
+def _rounding_note(base: BaseWeights, paths: Iterable[str]) -> tuple[str, ...]:
+    if not any(is_rounded(base, path) for path in paths):
+        return ()
+    return ("The edited base was rounded to the 16 bits of the base: that has full rank, and no adapter can hold it.",)
 
 
 def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:
@@ -175,8 +202,10 @@ def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:
     return ("The edited base is rounded to 16 bits: that rounding has full rank, and no adapter can hold it.",)
 
 
-def _sibling(source: Source, mutated: Path | None) -> Path | None:
-    """Return the initial adapter that tools leave in the adapter's folder, beside it, or in the edited base."""
+def initial_folder(source: Source, inputs: Inputs, mutated: Path | None) -> Path | None:
+    """Return the initial adapter: as given, or as tools leave it in the adapter's folder, beside it or in W_res."""
+    if inputs.init_adapter is not None:
+        return inputs.init_adapter
     folders = siblings(source, mutated)
     return next((one for one in folders if (one / CONFIG).is_file() and one.name != BACKUP), None)
 

@@ -34,7 +34,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     ranks = {path: plain.adapter.modules[path].rank for path in names}
     computed = "initial is the part of W0 that belongs to its r smallest singular values"
     rules = Rules("kasa", lambda path, rank: minor(base.weight(path), rank), computed, in_adapter=False)
-    initial = find_initial(source, inputs, plain, rules)
+    initial = find_initial(source, inputs, plain, rules, list(names))
     notes = () if inputs.mutated_base else (gap_note(base, ranks, inputs, smallest=True),)
 
     def update(path: str) -> LoraFactors:
@@ -52,6 +52,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         served=None,  # vLLM refuses lora_diag; PEFT takes the part out of the base again
         initial=initial.modules,
         edited=initial.edited,
+        files=initial.files,
         method=f"s B diag(d) A less initial; {initial.method.removeprefix('trained less initial; ')}",
         notes=(*plain.notes, *notes, *initial.notes),
     )

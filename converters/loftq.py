@@ -6,25 +6,50 @@ B0 A0 is the best rank-r part of W0 - Q and was made without the scale, so that 
 
 from __future__ import annotations
 
-from converters.initial import Rules, read_without_initial
+from functools import partial
+
+from converters import lora
+from converters.fresh import ROUNDED, check_orthogonal, off_projection
+from converters.initial import Rules, initial_folder, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.residual import base_beside
-from converters.source import Source
+from converters.source import Source, open_source
 
 NOTE = "Trained over a quantized base; what quantization took beyond P0 has full rank and is not in the result."
+LOFTQ, PISSA = "loftq", "pissa"
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
-    """Read LoftQ or QPiSSA (`pissa_init` beside it, or a name of PiSSA's). Raises UsageError GS-232 without P0."""
-    mutated = base_beside(source, inputs)
-    scaled = _is_pissa(source, inputs)
-    rules = Rules("loftq", quantized=True, unscaled=not scaled, untransposed=not scaled, mutated=mutated, notes=(NOTE,))
+    """Read LoftQ or QPiSSA. Raises UsageError GS-232 without P0."""
+    base = inputs.need_base("LoftQ replaces the base; its conversion")
+    scaled = _which(source, inputs) == PISSA
+    rules = Rules(
+        "loftq",
+        check=partial(check_orthogonal, base),
+        quantized=True,
+        unscaled=not scaled,
+        untransposed=not scaled,
+        mutated=base_beside(source, inputs),
+        notes=(NOTE, f"B0 A0 is taken {'with' if scaled else 'without'} the scale, as {_NAMES[scaled]} makes it."),
+    )
     return read_without_initial(source, inputs, rules)
 
 
-def _is_pissa(source: Source, inputs: Inputs) -> bool:
-    word = str(source.config.get("init_lora_weights"))
-    init = inputs.init_adapter.name if inputs.init_adapter else ""
-    places = (source.folder, source.folder.parent)
-    beside = any((place / "pissa_init").is_dir() for place in places)
-    return word.startswith("pissa") or init.startswith("pissa") or (word != "loftq" and beside)
+_NAMES = {True: "QPiSSA", False: "LoftQ"}
+
+
+def _which(source: Source, inputs: Inputs) -> str:
+    """Return LOFTQ or PISSA: by the configuration's word, by the initial adapter's folder, or by its numbers.
+
+    QPiSSA's s B0 A0 is a part of W0; LoftQ's B0 A0 is a part of what quantization lost.
+    """
+    folder = initial_folder(source, inputs, base_beside(source, inputs))
+    for name in (str(source.config.get("init_lora_weights")).lower(), folder.name if folder else ""):
+        for kind in (LOFTQ, PISSA):
+            if name.startswith(kind):
+                return kind
+    if folder is None:
+        return LOFTQ  # from W0 - Q alone, which has no scale
+    base, stored = inputs.need_base("LoftQ"), lora.modules_of(open_source(folder, pickles=inputs.pickles))
+    path = next((path for path in stored if not base.is_embedding(path)), None)
+    return PISSA if path and off_projection(base.weight(path), stored[path]) < 5 * ROUNDED else LOFTQ

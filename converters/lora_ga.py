@@ -8,53 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from converters import lora
 from converters.detect_weights import halves
+from converters.fresh import check_orthogonal
 from converters.initial import Rules, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.names import pattern_key
 from gora_serve.adapter.peft_config import foreign_scales
-from gora_serve.errors import BindingError, InputError
-
-ORTHOGONAL = 0.1  # largest cosine of two rows of A0 or columns of B0; bfloat16 leaves 0.01
+from gora_serve.errors import InputError
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read LoRA-GA. Raises UsageError GS-232 without a source of P0, InputError GS-3132 (`_read_subtracted`)."""
+    base = inputs.need_base("LoRA-GA edits the base; its conversion")
+    rules = Rules("lora_ga", check=partial(check_orthogonal, base))
     if source.config.get("peft_type") == "LORAGA":
         plain = replace(source, config={**source.config, "peft_type": "LORA"})
         if source.config.get("init_lora_weights") is True:
             return _read_subtracted(plain, inputs)
-        reading = read_without_initial(plain, inputs, Rules("lora_ga", check=_check))
+        reading = read_without_initial(plain, inputs, rules)
         return replace(reading, served=None)  # PEFT does not know LORAGA
-    return read_without_initial(source, inputs, Rules("lora_ga", check=_check))
-
-
-def _check(path: str, initial: LoraFactors, file: Path) -> None:
-    """Raise BindingError (GS-433) unless A0's rows and B0's columns are orthogonal, as singular vectors are."""
-    off = max(_largest_cosine(initial.A.double()), _largest_cosine(initial.B.double().T))
-    if off > ORTHOGONAL:
-        raise BindingError(
-            "the initial adapter does not hold singular vectors: LoRA-GA did not make it", code="GS-433", file=file,
-            tensor=path, expected=f"cosines of rows below {ORTHOGONAL}", actual=f"{off:.2f}",
-            hint="give the adapter as it was saved right after the initialisation, before any step",
-        )  # fmt: skip
-
-
-def _largest_cosine(rows: Tensor) -> float:
-    """Of any two rows (r, n), leaving out those of norm 0."""
-    norms = rows.norm(dim=1)
-    rows = rows[norms > 1e-12 * norms.max()]
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    return float((unit @ unit.T - torch.eye(len(rows), dtype=rows.dtype)).abs().max()) if len(rows) else 0.0
+    return read_without_initial(source, inputs, rules)
 
 
 def _read_subtracted(source: Source, inputs: Inputs) -> Reading:

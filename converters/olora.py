@@ -10,14 +10,13 @@ from pathlib import Path
 
 from converters import lora
 from converters.decompose import first_columns, transposed
+from converters.fresh import allowed
 from converters.initial import Rules, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.linalg import distance, norm
 from gora_serve.errors import BindingError
-
-SAME = 0.05  # of |P0|: an initial adapter in bfloat16 is at 0.005
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
@@ -36,7 +35,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     def check(path: str, initial: LoraFactors, file: Path) -> None:
         expected = compute(path, initial.rank)
         off = distance(initial, expected) / norm(expected)
-        if off > SAME:
+        if off > allowed(base, path, initial):
             raise BindingError(
                 "the initial adapter is not the QR decomposition of this base", code="GS-433", file=file, tensor=path,
                 expected="B0 A0 = W0 projected on its first r columns", actual=f"{off:.1%} of it is off",
@@ -44,4 +43,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
             )  # fmt: skip
 
     computed = "initial is s times the projection of W0 on its first r columns (QR)"
-    return read_without_initial(source, inputs, Rules("olora", compute, computed, check, untransposed=True))
+    rules = Rules(
+        "olora", compute, computed, check, lambda path, initial: compute(path, initial.rank), untransposed=True
+    )
+    return read_without_initial(source, inputs, rules)

@@ -8,32 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-
-import torch
+from functools import partial
 
 from converters import lora
-from converters.decompose import principal, singular_values, transposed
+from converters.decompose import principal, sharpened, singular_values
+from converters.fresh import check_projection
 from converters.initial import Rules, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.source import Source
-from gora_serve.adapter.factors import LoraFactors
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.errors import BindingError, InputError
+from gora_serve.errors import InputError
 from gora_serve.progress import Progress
 
 UNIQUE = 1e-5  # how far σ_r must be above σ_{r+1}, relative: float32 cannot tell them apart below
-SUBSPACE = 0.05  # of |P0|: how far it may be from a projection of W0; bfloat16 factors are at 0.005
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read PiSSA. Raises UsageError GS-232 for `pissa_niter_N` alone, InputError GS-3130 for no gap after r."""
     base = inputs.need_base("PiSSA edits the base; its conversion")
-    rules = Rules("pissa", check=lambda path, factors, file: check_projection(base, path, factors, file))
+    rules = Rules("pissa", check=partial(check_projection, base))
     if source.config.get("init_lora_weights") != "pissa":
         return read_without_initial(source, inputs, rules)
     computed = "initial is the best approximation of W0 of rank r (SVD)"
-    rules = replace(rules, compute=lambda path, rank: principal(base.weight(path), rank), computed=computed)
+    rules = replace(
+        rules,
+        compute=lambda path, rank: principal(base.weight(path), rank),
+        computed=computed,
+        refine=lambda path, initial: sharpened(base.weight(path), initial),
+    )
     reading = read_without_initial(source, inputs, rules)
     if computed not in reading.method:
         return reading
@@ -65,24 +67,3 @@ def gap_note(base: BaseWeights, ranks: Mapping[str, int], inputs: Inputs, *, sma
         inputs.listen(Progress("spectra", index + 1, len(ranks)))
     path = min(gaps, key=lambda path: gaps[path])
     return f"The initial part of W0 is unique: its smallest gap between singular values is {gaps[path]:.6f}, in {path}."
-
-
-def check_projection(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
-    """Raise BindingError (GS-433) unless P0 is W0 projected on P0's own columns, or on its own rows.
-
-    Both hold for an exact SVD, one of them for a randomized one. Thin products only: |P0 - U Uᵀ W0| = |Uᵀ P0 - Uᵀ W0|.
-    """
-    W = base.weight(path).double()
-    off = min(_off(W, initial), _off(W.T, transposed(initial)))
-    if off > SUBSPACE:
-        raise BindingError(
-            "the initial adapter is no principal part of this base", code="GS-433", file=file, tensor=path,
-            expected="s B0 A0 = W0 projected on its own columns", actual=f"{off:.1%} of it is off",
-            hint="give the initial adapter of the same run, saved before any step, and the base it was made on",
-        )  # fmt: skip
-
-
-def _off(W: torch.Tensor, initial: LoraFactors) -> float:
-    U = torch.linalg.qr(initial.B.double()).Q  # (out, r)
-    core = initial.scale * (U.T @ initial.B.double()) @ initial.A.double()  # (r, in)
-    return float((core - U.T @ W).norm() / core.norm())

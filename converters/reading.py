@@ -58,6 +58,7 @@ class Reading:
     edited: W_res itself, as it was saved; None where it is not at hand.
     full_rank: the update is not low-rank (DoRA, a full fine-tune): it can be had only truncated.
     method: how the initial update was found, or how the family's maths was applied, in one line for the receipt.
+    files: what else was read, for the receipt: files, or folders of an adapter or a model.
     notes: what a person should know, one sentence each.
     """
 
@@ -71,4 +72,5 @@ class Reading:
     edited: BaseWeights | None = None
     full_rank: bool = False
     method: str = ""
+    files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()

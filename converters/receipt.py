@@ -9,8 +9,8 @@ from typing import Any
 
 import gora_serve
 from converters.detect import Detection
-from converters.reading import Inputs, Reading
-from converters.source import CONFIG, Source
+from converters.reading import Reading
+from converters.source import CONFIG, PICKLED, Source
 from gora_serve.adapter.factors import BaseId
 from gora_serve.config import ConvertConfig
 from gora_serve.integrity.files import sha256_file
@@ -65,7 +65,7 @@ def _relative(modules: Iterable[ModuleError], name: str) -> float:
     return float(sum(row[name] ** 2 for row in rows) ** 0.5) / norm if norm else 0.0
 
 
-def make_receipt(source: Source, done: Converted, config: ConvertConfig, inputs: Inputs) -> dict[str, Any]:
+def make_receipt(source: Source, done: Converted, config: ConvertConfig) -> dict[str, Any]:
     """Return the content of conversion.json: the same inputs give the same text."""
     base, reading = done.base, done.reading
     return {
@@ -77,7 +77,7 @@ def make_receipt(source: Source, done: Converted, config: ConvertConfig, inputs:
         "method": reading.method,
         "notes": list(reading.notes),
         "settings": asdict(config),
-        "inputs": _inputs(source, inputs),
+        "inputs": _inputs(source, reading),
         "base": binding_json(base.name, base.revision, base.roots),
         "adapter_root": done.root,
         "error": done.error,
@@ -91,20 +91,18 @@ def make_receipt(source: Source, done: Converted, config: ConvertConfig, inputs:
     }
 
 
-def _inputs(source: Source, inputs: Inputs) -> dict[str, Any]:
-    """Name and SHA-256 of each file that was read; a folder's weights and configuration."""
-    files: dict[str, Any] = {"adapter": _digests(*source.files, source.config_file)}
-    if inputs.init_adapter is not None:
-        files["init_adapter"] = _digests(*_files_of(inputs.init_adapter))
-    if inputs.mutated_base is not None:
-        files["mutated_base"] = _digests(*_files_of(inputs.mutated_base))
-    if inputs.cache is not None:
-        files["cache"] = _digests(inputs.cache)
-    return files
+def _inputs(source: Source, reading: Reading) -> dict[str, Any]:
+    """Name and SHA-256 of each file that was read: the adapter's own, and what the reader needed beside them."""
+    own = _digests(*source.files, source.config_file)
+    return {"adapter": own, "others": _digests(*(file for path in reading.files for file in _files_of(path)))}
 
 
 def _files_of(path: Path) -> list[Path]:
-    return [*sorted(path.glob("*.safetensors")), path / CONFIG] if path.is_dir() else [path]
+    """Return the weights and the configuration in a folder, or the file itself."""
+    if path.is_file():
+        return [path]
+    weights = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", *PICKLED)]
+    return [*weights, path / CONFIG, path / "config.json"]
 
 
 def _digests(*files: Path) -> dict[str, str]:

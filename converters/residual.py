@@ -6,8 +6,10 @@ That model, its `pissa_init` sub-folder, or one beside the adapter, is found by 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+from converters.fresh import check_either
 from converters.initial import Rules, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.source import Source
@@ -15,7 +17,9 @@ from converters.source import Source
 
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read an adapter over a residual model. Raises UsageError (GS-232) where neither P0 nor W_res is found."""
-    return read_without_initial(source, inputs, Rules("residual", mutated=base_beside(source, inputs)))
+    base = inputs.need_base("an adapter over a residual model")
+    rules = Rules("residual", check=partial(check_either, base), mutated=base_beside(source, inputs))
+    return read_without_initial(source, inputs, rules)
 
 
 def base_beside(source: Source, inputs: Inputs) -> Path | None:

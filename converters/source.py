@@ -27,6 +27,7 @@ from gora_serve.integrity.layout import INDEX, SINGLE, find_model
 CONFIG = "adapter_config.json"
 SAFETENSORS = ("adapter_model.safetensors", "adapters.safetensors")
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_0.pt", "final.ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 NESTED = "model_state_dict"  # where MyTransformers keeps the tensors, beside the state of its optimizer
 ZERO = ("zero_to_fp32.py", "global_step*", "*zero_pp_rank_*", "mp_rank_*_model_states.pt")
 FSDP = ("pytorch_model_fsdp_*", "*.distcp", ".metadata")
@@ -179,7 +180,7 @@ def _no_tensors(path: Path, actual: str) -> InputError:
 
 
 def _open_tensors(weights: Path, *, pickles: bool) -> TensorFiles:
-    if weights.suffix not in (".bin", ".pt", ".pth", ".ckpt"):
+    if weights.suffix not in PICKLED:
         return TensorFiles([weights])
     if not pickles:
         raise InputError(

@@ -53,8 +53,8 @@ class Spectrum:
     """An update by its singular values: B[:, i] A[i] is its i-th best rank-one part, the value split evenly.
 
     A: (r, in) and B: (out, r) in float64, with orthogonal rows and columns. singular: (r,) descending, float64; r may
-    be 0. rest: the Frobenius norm of the part of the update that is not held. numerical_rank: r, but after `leading`,
-    which looks for no more than it was asked for, the most that the rank can be.
+    be 0. rest: the Frobenius norm of what is not held, 0 but after `leading`. numerical_rank: how many values are more
+    than the tolerance that was asked for; after `leading`, which looks for no more than some, the most that it can be.
     """
 
     A: Tensor
@@ -77,20 +77,21 @@ class Spectrum:
 
 
 def compress(factors: LoraFactors, *, tolerance: float = 0.0) -> Spectrum:
-    """Return the spectrum of scale * B @ A, less the smallest values that together are below `tolerance` of its norm.
+    """Return the spectrum of scale * B @ A. Its numerical rank leaves out values that are together below `tolerance`.
 
     QR of B and of Aᵀ and the SVD of the core in float64, O((out + in) r²); a factor that is wider than long stays as it
-    is. Values below float64's own noise, r * 2e-16 |B| |A|, are always left out: what is left where two terms cancel.
+    is. Values below float64's own noise, r * 2e-16 |B| |A|, are left out: what is left where two terms cancel. tolerance:
+    of the update's norm.
     """
     left, right = _triangle(factors.B.double() * factors.scale), _triangle(factors.A.double().T)
     U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)  # (k, k'), (k',), (k', l)
     noise = factors.rank * torch.finfo(S.dtype).eps * float(left.R.norm()) * float(right.R.norm())
-    tails = _tails(S)
-    kept = _numerical_rank(S, tails, tolerance * float(tails[0]), noise)
-    root = S[:kept].sqrt()
-    B = (left.Q @ U[:, :kept]) * root  # (out, kept)
-    A = (right.Q @ Vh[:kept].T).T * root[:, None]  # (kept, in)
-    return Spectrum(A.contiguous(), B.contiguous(), S[:kept], float(tails[kept]), kept)
+    held = int((noise < S).sum())
+    root = S[:held].sqrt()
+    B = (left.Q @ U[:, :held]) * root  # (out, held)
+    A = (right.Q @ Vh[:held].T).T * root[:, None]  # (held, in)
+    numerical = _above(_tails(S[:held]), tolerance)
+    return Spectrum(A.contiguous(), B.contiguous(), S[:held], 0.0, numerical)
 
 
 def as_factors(delta: Tensor) -> LoraFactors:
@@ -120,14 +121,15 @@ def leading(factors: LoraFactors, count: int, *, tolerance: float = 0.0, iterati
     U, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)  # (wanted, wanted), (wanted,), (wanted, in)
     total = float(M.norm())
     U, S, Vh = U[:, :count], S[:count], Vh[:count]
-    missing = _difference_of_squares(total, float(S.norm()))
-    tails = torch.hypot(_tails(S), torch.tensor(missing, dtype=S.dtype))
     noise = max(M.shape) * torch.finfo(S.dtype).eps * total
-    kept = _numerical_rank(S, tails, tolerance * total, noise)
-    root = S[:kept].sqrt()
-    A, B = Vh[:kept] * root[:, None], (Q @ U[:, :kept]) * root
-    held = kept < len(S) or missing == 0  # then what is left is below the tolerance
-    return Spectrum(A.contiguous(), B.contiguous(), S[:kept], float(tails[kept]), kept if held else min(M.shape))
+    held = int((noise < S).sum())
+    missing = _difference_of_squares(total, float(S[:held].norm()))
+    tails = torch.hypot(_tails(S[:held]), torch.tensor(missing, dtype=S.dtype))
+    numerical = _above(tails, tolerance)
+    root = S[:held].sqrt()
+    A, B = Vh[:held] * root[:, None], (Q @ U[:, :held]) * root
+    known = numerical < held or missing == 0
+    return Spectrum(A.contiguous(), B.contiguous(), S[:held], missing, numerical if known else min(M.shape))
 
 
 def _product(factors: LoraFactors) -> Tensor:
@@ -164,8 +166,9 @@ def _tails(S: Tensor) -> Tensor:
     return torch.cat([S.square().flip(0).cumsum(0).flip(0).sqrt(), S.new_zeros(1)])
 
 
-def _numerical_rank(S: Tensor, tails: Tensor, allowed: float, noise: float) -> int:
-    return int(((tails[:-1] > allowed) & (noise < S)).sum())
+def _above(tails: Tensor, tolerance: float) -> int:
+    """Return how many values cannot be left out: what is left from them on is above the tolerance."""
+    return int((tails[:-1] > tolerance * tails[0]).sum())
 
 
 def norm(factors: LoraFactors) -> float:

@@ -237,7 +237,7 @@ def rounded(factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
 def stored_update(exact: LoraFactors, dtype: torch.dtype, tolerance: float) -> LoraFactors | None:
     """Return the update as `convert` stores it: compressed in float64, rounded once. None where nothing is left."""
     spectrum = compress(exact, tolerance=tolerance)
-    return rounded(spectrum.first(spectrum.rank), dtype) if spectrum.rank else None
+    return rounded(spectrum.first(spectrum.numerical_rank), dtype) if spectrum.numerical_rank else None
 
 
 def stored_error(exact: LoraFactors, dtype: torch.dtype, tolerance: float) -> tuple[int, float]:

@@ -100,5 +100,5 @@ def prove_exact_as(
     """As prove_exact, with the family named."""
     done = converted(run.adapter, base, folder / "out", inputs=inputs, family=family)
     off = off_by(logits_of(load_on(base, folder / "out")), run.trained)
-    assert off < exact
+    assert off < exact, off
     return done

@@ -233,7 +233,7 @@ CASES = [
         bench.pissa, init_lora_weights=True, base_model_name_or_path="gone")),
     Case("converted a second time", "GS-3201", "converted already", converted_twice),
     Case("an initial adapter of another run", "GS-431", "did not grow out of", another_runs_start),
-    Case("an initial adapter after training", "GS-433", "no principal part", not_where_it_began),
+    Case("an initial adapter after training", "GS-433", "no part of this base", not_where_it_began),
     Case("an initial adapter of another rank", "GS-430", "rank 2", start_of_another_rank),
     Case("an initial adapter that adds nothing", "GS-438", "adds nothing", start_that_adds_nothing),
     Case("initial adapter and edited base of two runs", "GS-432", "W0 - W_res", start_of_another_svd),

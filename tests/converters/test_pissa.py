@@ -83,14 +83,14 @@ def test_no_gap_no_unique_initial_part(tmp_path: Path) -> None:
 def test_an_initial_adapter_of_another_base(tmp_path: Path, tiny_base: Path) -> None:
     """The trained adapter and the initial one belong together, and to a base with other weights."""
     run = make_run(tmp_path, "pissa_niter_4", build=lambda: build_llama(seed=1))
-    with pytest.raises(BindingError, match="principal part") as refused:
+    with pytest.raises(BindingError, match="no part of this base") as refused:
         converted(run.adapter, tiny_base, tmp_path / "out", inputs=inputs_of(run, "init"), family="pissa")
     assert refused.value.code == "GS-433"
 
 
 def test_the_trained_adapter_is_no_initial_one(tmp_path: Path, tiny_base: Path) -> None:
     run = make_run(tmp_path, "pissa")
-    with pytest.raises(BindingError, match="principal part"):
+    with pytest.raises(BindingError, match="no part of this base"):
         converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(init_adapter=run.adapter), family="pissa")
     with pytest.raises(InputError, match="update is zero"):
         converted(run.initial, tiny_base, tmp_path / "out", inputs=Inputs(init_adapter=run.initial), family="pissa")

@@ -1,0 +1,86 @@
+"""Whether an adapter is as its initialisation left it: a part of the base, or singular vectors. Later steps show.
+
+In float32 both hold to rounding, and a step of training is far above it; where the base or the adapter has 16 bits,
+their rounding is what can be told apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters.decompose import transposed
+from gora_serve.adapter.factors import LoraFactors
+from gora_serve.deploy.base import BaseWeights
+from gora_serve.errors import BindingError
+
+EXACT = 1e-3  # relative; float32 is at 1e-5 and below
+ROUNDED = 0.02  # relative; bfloat16 is at 0.005
+HINT = "give the initial adapter of the same run, saved before any step, and the base it was made on"
+
+
+def is_rounded(base: BaseWeights, path: str) -> bool:
+    """Tell whether the base's weight has 16 bits: what an initialisation made of it was rounded to them too."""
+    return torch.finfo(base.weight(path).dtype).bits < 32
+
+
+def allowed(base: BaseWeights, path: str, initial: LoraFactors) -> float:
+    """Return how far an initial adapter may be off, relatively."""
+    rounded = is_rounded(base, path) or min(torch.finfo(one.dtype).bits for one in (initial.A, initial.B)) < 32
+    return ROUNDED if rounded else EXACT
+
+
+def check_projection(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
+    """Raise BindingError (GS-433) unless P0 is W0 projected on P0's own columns, or on its own rows."""
+    off = off_projection(base.weight(path), initial)
+    if off > allowed(base, path, initial):
+        raise BindingError(
+            "the initial adapter is no part of this base", code="GS-433", file=file, tensor=path,
+            expected="s B0 A0 = W0 projected on its own columns", actual=f"{off:.1%} of it is off", hint=HINT,
+        )  # fmt: skip
+
+
+def check_orthogonal(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
+    """Raise BindingError (GS-433) unless A0's rows and B0's columns are orthogonal, as singular vectors are."""
+    off = off_orthogonal(initial)
+    if off > allowed(base, path, initial):
+        raise BindingError(
+            "the initial adapter does not hold singular vectors", code="GS-433", file=file, tensor=path,
+            expected="rows of A and columns of B with cosines near 0", actual=f"a cosine of {off:.2g}", hint=HINT,
+        )  # fmt: skip
+
+
+def check_either(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
+    """Raise BindingError (GS-433) unless P0 is a part of W0, or of singular vectors."""
+    if off_orthogonal(initial) > allowed(base, path, initial):
+        check_projection(base, path, initial, file)
+
+
+def off_projection(W: Tensor, initial: LoraFactors) -> float:
+    """Return how far P0 is from W0 projected on P0's columns or on its rows, whichever is nearer, of its norm.
+
+    Both are 0 for an exact SVD, one of them for a randomized one. Thin products only: |P0 - U Uᵀ W0| = |Uᵀ P0 - Uᵀ W0|.
+    """
+    W = W.double()
+    return min(_off(W, initial), _off(W.T, transposed(initial)))
+
+
+def _off(W: Tensor, initial: LoraFactors) -> float:
+    U = torch.linalg.qr(initial.B.double()).Q  # (out, r)
+    core = initial.scale * (U.T @ initial.B.double()) @ initial.A.double()  # (r, in)
+    return float((core - U.T @ W).norm() / core.norm())
+
+
+def off_orthogonal(initial: LoraFactors) -> float:
+    """Return the largest cosine of two of A's rows, or of two of B's columns."""
+    return max(_largest_cosine(initial.A.double()), _largest_cosine(initial.B.double().T))
+
+
+def _largest_cosine(rows: Tensor) -> float:
+    """Of any two rows (r, n), leaving out those of norm 0."""
+    norms = rows.norm(dim=1)
+    rows = rows[norms > 1e-12 * norms.max()]
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return float((unit @ unit.T - torch.eye(len(rows), dtype=rows.dtype)).abs().max()) if len(rows) else 0.0
