@@ -91,7 +91,7 @@ def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules) -
     Raises UsageError (GS-232) where there is none, BindingError where the sources belong to another run or base.
     """
     base = inputs.need_base(f"{rules.family} edits the base; its conversion")
-    paths = [path for path in lora.modules_of(source) if _can_be_edited(path, plain, base)]
+    paths = [path for path in lora.modules_of(source, inputs) if _can_be_edited(path, plain, base)]
     mutated = inputs.mutated_base or rules.mutated
     pair = MutatedBase(base, BaseWeights(mutated), rules.quantized) if mutated else None
     if pair:
@@ -140,7 +140,7 @@ def _from_adapter(
     origin = open_source(folder, pickles=inputs.pickles)
     if origin.config.get("peft_type") == "LORAGA":
         origin = replace(origin, config={**origin.config, "peft_type": "LORA"})
-    stored = lora.modules_of(origin)
+    stored = lora.modules_of(origin, inputs)
     base = inputs.need_base("an initial adapter")
     check_same_form(origin, plain.adapter.modules, stored)
     check_kinship(origin, plain.adapter.modules, stored, paths)
