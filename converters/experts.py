@@ -153,7 +153,7 @@ def _stack(source: Source, base: BaseWeights, parameter: str, pair: Pair) -> Sta
         foreign_pattern(source.config, "rank_pattern", file=source.config_file),
         parameter, source.config.get("r", rows // len(modules)),
     )  # fmt: skip
-    if not isinstance(declared, int) or declared < 1 or rows % declared or rows != columns:
+    if type(declared) is not int or declared < 1 or rows % declared or rows != columns:
         raise InputError(
             "the factors do not hold the configured rank for each expert", code="GS-3121", file=source.weights,
             tensor=pair.A, expected=f"A (E r, in) and B (out, r E) with r {declared}",

@@ -22,6 +22,7 @@ from converters.stacks import level
 from gora_serve.adapter.format import read_adapter
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, GoraError, InputError, UsageError
+from gora_serve.integrity.record import WEIGHTS
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "v_proj"]
@@ -56,11 +57,13 @@ def build_gpt_oss() -> Any:
     return GptOssForCausalLM(config).float().requires_grad_(False).eval()
 
 
-def trained(folder: Path, build: Callable[[], Any] = build_qwen, **settings: Any) -> Tensor:
+def trained(
+    folder: Path, build: Callable[[], Any] = build_qwen, *, wrap: Callable[..., Any] = get_peft_model, **settings: Any
+) -> Tensor:
     """Save base and trained adapter into the folder, and return the trained model's logits."""
     build().save_pretrained(folder / "base")
     targets = {"target_modules": ATTENTION, "target_parameters": EXPERTS, "r": 4, "lora_alpha": 8}
-    model = train(get_peft_model(build(), LoraConfig(**targets | settings)))
+    model = train(wrap(build(), LoraConfig(**targets | settings)))
     model.save_pretrained(folder / "adapter")
     return logits_of(model)
 
@@ -95,7 +98,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    file = folder / "adapter" / "adapter_model.safetensors"
+    file = folder / "adapter" / WEIGHTS
     save_file({name: tensor.contiguous() for name, tensor in edit(load_file(file)).items()}, file)
 
 
@@ -131,30 +134,35 @@ def test_mixtral_is_written_in_the_checkpoints_names(tmp_path: Path) -> None:
     assert names == experts | {"block_sparse_moe.gate", "self_attn.q_proj", "self_attn.v_proj"}
 
 
-def turn(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the factors as PEFT 0.18 trains them, of the transposed experts: A (E r, out), B (in, r E)."""
-    for name, A in list(tensors.items()):
-        if "experts" in name and "lora_A" in name:
-            B = tensors[name.replace("lora_A", "lora_B")]
-            apart_A, apart_B = A.view(4, -1, A.shape[1]), B.view(B.shape[0], -1, 4)  # (E, r, in), (out, r, E)
-            tensors[name] = apart_B.permute(2, 1, 0).reshape(A.shape[0], -1)
-            tensors[name.replace("lora_A", "lora_B")] = apart_A.permute(2, 1, 0).reshape(A.shape[1], -1)
-    return tensors
+def as_older_peft(model: Any, config: Any) -> Any:
+    """Wrap the model as PEFT did before 0.19.1, which took every stack for one of transposed experts, (E, in, out)."""
+    stacks = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+    for stack in stacks:
+        stack.is_transposed = True  # asked by PEFT while it wraps, and by the model while it computes
+    model = get_peft_model(model, config)
+    for stack in stacks:
+        stack.is_transposed = False
+    return model
 
 
 def test_factors_of_older_peft(tmp_path: Path) -> None:
-    logits = trained(tmp_path)
-    edit_tensors(tmp_path, turn)
+    logits = trained(tmp_path, wrap=as_older_peft)
+    shapes = {name: tuple(one.shape) for name, one in load_file(tmp_path / "adapter" / WEIGHTS).items()}
+    assert shapes["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"] == (4 * 4, 48)
     edit_config(tmp_path, peft_version="absent")
     prove(tmp_path, logits)
 
 
-@pytest.mark.parametrize("sizes", [{"moe_intermediate_size": 16}, {"moe_intermediate_size": 32}])
-def test_square_experts_of_older_peft(tmp_path: Path, sizes: dict[str, int]) -> None:
-    targets = {16: EXPERTS, 32: EXPERTS[1:]}[sizes["moe_intermediate_size"]]
-    logits = trained(tmp_path, lambda: build_qwen(**sizes), target_parameters=targets)
-    edit_tensors(tmp_path, turn)
-    edit_config(tmp_path, peft_version="0.18.1")
+@pytest.mark.parametrize(
+    ("size", "targets", "version"),
+    [(16, EXPERTS, "absent"), (32, EXPERTS[1:], "0.18.1"), (32, EXPERTS[1:], "0.19.0")],
+)
+def test_square_experts_of_older_peft(tmp_path: Path, size: int, targets: list[str], version: str) -> None:
+    """Where gate_up_proj is square, down_proj tells; where all are, the version does."""
+    logits = trained(
+        tmp_path, lambda: build_qwen(moe_intermediate_size=size), wrap=as_older_peft, target_parameters=targets
+    )
+    edit_config(tmp_path, peft_version=version)
     prove(tmp_path, logits)
 
 
