@@ -21,7 +21,7 @@ import torch
 from converters.reading import Inputs
 from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
-from gora_serve.adapter.peft_config import foreign_pattern, foreign_scales, pattern_value
+from gora_serve.adapter.peft_config import foreign_pattern, foreign_scales, pattern_values
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError
 
@@ -149,25 +149,24 @@ def _is_target(source: Source, module: str, leaf: str) -> bool:
 def _stack(source: Source, base: BaseWeights, parameter: str, pair: Pair) -> Stack:
     modules = _modules_of(base, parameter)
     (rows, _), columns = source.tensors.shape(pair.A), source.tensors.shape(pair.B)[1]
-    declared = pattern_value(
-        foreign_pattern(source.config, "rank_pattern", file=source.config_file),
-        parameter, source.config.get("r", rows // len(modules)),
-    )  # fmt: skip
-    if type(declared) is not int or declared < 1 or rows % declared or rows != columns:
+    rank = rows // len(modules)
+    ranks = pattern_values(foreign_pattern(source.config, "rank_pattern", file=source.config_file), parameter)
+    ranks = ranks or [source.config.get("r", rank)]
+    if rows != columns or not any(type(one) is int and one > 0 and rows % one == 0 for one in ranks):
         raise InputError(
             "the factors do not hold the configured rank for each expert", code="GS-3121", file=source.weights,
-            tensor=pair.A, expected=f"A (E r, in) and B (out, r E) with r {declared}",
+            tensor=pair.A, expected=f"A (E r, in) and B (out, r E) with r {ranks[0]}",
             actual=f"A has {rows} rows, B {columns} columns",
             hint="correct r or rank_pattern in adapter_config.json, with lora_alpha as it was in training",
         )  # fmt: skip
-    if rows != declared * len(modules):
+    if rank not in ranks or rows % len(modules):
         raise InputError(
             "the adapter and the base have other numbers of experts", code="GS-3122", file=source.weights,
-            tensor=pair.A, expected=f"{len(modules)} experts of rank {declared}, {len(modules) * declared} rows",
-            actual=f"{rows} rows", hint="give the base that the adapter was trained on; or correct r, if it is wrong",
+            tensor=pair.A, expected=f"{len(modules)} experts of rank {ranks[0]}", actual=f"{rows} rows in all",
+            hint="give the base that the adapter was trained on; or correct r, if it is wrong",
         )  # fmt: skip
-    scale = foreign_scales(source.config, {parameter: declared}, file=source.config_file)[parameter]
-    return Stack(parameter, pair, modules, base.shape(modules[0][0][0])[1], declared, scale)
+    scale = foreign_scales(source.config, {parameter: rank}, file=source.config_file)[parameter]
+    return Stack(parameter, pair, modules, base.shape(modules[0][0][0])[1], rank, scale)
 
 
 def _modules_of(base: BaseWeights, parameter: str) -> Experts:

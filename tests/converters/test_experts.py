@@ -113,7 +113,8 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Ten
         {"use_rslora": True, "target_parameters": [*EXPERTS, "mlp.gate.weight"]},
         {
             "use_rslora": True, "target_parameters": [*EXPERTS, "mlp.gate.weight"],
-            "rank_pattern": {"mlp.experts.down_proj": 2, "0.mlp.experts.gate_up_proj": 3, "q_proj": 5, "gate": 7},
+            "rank_pattern": {"mlp.experts.down_proj": 2, "mlp.experts.gate_up_proj": 3, "q_proj": 5, "gate": 7,
+                             "experts.gate_up_proj": 4},
             "alpha_pattern": {"1.mlp.experts.gate_up_proj": 3, "mlp.gate.weight": 5, "mlp.gate": 50},
         },
     ],
