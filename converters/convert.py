@@ -22,6 +22,7 @@ from converters.reading import Inputs, Reading
 from converters.receipt import RECEIPT, Converted, ModuleError, make_receipt
 from converters.source import Source, open_source
 from converters.spill import Spill
+from converters.stacks import level, levelled_factors
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
@@ -114,6 +115,7 @@ def convert(
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
         ranks = choose_ranks(spill, config)
         _check_something_is_left(source, reading, ranks)
+        ranks = level(ranks, inputs.need_base("convert"))
         adapter = _adapter(reading, detection, BaseId(base.name, base.revision, roots), spill, ranks, inputs)
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
@@ -203,7 +205,7 @@ def _adapter(
     weights = inputs.need_base("convert")
     return replace(
         reading.adapter,
-        modules=LazyModules(kept, lambda path: spill[path].load().first(ranks[path])),
+        modules=LazyModules(kept, lambda path: levelled_factors(spill, path, ranks[path], weights)),
         base=base,
         origin=origin,
         fan_in_fan_out=all(weights.is_transposed(path) for path in kept),
@@ -216,7 +218,8 @@ def _measure(stage: Path, spill: Spill, ranks: Mapping[str, int]) -> dict[str, M
     errors = {}
     for path, module in spill.items():
         spectrum, rank = module.load(), ranks[path]
+        held = min(rank, spectrum.rank)
         norm, truncated = spectrum.dropped(0), spectrum.dropped(rank)
-        error = math.hypot(distance(written[path], spectrum.first(spectrum.rank)), spectrum.rest) if rank else norm
+        error = math.hypot(distance(written[path], spectrum.first(spectrum.rank)), spectrum.rest) if held else norm
         errors[path] = ModuleError(rank, spectrum.numerical_rank, norm, truncated, error)
     return errors

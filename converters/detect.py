@@ -68,7 +68,7 @@ def decide(source: Source, inputs: Inputs, family: str = "auto") -> Detection:
             hint=f"{' or '.join(detection.needs)}; or --from lora, if the base was not edited",
         )  # fmt: skip
     if detection.family in _EDITING and source.config.get("peft_type") != "LORAGA":
-        modules = lora.modules_of(source)
+        modules = lora.modules_of(source, inputs)
         _check_not_subtracted(source, detection.family, modules)
         if detection.family in _PROJECTING and not (inputs.init_adapter or inputs.mutated_base):
             _check_part_of_base(source, inputs, detection.family, modules)
@@ -118,7 +118,7 @@ def _behind_plain(source: Source, inputs: Inputs, evidence: tuple[str, ...]) -> 
         given = "--init-adapter" if inputs.init_adapter else "--mutated-base"
         family = "loftq" if inputs.init_adapter and inputs.init_adapter.name == LOFTQ_INIT else "residual"
         return Detection(family, (*evidence, f"{given} was given: the base was edited"))
-    modules = lora.modules_of(source)
+    modules = lora.modules_of(source, inputs)
     half = halves(modules)
     if half and half.parallel:
         line = "already converted: A and B hold the trained factors and, turned around, the initial ones"
@@ -152,7 +152,7 @@ def _kinship(folder: Path, inputs: Inputs, modules: Modules) -> float:
     """Return how much the adapter in `folder` has in common with this one; 0 where it cannot be read."""
     try:
         initial = open_source(folder, pickles=inputs.pickles)
-        return kinship(modules, lora.modules_of(initial))
+        return kinship(modules, lora.modules_of(initial, inputs))
     except GoraError:
         return 0.0
 

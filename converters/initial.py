@@ -61,7 +61,7 @@ class Rules:
     check: Check | None = None
     refine: Callable[[str, LoraFactors], LoraFactors] | None = None
     files: tuple[Path, ...] = ()
-    stored: Callable[[Source], Mapping[str, LoraFactors]] = lora.modules_of
+    stored: Callable[[Source, Inputs], Mapping[str, LoraFactors]] = lora.modules_of
     quantized: bool = False
     unscaled: bool = False
     untransposed: bool = False
@@ -76,7 +76,7 @@ def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Readin
         raise UsageError(f"--cache is CorDA's; {rules.family} has none", code="GS-233", hint="leave --cache out")
     plain = lora.read(source, inputs)
     trained = plain.adapter.modules
-    initial = find_initial(source, inputs, plain, rules, list(lora.modules_of(source)))
+    initial = find_initial(source, inputs, plain, rules, list(lora.modules_of(source, inputs)))
 
     def update(path: str) -> LoraFactors:
         return subtract(trained[path], initial.modules[path]) if path in initial.modules else trained[path]
@@ -162,7 +162,7 @@ def _from_adapter(
     origin = open_source(folder, pickles=inputs.pickles)
     if origin.config.get("peft_type") == "LORAGA":
         origin = replace(origin, config={**origin.config, "peft_type": "LORA"})
-    stored = rules.stored(origin)
+    stored = rules.stored(origin, inputs)
     base = inputs.need_base("an initial adapter")
     check_same_form(origin, plain.adapter.modules, stored)
     check_kinship(origin, plain.adapter.modules, stored, paths)

@@ -50,6 +50,6 @@ def _which(source: Source, inputs: Inputs) -> str:
                 return kind
     if folder is None:
         return LOFTQ  # from W0 - Q alone, which has no scale
-    base, stored = inputs.need_base("LoftQ"), lora.modules_of(open_source(folder, pickles=inputs.pickles))
+    base, stored = inputs.need_base("LoftQ"), lora.modules_of(open_source(folder, pickles=inputs.pickles), inputs)
     path = next((path for path in stored if not base.is_embedding(path)), None)
     return PISSA if path and off_projection(base.weight(path), stored[path]) < 5 * ROUNDED else LOFTQ

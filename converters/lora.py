@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from converters.experts import Wrapped, read_parameters
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from converters.token_rows import row_factors, rows_of
@@ -28,14 +29,15 @@ class Pair:
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
-    """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one."""
+    """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one, but for fused experts."""
     pairs, rows = pairs_of(source), rows_of(source, inputs)
-    low_rank = factors_of(source, pairs)
+    wrapped = read_parameters(source, pairs, inputs)
+    low_rank = _beside(wrapped, source, pairs)
 
     def factors(path: str) -> LoraFactors:
         return row_factors(source, inputs.need_base("lora"), path, rows[path]) if path in rows else low_rank[path]
 
-    modules = LazyModules({**pairs, **rows}, factors)
+    modules = LazyModules([*low_rank, *rows], factors)
     whole = sort_whole(source, inputs, modules)
     embeddings = frozenset(path for path, pair in pairs.items() if pair.embedding)
     embeddings |= {path for path in rows if inputs.need_base("lora").is_embedding(path)}
@@ -53,15 +55,20 @@ def read(source: Source, inputs: Inputs) -> Reading:
         frozenset(whole.carried.values()),
         whole.known,
         lost=whole.lost,
-        served=modules,
+        served=None if wrapped.fused else modules,
         method="scale * B A",
-        notes=whole.notes,
+        notes=(*whole.notes, *wrapped.notes),
     )
 
 
-def modules_of(source: Source) -> LazyModules:
+def modules_of(source: Source, inputs: Inputs) -> LazyModules:
     """Return the factors alone, as stored: what `read` has, less trainable tokens."""
-    return factors_of(source, pairs_of(source))
+    pairs = pairs_of(source)
+    return _beside(read_parameters(source, pairs, inputs), source, pairs)
+
+
+def _beside(wrapped: Wrapped, source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
+    return wrapped.beside(factors_of(source, {path: pairs[path] for path in pairs if path not in wrapped.taken}))
 
 
 def base_id(source: Source) -> BaseId:

@@ -22,7 +22,7 @@ from gora_serve.errors import BindingError
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read OLoRA. Raises BindingError (GS-433) for an initial adapter that is not the QR of this base."""
     base = inputs.need_base("OLoRA edits the base; its conversion")
-    trained = lora.modules_of(source)
+    trained = lora.modules_of(source, inputs)
 
     def compute(path: str, rank: int) -> LoraFactors:
         scale = trained[path].scale

@@ -80,8 +80,8 @@ def compress(factors: LoraFactors, *, tolerance: float = 0.0) -> Spectrum:
     """Return the spectrum of scale * B @ A. Its numerical rank leaves out values that are together below `tolerance`.
 
     QR of B and of Aᵀ and the SVD of the core in float64, O((out + in) r²); a factor that is wider than long stays as it
-    is. Values below float64's own noise, r * 2e-16 |B| |A|, are left out: what is left where two terms cancel. tolerance:
-    of the update's norm.
+    is. Values below float64's own noise, r * 2e-16 |B| |A|, are left out: what is left where two terms cancel. The
+    tolerance is relative to the update's norm.
     """
     left, right = _triangle(factors.B.double() * factors.scale), _triangle(factors.A.double().T)
     U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)  # (k, k'), (k',), (k', l)

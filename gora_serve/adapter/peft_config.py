@@ -133,10 +133,11 @@ def pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     PEFT's rule (`get_pattern_key`): a key is a regular expression for the end of the path, starting at a dot; the first
     match wins. The keys must be safe (`is_safe_pattern`).
     """
-    return next(iter(_matches(pattern, path)), default)
+    return next(iter(pattern_values(pattern, path)), default)
 
 
-def _matches(pattern: Mapping[str, Any], path: str) -> list[Any]:
+def pattern_values(pattern: Mapping[str, Any], path: str) -> list[Any]:
+    """Return the values of all keys that match a module, in the order of the pattern."""
     return [value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)]
 
 
@@ -164,13 +165,13 @@ def foreign_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file:
     scales = {}
     for path, rank in ranks.items():
         declared = pattern_value(of_rank, path, config.get("r", rank))
-        if rank not in (_matches(of_rank, path) or [declared]):
+        if rank not in (pattern_values(of_rank, path) or [declared]):
             raise InputError(
                 "the configured rank is not the tensor's: the scale is not known", code="GS-3103", file=file,
                 tensor=path, expected=f"r {declared}", actual=f"A has {rank} rows",
                 hint="correct r or rank_pattern in adapter_config.json, with lora_alpha as it was in training",
             )  # fmt: skip
-        alphas = _matches(of_alpha, path) or [config.get("lora_alpha", 8)]
+        alphas = pattern_values(of_alpha, path) or [config.get("lora_alpha", 8)]
         if any(alpha != alphas[0] for alpha in alphas):
             raise InputError(
                 "two keys of alpha_pattern give this module different values, and PEFT saves no order of keys",
