@@ -53,9 +53,27 @@ def check_orthogonal(base: BaseWeights, path: str, initial: LoraFactors, file: P
 
 
 def check_either(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
-    """Raise BindingError (GS-433) unless P0 is a part of W0, or of singular vectors."""
-    if off_orthogonal(initial) > allowed(base, path, initial):
+    """Raise BindingError (GS-433) unless P0 is a part of W0, or LoRA-GA's: of singular vectors, each side of one length.
+
+    LoftQ's is of singular vectors too, with √S on both sides, and is made without the scale: GS-441.
+    """
+    if (
+        off_orthogonal(initial) > allowed(base, path, initial)
+        or off_projection(base.weight(path), initial) < 5 * ROUNDED
+    ):
         check_projection(base, path, initial, file)
+    elif _is_balanced(initial):
+        raise BindingError(
+            "the initial adapter is no part of this base, and looks like LoftQ's", code="GS-441", file=file,
+            tensor=path, hint="--from loftq, where the model was quantized; LoftQ's update has no scale",
+        )  # fmt: skip
+
+
+def _is_balanced(initial: LoraFactors) -> bool:
+    """Tell whether A = √S Vᵀ and B = U √S with values S that differ."""
+    rows, columns = initial.A.double().norm(dim=1), initial.B.double().norm(dim=0)  # (r,), (r,)
+    balanced = float((rows - columns).norm() / rows.norm()) < ROUNDED
+    return balanced and float(rows.max() / rows.min().clamp(min=1e-30)) > 1 + ROUNDED
 
 
 def off_projection(W: Tensor, initial: LoraFactors) -> float:

@@ -39,17 +39,13 @@ _NAMES = {True: "QPiSSA", False: "LoftQ"}
 
 
 def _which(source: Source, inputs: Inputs) -> str:
-    """Return LOFTQ or PISSA: by the configuration's word, by the initial adapter's folder, or by its numbers.
+    """Return LOFTQ or PISSA: by the initial adapter's numbers, or by the configuration's word where there is none.
 
     QPiSSA's s B0 A0 is a part of W0; LoftQ's B0 A0 is a part of what quantization lost.
     """
     folder = initial_folder(source, inputs, base_beside(source, inputs))
-    for name in (str(source.config.get("init_lora_weights")).lower(), folder.name if folder else ""):
-        for kind in (LOFTQ, PISSA):
-            if name.startswith(kind):
-                return kind
     if folder is None:
-        return LOFTQ  # from W0 - Q alone, which has no scale
+        return PISSA if str(source.config.get("init_lora_weights")).lower().startswith(PISSA) else LOFTQ
     base, stored = inputs.need_base("LoftQ"), lora.modules_of(open_source(folder, pickles=inputs.pickles), inputs)
     path = next((path for path in stored if not base.is_embedding(path)), None)
     return PISSA if path and off_projection(base.weight(path), stored[path]) < 5 * ROUNDED else LOFTQ
