@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from converters.fresh import check_projection
+from converters.fresh import ROUNDED, check_projection
 from converters.initial import Rules, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.source import PickledTensors, Source
@@ -28,7 +28,9 @@ def read(source: Source, inputs: Inputs) -> Reading:
     """Read CorDA. Raises UsageError GS-232 without any source of P0, and what `_open_cache` and `_part` raise."""
     base, file = inputs.need_base("CorDA edits the base; its conversion"), inputs.cache
     if file is None or inputs.init_adapter or inputs.mutated_base:
-        return read_without_initial(source, inputs, Rules("corda", check=partial(check_projection, base)))
+        return read_without_initial(
+            source, inputs, Rules("corda", check=partial(check_projection, base, exact=ROUNDED))
+        )
     cache = _open_cache(file, pickles=inputs.pickles)
     rules = Rules(
         "corda",

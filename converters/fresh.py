@@ -32,10 +32,10 @@ def allowed(base: BaseWeights, path: str, initial: LoraFactors) -> float:
     return ROUNDED if rounded else EXACT
 
 
-def check_projection(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
+def check_projection(base: BaseWeights, path: str, initial: LoraFactors, file: Path, *, exact: float = EXACT) -> None:
     """Raise BindingError (GS-433) unless P0 is W0 projected on P0's own columns, or on its own rows."""
     off = off_projection(base.weight(path), initial)
-    if off > allowed(base, path, initial):
+    if off > max(allowed(base, path, initial), exact):
         raise BindingError(
             "the initial adapter is no part of this base", code="GS-433", file=file, tensor=path,
             expected="s B0 A0 = W0 projected on its own columns", actual=f"{off:.1%} of it is off", hint=HINT,
@@ -53,14 +53,12 @@ def check_orthogonal(base: BaseWeights, path: str, initial: LoraFactors, file: P
 
 
 def check_either(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
-    """Raise BindingError (GS-433) unless P0 is a part of W0, or LoRA-GA's: of singular vectors, each side of one length.
+    """Raise BindingError (GS-433) unless P0 is a part of W0, or of singular vectors, as LoRA-GA's is.
 
     LoftQ's is of singular vectors too, with √S on both sides, and is made without the scale: GS-441.
     """
-    if (
-        off_orthogonal(initial) > allowed(base, path, initial)
-        or off_projection(base.weight(path), initial) < 5 * ROUNDED
-    ):
+    is_near = off_projection(base.weight(path), initial) < 5 * ROUNDED
+    if is_near or off_orthogonal(initial) > allowed(base, path, initial):
         check_projection(base, path, initial, file)
     elif _is_balanced(initial):
         raise BindingError(

@@ -101,10 +101,10 @@ def test_what_bfloat16_keeps_of_a_small_update(tmp_path: Path, moved: float) -> 
     """1024 x 1024, r = 16, |dW| / |P0| = 0.1 to 0.003: under 0.5 % is lost; plain concatenation loses far more."""
     generator = torch.Generator().manual_seed(0)
     path, (base, adapter, initial) = "layers.0.proj", [tmp_path / name for name in ("base", "adapter", "initial")]
-    U, S, Vh = torch.linalg.svd(torch.randn(1024, 1024, generator=generator) / 32)
+    W0 = torch.randn(1024, 1024, generator=generator) / 32
+    U, S, Vh = torch.linalg.svd(W0)
     U, S, Vh = U[:, :16], S[:16].sqrt(), Vh[:16]
     P0 = LoraFactors(S[:, None] * Vh, U * S, 1.0)
-    W0 = torch.randn(1024, 1024, generator=generator) * 1e-3 + P0.delta().float()
     A, B = (torch.randn(P.shape, generator=generator) * P.std() for P in (P0.A, P0.B))
     step = moved
     for _ in range(20):  # the step that moves the update by `moved`
