@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-from converters.detect import Detection, decide
-from converters.families import family_named
-from converters.patterns import LEFT_OUT, Patterns
+from converters.detect import Detection
+from converters.read import bound_to, read
 from converters.reading import Inputs, Reading
-from converters.receipt import RECEIPT, Converted, ModuleError, make_receipt
-from converters.source import Source, open_source
+from converters.receipt import RECEIPT, Converted, ModuleError, files_read, make_receipt
+from converters.source import Source
 from converters.spill import Spill
 from converters.stacks import level, levelled_factors
+from converters.whole import counterpart
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
-from gora_serve.adapter.linalg import Spectrum, compress, distance, leading
+from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, distance, leading
 from gora_serve.adapter.truncate import ranks_of_budget, ranks_of_tolerance
 from gora_serve.config import ConvertConfig, ExportConfig
 from gora_serve.deploy.base import BaseWeights
@@ -35,54 +35,11 @@ from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import check_binding, seal_folder
 from gora_serve.integrity.files import staged_folder, write_json, write_text
 from gora_serve.integrity.manifest import Roots, hash_model
-from gora_serve.integrity.record import bound_roots, read_record
+from gora_serve.integrity.reading import check_unchanged, stamps
+from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Progress
 
-# Of an update's norm: less than rounding to this dtype costs (unit roundoffs are 6e-8, 2e-3 and 5e-4).
-NUMERICAL: Mapping[str, float] = {"float32": 1e-7, "bfloat16": 5e-4, "float16": 1e-4}
-
 LEADING = 8  # times --rank: the most that a module of full rank can get
-
-
-def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
-    """Open a checkpoint, decide its family and read it, with every tensor accounted for.
-
-    Raises UsageError (GS-238) for an option that is a full fine-tune's, and what `decide`, the reader and `_account`
-    raise.
-    """
-    source = open_source(path, pickles=inputs.pickles)
-    detection = decide(source, inputs, family)
-    if detection.family != "full" and inputs.carry:
-        raise UsageError(
-            f"--carry is for a fine-tuned model; this is {detection.family}", code="GS-238", file=source.weights,
-            actual=", ".join(inputs.carry), hint="leave --carry out: what an adapter saved whole is carried unasked",
-        )  # fmt: skip
-    reading = family_named(detection.family).read(source, inputs)
-    return source, detection, _account(source, detection, reading, inputs)
-
-
-def _account(source: Source, detection: Detection, reading: Reading, inputs: Inputs) -> Reading:
-    """Return the reading with what the user leaves out among the known tensors.
-
-    Raises InputError for a tensor that would be lost: GS-3115 with the reason, GS-3104 where it is not the family's.
-    """
-    leave_out = Patterns("--leave-out", inputs.leave_out)
-    others = source.tensors.keys() - reading.applied - reading.carried - reading.known.keys() - reading.lost.keys()
-    lost = {**reading.lost, **dict.fromkeys(sorted(others), f"{detection.family} has no such tensor")}
-    left_out = {name: f"{LEFT_OUT}: {why}" for name, why in lost.items() if leave_out.match(name)}
-    if detection.family != "full":  # whose reader has checked them, against the base's tensors too
-        leave_out.check()
-    remaining = [name for name in lost if name not in left_out]
-    if remaining:
-        more = f" (and {len(remaining) - 1} more)" if len(remaining) > 1 else ""
-        known = remaining[0] in reading.lost
-        raise InputError(
-            f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
-            tensor=remaining[0], actual=lost[remaining[0]],
-            hint="merging the adapter is exact; --leave-out NAMES drops the tensor and says so" if known
-            else "name the family by --from, or report the file's tensor names; --leave-out NAMES drops the tensor",
-        )  # fmt: skip
-    return replace(reading, known={**reading.known, **left_out})
 
 
 def convert(
@@ -105,8 +62,11 @@ def convert(
     others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
     with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:
         source, detection, reading = read(path, inputs, config.family)
+        read_from = files_read(source, reading)
+        check_target(output, overwrite=overwrite, protect=read_from)  # what was found by itself is protected too
+        before = stamps(read_from)
         _check_can_be_low_rank(source, detection, reading, config)
-        _check_carried(source, reading)
+        _check_carried(source, reading, inputs)
         roots = _roots(source, base, inputs)
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
@@ -122,6 +82,7 @@ def convert(
         done = Converted(output, root, detection, reading, adapter.base, adapter.origin, _measure(stage, spill, ranks))
         shutil.rmtree(spill.folder)
         done = replace(done, receipt=make_receipt(source, done, config))
+        check_unchanged(before)
         write_json(stage / RECEIPT, done.receipt)
         seal_folder(stage, seal_record(root, done.base, done.origin, ExportConfig(config.form, config.dtype)))
     return done
@@ -139,8 +100,7 @@ def _check_can_be_low_rank(source: Source, detection: Detection, reading: Readin
 def _roots(source: Source, base: Base, inputs: Inputs) -> Roots:
     """Hash the base. Raises BindingError (GS-401) where the adapter itself says that it belongs to another one."""
     manifest = hash_model(base.path, listen=inputs.listen)
-    bound = bound_roots(read_record(source.tensors.metadata, source.weights))
-    if bound is not None:
+    if (bound := bound_to(source)) is not None:
         check_binding(bound, manifest, base=base.path)
     return manifest.roots
 
@@ -160,8 +120,17 @@ def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:
         )  # fmt: skip
 
 
-def _check_carried(source: Source, reading: Reading) -> None:
+def _check_carried(source: Source, reading: Reading, inputs: Inputs) -> None:
+    """Refuse NaN (GS-3105), and a shape that is not the base's (GS-405). What the base lacks is a head of its own."""
+    base = inputs.need_base("convert")
     for parameter, tensor in reading.adapter.carried.items():
+        ours = counterpart(parameter, base)
+        if ours is not None and base.tensors.shape(ours) != tuple(tensor.shape):
+            raise BindingError(
+                "a module that is carried does not fit this base", code="GS-405", file=source.weights,
+                tensor=parameter, expected=base.tensors.shape(ours), actual=tuple(tensor.shape),
+                hint="give the base that the adapter was trained on",
+            )  # fmt: skip
         if not tensor.isfinite().all():
             raise InputError(
                 "a module that is carried holds NaN or infinite values", code="GS-3105", file=source.weights,

@@ -60,7 +60,7 @@ def decide(source: Source, inputs: Inputs, family: str = "auto") -> Detection:
     initial update would be subtracted a second time. BindingError (GS-440) where the initialisation is a part of the
     base, and this adapter is none of this base.
     """
-    detection = detect(source, inputs) if family == "auto" else Detection(family, ("--from says so",))
+    detection = detect(source, inputs) if family == "auto" else _named(source, family)
     if detection.confidence == "likely":
         raise InputError(
             f"the configuration says plain LoRA, the weights say {detection.family}", code="GS-3202",
@@ -98,6 +98,21 @@ def detect(source: Source, inputs: Inputs) -> Detection:
         return _behind_plain(source, inputs, evidence)
     missing = is_redrawn(source.config) and not (inputs.init_adapter or inputs.mutated_base or inputs.cache)
     return Detection(init.family, evidence, needs=(WAYS,) if missing and not siblings(source) else ())
+
+
+def _named(source: Source, family: str) -> Detection:
+    """Return what --from says. Raises InputError (GS-3203) where the configuration names another family that edits.
+
+    QPiSSA is read as loftq, and `residual` and `lora` are for configurations that are wrong.
+    """
+    found = by_initialization(source.config, source.config_file).family if family in _EDITING else family
+    if found not in ("lora", family) and family not in ("residual", "loftq"):
+        raise InputError(
+            "--from and the configuration contradict each other", code="GS-3203", file=source.config_file,
+            expected=f"init_lora_weights of {family}", actual=str(source.config.get("init_lora_weights")),
+            hint=f"--from {found}, or leave --from out; --from residual if the configuration is wrong",
+        )  # fmt: skip
+    return Detection(family, ("--from says so",))
 
 
 def _refuse_two(source: Source, family: str, init: str) -> None:

@@ -62,6 +62,7 @@ def module_path(base: BaseWeights, path: str) -> str:
 
     A path that the base does not know at all is returned as it is: `convert` refuses it (GS-404).
     """
+    base.need_model_names()
     name = base.find_parameter(f"{path}.weight")
     longer = name is not None and name.endswith(f".{path}.weight")
     return name.removesuffix(".weight") if longer and name is not None else path

@@ -45,6 +45,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
     another base, UsageError GS-236 and GS-237 for names that make no sense.
     """
     base, model = inputs.need_base("a full fine-tune"), BaseWeights(source.folder)
+    if model.is_bare:  # else the names are the model's
+        base.need_model_names()
     leave_out, carry = Patterns("--leave-out", inputs.leave_out), Patterns("--carry", inputs.carry)
     found = _sort(model, base, leave_out, carry)
     _refuse_problems(source, found)

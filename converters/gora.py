@@ -77,7 +77,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     )  # fmt: skip
     if settings.init_method in UNTOUCHED:
         return reading
-    rules = Rules("gora", in_adapter=False, stored=lambda origin, _: _factors(origin, settings, base)[0])
+    rules = Rules("gora", stored=lambda origin, _: _factors(origin, settings, base)[0])
     initial = find_initial(source, inputs, reading, rules, list(factors))
     modules = LazyModules(factors, lambda path: subtract(factors[path], initial.modules[path]))
     return replace(

@@ -7,7 +7,8 @@ noticed and refused: by its modules and scales, by what it has in common with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,16 +18,19 @@ import torch
 from converters import lora
 from converters.decompose import transposed
 from converters.detect_files import BACKUP, siblings
+from converters.detect_weights import spread
 from converters.fresh import is_rounded
 from converters.mutated import MutatedBase
 from converters.reading import Inputs, Reading
 from converters.source import CONFIG, Source, open_source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
-from gora_serve.adapter.linalg import subtract
+from gora_serve.adapter.linalg import norm, subtract
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError, UsageError
 
+GROWN = 0.1  # cosine of the trained update with P0: training takes it far from 1, but not to 0
 KINSHIP = 0.25  # mean cosine of trained and initial factors: another run's is near 0, one's own above 0.5
+OTHERS = re.compile(r"\.lora_(magnitude_vector|E|diag)(\.|$)")
 TURNED = 0.02  # share of A's rows with a cosine below -0.5
 
 Factors = Callable[[str, int], LoraFactors]  # (module path, rank) -> P0
@@ -110,7 +114,7 @@ def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules, s
     if folder is not None:
         return _from_adapter(folder, inputs, plain, rules, paths, pair)
     if pair:
-        return _from_mutated(pair, plain, paths)
+        return _from_mutated(pair, plain, rules, paths)
     if rules.compute is None:
         raise UsageError(
             f"what the {rules.family} initialisation took out of the base cannot be computed again", code="GS-232",
@@ -144,9 +148,12 @@ def _refuse_tied(source: Source, base: BaseWeights, paths: Iterable[str], rules:
         )  # fmt: skip
 
 
-def _from_mutated(pair: MutatedBase, plain: Reading, paths: list[str]) -> Initial:
+def _from_mutated(pair: MutatedBase, plain: Reading, rules: Rules, paths: list[str]) -> Initial:
     trained = plain.adapter.modules
     modules = _one_kept(paths, lambda path: pair.initial(path, trained[path].rank))
+    if rules.in_adapter:
+        turned = [path for path in paths if rules.untransposed and pair.base.is_transposed(path)]
+        _check_grown(pair, trained, modules, turned)
     return Initial(
         modules,
         f"trained less initial; initial is W0 - W_res at the adapter's rank, from {pair.mutated.folder}",
@@ -154,6 +161,35 @@ def _from_mutated(pair: MutatedBase, plain: Reading, paths: list[str]) -> Initia
         _remainder_note(pair),
         pair.mutated,
     )
+
+
+def _check_grown(
+    pair: MutatedBase,
+    trained: Mapping[str, LoraFactors],
+    initial: Mapping[str, LoraFactors],
+    turned: Collection[str],
+) -> None:
+    """Raise BindingError (GS-442) where what the edited base lacks is not in the adapter: the two are swapped.
+
+    turned: modules whose base lost the transpose of what the adapter holds.
+    """
+    paths = spread(list(initial))
+    begun = {path: transposed(initial[path]) if path in turned else initial[path] for path in paths}
+    common = sum(_product(trained[path], begun[path]) for path in paths)
+    sizes = [sum(norm(one[path]) ** 2 for path in paths) ** 0.5 for one in (trained, begun)]
+    cosine = common / (sizes[0] * sizes[1]) if all(sizes) else 0.0
+    if cosine < GROWN:
+        raise BindingError(
+            "the adapter does not hold what the mutated base lacks", code="GS-442", file=pair.mutated.folder,
+            expected=f"a cosine of s B A with W0 - W_res above {GROWN}", actual=f"{cosine:.2f}",
+            hint="--base is the untouched base and --mutated-base the edited one, of the same run as the adapter",
+        )  # fmt: skip
+
+
+def _product(one: LoraFactors, other: LoraFactors) -> float:
+    """Return the inner product of two updates, without building them."""
+    inner = (one.B.double().T @ other.B.double()) * (one.A.double() @ other.A.double().T)  # (r, r')
+    return float(inner.sum()) * one.scale * other.scale
 
 
 def _from_adapter(
@@ -164,6 +200,7 @@ def _from_adapter(
         origin = replace(origin, config={**origin.config, "peft_type": "LORA"})
     stored = rules.stored(origin, inputs)
     base = inputs.need_base("an initial adapter")
+    _check_plain(origin)
     check_same_form(origin, plain.adapter.modules, stored)
     check_kinship(origin, plain.adapter.modules, stored, paths)
 
@@ -208,6 +245,16 @@ def initial_folder(source: Source, inputs: Inputs, mutated: Path | None) -> Path
         return inputs.init_adapter
     folders = siblings(source, mutated)
     return next((one for one in folders if (one / CONFIG).is_file() and one.name != BACKUP), None)
+
+
+def _check_plain(origin: Source) -> None:
+    """Raise BindingError (GS-430) where the initial adapter has factors of another family beside A and B."""
+    odd = next((name for name in origin.tensors if OTHERS.search(name)), None)
+    if odd is not None:
+        raise BindingError(
+            "the initial adapter is of another family than the trained one", code="GS-430", file=origin.weights,
+            tensor=odd, hint="give the initial adapter of the same run",
+        )  # fmt: skip
 
 
 def check_same_form(origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors]) -> None:

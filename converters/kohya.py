@@ -52,6 +52,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
 def spelled(base: BaseWeights) -> dict[str, set[str]]:
     """Return module paths by their underscored spellings: the whole path, and the path without its first part."""
+    base.need_model_names()
     found: dict[str, set[str]] = defaultdict(set)
     for path in base.modules():
         for spelling in {path, path.partition(".")[2]} - {""}:

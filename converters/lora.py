@@ -37,6 +37,12 @@ def read(source: Source, inputs: Inputs) -> Reading:
     def factors(path: str) -> LoraFactors:
         return row_factors(source, inputs.need_base("lora"), path, rows[path]) if path in rows else low_rank[path]
 
+    both = sorted(rows.keys() & set(low_rank))
+    if both:
+        raise InputError(
+            "a module has trained tokens and LoRA factors: PEFT makes no such adapter", code="GS-3127",
+            file=source.weights, tensor=both[0], hint="two adapters may have been put into one file: take them apart",
+        )  # fmt: skip
     modules = LazyModules([*low_rank, *rows], factors)
     whole = sort_whole(source, inputs, modules)
     embeddings = frozenset(path for path, pair in pairs.items() if pair.embedding)

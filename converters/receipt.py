@@ -93,8 +93,15 @@ def make_receipt(source: Source, done: Converted, config: ConvertConfig) -> dict
 
 def _inputs(source: Source, reading: Reading) -> dict[str, Any]:
     """Name and SHA-256 of each file that was read: the adapter's own, and what the reader needed beside them."""
-    own = _digests(*source.files, source.config_file)
-    return {"adapter": own, "others": _digests(*(file for path in reading.files for file in _files_of(path)))}
+    own = [*source.files, source.config_file]
+    others = [file for file in files_read(source, reading) if file not in own]
+    return {"adapter": _digests(*own), "others": _digests(*others)}
+
+
+def files_read(source: Source, reading: Reading) -> list[Path]:
+    """Return every file that the reading rests on, but those of the base."""
+    others = [file for path in reading.files for file in _files_of(path)]
+    return [file for file in (*source.files, source.config_file, *others) if file.is_file()]
 
 
 def _files_of(path: Path) -> list[Path]:

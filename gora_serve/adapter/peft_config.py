@@ -162,6 +162,11 @@ def foreign_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file:
     GS-355 where alpha is no number.
     """
     of_rank, of_alpha = (foreign_pattern(config, name, file=file) for name in ("rank_pattern", "alpha_pattern"))
+    if ranks and not config:
+        raise InputError(
+            "the scale of the adapter is not known without its configuration", code="GS-3126", file=file,
+            hint="take adapter_config.json from the folder of the run; it says lora_alpha",
+        )  # fmt: skip
     scales = {}
     for path, rank in ranks.items():
         declared = pattern_value(of_rank, path, config.get("r", rank))
@@ -195,8 +200,11 @@ def scale_of(alpha: object, rank: int, config: Mapping[str, Any], path: str, fil
 def saved_modules(config: Mapping[str, Any], *, file: Path) -> list[str]:
     """Return the paths of modules_to_save. Raises InputError where they are no list of names."""
     saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise InputError("modules_to_save is no list of names", code="GS-356", file=file, actual=saved)
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise InputError(
+            "modules_to_save is no list of names", code="GS-356", file=file, actual=saved,
+            hint="take adapter_config.json from the folder of the run",
+        )  # fmt: skip
     return saved
 
 

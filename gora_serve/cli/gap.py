@@ -73,8 +73,9 @@ def gap(
 
     Exit status: 0 the adapter may be served as it is; 1 it is off by more than --threshold, or no engine loads it.
     """
-    from converters.convert import NUMERICAL, read
+    from converters.read import bound_to, read
     from converters.reading import Inputs
+    from gora_serve.adapter.linalg import NUMERICAL
     from gora_serve.cli.render import emit, say, watching
     from gora_serve.cli.render_gap import GapReport, gap_summary, refusal
     from gora_serve.deploy.base import BaseWeights
@@ -82,6 +83,8 @@ def gap(
     from gora_serve.deploy.gap import STORED, Parts, measure_gap
     from gora_serve.deploy.trained_on import quantization
     from gora_serve.integrity.bases import locate_base
+    from gora_serve.integrity.binding import check_binding
+    from gora_serve.integrity.manifest import hash_model
 
     config = GapConfig(family, dtype, threshold, trained_on, tasks, max_rows)
     config.validate()
@@ -92,6 +95,8 @@ def gap(
         weights = BaseWeights(located.path)
         inputs = Inputs(weights, init_adapter, mutated_base, cache, allow_pickle, listen)
         source, detection, reading = read(adapter, inputs, family)
+        if (bound := bound_to(source)) is not None:
+            check_binding(bound, hash_model(located.path, listen=listen), base=located.path)
         lay_in = quantization(source.tensors.metadata, reading.adapter.base.name, source.weights)
         if trained_on != "auto":
             lay_in = None if trained_on == "stored" else (trained_on, "--trained-on says so")

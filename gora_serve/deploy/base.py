@@ -20,6 +20,7 @@ from gora_serve.integrity.layout import find_model
 
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 TRANSPOSED_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")  # Conv1D layers in transformers' models of these types
+BARE = ("h", "wte", "layers", "embed_tokens", "blocks", "embeddings", "encoder")  # first parts of such names
 HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 
@@ -42,11 +43,27 @@ class BaseWeights:
 
     def find_parameter(self, name: str) -> str | None:
         """Return the checkpoint's name of a parameter (`<module path>.weight` or `.bias`), or None."""
-        for candidate in (name, name.partition(".")[2]):
+        for candidate in (name, name.partition(".")[2]) if self.is_bare else (name,):
             if candidate in self.tensors.entries:
                 return candidate
         longer = self._by_tail.get(name, [])
         return longer[0] if len(longer) == 1 else None
+
+    @cached_property
+    def is_bare(self) -> bool:
+        """Whether the checkpoint's names lack their first part, as those of a model saved without its head do."""
+        return any(name.partition(".")[0] in BARE for name in self.tensors)
+
+    def need_model_names(self) -> None:
+        """Raise BindingError (GS-453) where the checkpoint's names are not those of the model that PEFT loads."""
+        heads = ("LMHeadModel", "ForCausalLM", "ForSequenceClassification", "ForMaskedLM")
+        names = self.config.get("architectures") or [""]
+        if self.is_bare and str(names[0]).endswith(heads):
+            raise BindingError(
+                "the base's tensors lack the first part of their names, which an adapter's need", code="GS-453",
+                file=self.folder, tensor=next(iter(self.tensors)),
+                hint="save the base again: AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(DIR)",
+            )  # fmt: skip
 
     @cached_property
     def _by_tail(self) -> dict[str, list[str]]:

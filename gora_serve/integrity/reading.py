@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,18 @@ def open_regular(path: Path) -> Iterator[int]:
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def stamps(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """Return what changes about each file when it is written to, for `check_unchanged`."""
+    return {path: _identity(path.stat()) for path in paths}
+
+
+def check_unchanged(before: Mapping[Path, tuple[int, ...]]) -> None:
+    """Raise MismatchError (GS-101) for the first file that is another one than when its stamp was taken."""
+    for path, stamp in before.items():
+        if not path.exists() or _identity(path.stat()) != stamp:
+            raise changed_while_reading(path)
 
 
 def changed_while_reading(path: Path) -> MismatchError:

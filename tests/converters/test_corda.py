@@ -60,4 +60,4 @@ def test_caches_that_are_refused(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(InputError, match="GS-3114"):
         converted(run.adapter, tiny_base, tmp_path / "out", inputs=bad, family="corda")
     with pytest.raises(UsageError, match="cache is CorDA's"):
-        converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(cache=cache), family="pissa")
+        converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(cache=cache), family="residual")

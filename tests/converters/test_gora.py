@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA_PATHS, build_llama, llama_shapes
 from torch import Tensor
 
-from converters.convert import read
+from converters.read import read
 from converters.reading import Inputs
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import GoraError

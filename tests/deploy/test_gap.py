@@ -16,6 +16,7 @@ from tiny_models import LLAMA_PATHS, MakeAdapter, build_llama, llama_shapes
 from torch import Tensor
 
 from gora_serve.adapter.factors import LoraFactors
+from gora_serve.adapter.linalg import NUMERICAL
 from gora_serve.deploy import gap as gap_file
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.deploy.cost import BUCKETS, bucket_of, deployments
@@ -75,7 +76,7 @@ def test_the_numbers_are_those_of_dense_matrices(case: tuple[Path, Edited]) -> N
 
 def test_what_is_stored_is_what_convert_writes(case: tuple[Path, Edited], tmp_path: Path) -> None:
     """The ranks and errors are those of the receipt, which come from the written file."""
-    from converters.convert import NUMERICAL, convert
+    from converters.convert import convert
     from converters.reading import Inputs
     from gora_serve.config import ConvertConfig
     from gora_serve.integrity.bases import Base

@@ -1,0 +1,73 @@
+"""From a path to a checkpoint that is understood: opened, its family decided, every tensor and option accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from converters.detect import Detection, decide
+from converters.families import family_named
+from converters.patterns import LEFT_OUT, Patterns
+from converters.reading import Inputs, Reading
+from converters.source import Source, open_source
+from gora_serve.errors import InputError, UsageError
+from gora_serve.integrity.manifest import Roots
+from gora_serve.integrity.record import bound_roots, read_record
+
+
+def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
+    """Open a checkpoint, decide its family and read it, with every tensor accounted for.
+
+    Raises UsageError for an option that the family has no use for (GS-238, GS-233), and what `decide`, the reader and
+    `_account` raise.
+    """
+    source = open_source(path, pickles=inputs.pickles)
+    detection = decide(source, inputs, family)
+    if detection.family != "full" and inputs.carry:
+        raise UsageError(
+            f"--carry is for a fine-tuned model; this is {detection.family}", code="GS-238", file=source.weights,
+            actual=", ".join(inputs.carry), hint="leave --carry out: what an adapter saved whole is carried unasked",
+        )  # fmt: skip
+    reading = family_named(detection.family).read(source, inputs)
+    _check_used(source, detection, reading, inputs)
+    return source, detection, _account(source, detection, reading, inputs)
+
+
+def _account(source: Source, detection: Detection, reading: Reading, inputs: Inputs) -> Reading:
+    """Return the reading with what the user leaves out among the known tensors.
+
+    Raises InputError for a tensor that would be lost: GS-3115 with the reason, GS-3104 where it is not the family's.
+    """
+    leave_out = Patterns("--leave-out", inputs.leave_out)
+    others = source.tensors.keys() - reading.applied - reading.carried - reading.known.keys() - reading.lost.keys()
+    lost = {**reading.lost, **dict.fromkeys(sorted(others), f"{detection.family} has no such tensor")}
+    left_out = {name: f"{LEFT_OUT}: {why}" for name, why in lost.items() if leave_out.match(name)}
+    if detection.family != "full":  # whose reader has checked them, against the base's tensors too
+        leave_out.check()
+    remaining = [name for name in lost if name not in left_out]
+    if remaining:
+        more = f" (and {len(remaining) - 1} more)" if len(remaining) > 1 else ""
+        known = remaining[0] in reading.lost
+        raise InputError(
+            f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
+            tensor=remaining[0], actual=lost[remaining[0]],
+            hint="merging the adapter is exact; --leave-out NAMES drops the tensor and says so" if known
+            else "name the family by --from, or report the file's tensor names; --leave-out NAMES drops the tensor",
+        )  # fmt: skip
+    return replace(reading, known={**reading.known, **left_out})
+
+
+def _check_used(source: Source, detection: Detection, reading: Reading, inputs: Inputs) -> None:
+    given = {"--init-adapter": inputs.init_adapter, "--mutated-base": inputs.mutated_base, "--cache": inputs.cache}
+    for option, path in given.items():
+        if path is not None and path not in reading.files:
+            raise UsageError(
+                f"{option} was not used: {detection.family} has no need of it here", code="GS-233",
+                file=source.weights, actual=f"{option} {path}",
+                hint=f"leave {option} out; or name the family that needs it by --from",
+            )  # fmt: skip
+
+
+def bound_to(source: Source) -> Roots | None:
+    """Return the roots of the base that the adapter's own record binds it to; None where it is bound to none."""
+    return bound_roots(read_record(source.tensors.metadata, source.weights))
