@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from inits import inputs_of, make_run, prove_exact_as
-from proving import converted
+from inits import LINEAR, Run, inputs_of, make_run, prove_exact_as
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from proving import converted, train
 from safetensors.torch import load_file, save_file
 from tiny_models import build_llama
 
+from converters.convert import convert
 from converters.decompose import nearest
 from converters.mutated import MutatedBase
 from converters.reading import Inputs
 from gora_serve.adapter.linalg import distance, norm
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.errors import BindingError
+from gora_serve.errors import BindingError, InputError, MismatchError, UsageError
+from gora_serve.integrity.bases import Base
+from gora_serve.progress import Progress
 
 PATH = "model.layers.0.mlp.up_proj"
 
@@ -94,3 +100,111 @@ def test_the_cliff(dtype: str, close: float) -> None:
     found, one_more = nearest(D, 4), nearest(D, 5)
     assert float((found.delta() - P0).norm()) < close * float(P0.norm())
     assert distance(one_more, found) < close * float(P0.norm())  # nothing but rounding beyond rank 4
+
+
+def late(run: Run, folder: Path, init: Any, steps: int = 3, **settings: Any) -> Path:
+    """An adapter of the same start as the run's initial one, a few steps later."""
+    model = get_peft_model(build_llama(), LoraConfig(init_lora_weights=init, r=4, lora_alpha=8, **settings))
+    set_peft_model_state_dict(model, load_file(run.initial / "adapter_model.safetensors"))
+    train(model, steps=steps, lr=1e-3).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("family", ["pissa", "residual"])
+def test_an_initial_adapter_of_a_later_step(tmp_path: Path, tiny_base: Path, family: str) -> None:
+    run = make_run(tmp_path, "pissa_niter_4")
+    inputs = Inputs(init_adapter=late(run, tmp_path / "late", "gaussian", target_modules=LINEAR))
+    with pytest.raises(BindingError, match="no part of this base") as refused:
+        converted(run.adapter, tiny_base, tmp_path / "out", inputs=inputs, family=family)
+    assert refused.value.code == "GS-433"
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
+def test_swapped_bases(tmp_path: Path, tiny_base: Path, init: str) -> None:
+    run = make_run(tmp_path, init)
+    with pytest.raises(BindingError, match="does not hold") as refused:
+        converted(run.adapter, run.mutated, tmp_path / "out", inputs=Inputs(mutated_base=tiny_base), family="pissa")
+    assert refused.value.code == "GS-442"
+
+
+@pytest.mark.parametrize("way", ["computed", "init", "mutated"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tied_head_was_edited_with_the_embeddings(tmp_path: Path, way: str) -> None:
+    def build() -> Any:
+        return build_llama(tie_word_embeddings=True)
+
+    build().save_pretrained(tmp_path / "base")
+    run = make_run(tmp_path, "pissa", build=build, target_modules=["lm_head", "q_proj"])
+    for folder in (run.adapter, run.initial):  # as save_embedding_layers=False leaves it
+        file = folder / "adapter_model.safetensors"
+        save_file({name: one for name, one in load_file(file).items() if "base_layer" not in name}, file)
+    with pytest.raises(InputError, match="ties to its embeddings") as refused:
+        converted(run.adapter, tmp_path / "base", tmp_path / "out", inputs=inputs_of(run, way), family="pissa")
+    assert refused.value.code == "GS-3125"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_rounded_initial_adapter_is_made_exact_again(tmp_path: Path, init: str) -> None:
+    """In bfloat16 A0 and B0 were rounded after W_res was made: P0 is had from W_res, or from W0, and not from them."""
+    build_llama().bfloat16().save_pretrained(tmp_path / "base")
+    run = make_run(tmp_path, init, dtype=torch.bfloat16)
+    base, edited = BaseWeights(tmp_path / "base"), BaseWeights(run.mutated)
+    removed = base.weight(PATH).double() - edited.weight(PATH).double()
+    off = {}
+    for way in ("computed", "init", "both"):
+        done = converted(run.adapter, tmp_path / "base", tmp_path / way, inputs=inputs_of(run, way), family=init)
+        assert done.reading.initial is not None
+        off[way] = float((done.reading.initial[PATH].delta() - removed).norm())
+        assert any("16 bits" in note for note in done.reading.notes)
+    stored = read_stored(run.initial)
+    assert off["init"] < 1.05 * off["computed"] < 0.8 * float((stored - removed).norm())
+    assert off["both"] < off["computed"]
+
+
+def read_stored(adapter: Path) -> torch.Tensor:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.{PATH}.lora_{part}.weight"].double() for part in "AB")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    product: torch.Tensor = config["lora_alpha"] / config["r"] * B @ A
+    return product
+
+
+def test_an_initial_adapter_of_another_family(tmp_path: Path, tiny_base: Path) -> None:
+    run = make_run(tmp_path, "pissa_niter_4")
+    other = make_run(tmp_path / "other", True, use_dora=True)
+    with pytest.raises(BindingError, match="another family") as refused:
+        converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(init_adapter=other.initial), family="pissa")
+    assert refused.value.code == "GS-430"
+
+
+@pytest.mark.parametrize("option", ["init_adapter", "mutated_base", "cache"])
+def test_a_source_that_nobody_needs(tmp_path: Path, tiny_base: Path, option: str) -> None:
+    run = make_run(tmp_path, True)
+    with pytest.raises(UsageError, match="was not used") as refused:
+        converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(**{option: run.initial}), family="lora")
+    assert refused.value.code == "GS-233"
+
+
+def test_a_sibling_that_was_read_is_never_the_output(tmp_path: Path, tiny_base: Path) -> None:
+    run = make_run(tmp_path, "pissa_niter_4")
+    shutil.copytree(run.initial, tmp_path / "pissa_init")
+    before = (tmp_path / "pissa_init" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="an input") as refused:
+        convert(run.adapter, Base("base", tiny_base), tmp_path / "pissa_init", overwrite=True)
+    assert refused.value.code == "GS-251"
+    assert (tmp_path / "pissa_init" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_an_adapter_that_changes_meanwhile(tmp_path: Path, tiny_base: Path) -> None:
+    run = make_run(tmp_path, True)
+
+    def touch(progress: Progress) -> None:
+        if progress.stage == "convert":
+            with (run.adapter / "adapter_config.json").open("a") as file:
+                file.write("\n")
+
+    with pytest.raises(MismatchError, match="changed while") as refused:
+        convert(run.adapter, Base("base", tiny_base), tmp_path / "out", inputs=Inputs(listen=touch))
+    assert refused.value.code == "GS-101"
+    assert not (tmp_path / "out").exists()

@@ -220,3 +220,53 @@ def test_leaving_out_what_is_not_there(tmp_path: Path, tiny_base: Path) -> None:
     error = refused(tmp_path / "adapter", tiny_base, tmp_path / "out", leave_out=("lora_A",))
     assert isinstance(error, UsageError)
     assert error.code == "GS-237"
+
+
+def change_config(adapter: Path, **changes: Any) -> None:
+    file = adapter / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_two_alphas_for_one_module(tmp_path: Path, tiny_base: Path) -> None:
+    """PEFT saves a pattern's keys in alphabetical order, so that nobody knows which one training used."""
+    trained(build_llama, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "adapter")
+    change_config(tmp_path / "adapter", alpha_pattern={"q_proj": 16, "layers.0.self_attn.q_proj": 2})
+    error = refused(tmp_path / "adapter", tiny_base, tmp_path / "out")
+    assert error.code == "GS-3118"
+    assert "model.layers.0.self_attn.q_proj" in str(error)
+
+
+def test_an_adapter_without_its_configuration(tmp_path: Path, tiny_base: Path) -> None:
+    trained(build_llama, LoraConfig(r=4, target_modules=["q_proj"], lora_alpha=64), tmp_path / "adapter")
+    (tmp_path / "adapter" / CONFIG).unlink()
+    assert refused(tmp_path / "adapter", tiny_base, tmp_path / "out").code == "GS-3126"
+
+
+def test_a_carried_module_of_another_shape(tmp_path: Path, tiny_base: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
+    trained(build_llama, config, tmp_path / "adapter")
+    edit(tmp_path / "adapter", lambda tensors: tensors.update({"base_model.model.model.norm.weight": torch.ones(31)}))
+    error = refused(tmp_path / "adapter", tiny_base, tmp_path / "out")
+    assert error.code == "GS-405"
+    assert "model.norm.weight" in str(error)
+
+
+def test_names_that_are_not_the_models(tmp_path: Path, tiny_base: Path) -> None:
+    """torch.compile puts _orig_mod before every name; PEFT would load nothing of it."""
+    trained(build_llama, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    renamed = {name.replace("base_model.model.", "base_model.model._orig_mod."): one for name, one in tensors.items()}
+    save_file(renamed, tmp_path / "adapter" / WEIGHTS)
+    assert refused(tmp_path / "adapter", tiny_base, tmp_path / "out").code == "GS-404"
+
+
+def test_a_quantized_base(tmp_path: Path, tiny_base: Path) -> None:
+    """Plain LoRA needs no weight of the base; its family can be told by --from alone where they cannot be read."""
+    base = save_base(build_llama(), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    quantized = {name: one.to(torch.float8_e4m3fn) if "proj" in name else one for name, one in tensors.items()}
+    save_file(quantized, base / "model.safetensors", {"format": "pt"})
+    trained(build_llama, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), tmp_path / "adapter")
+    with pytest.raises(InputError, match="quantized") as caught:
+        converted(tmp_path / "adapter", base, tmp_path / "out", rank=4)
+    assert caught.value.code == "GS-3117"
