@@ -16,7 +16,7 @@ from converters.source import Source
 from converters.whole import CARRIED, check_vocabulary, counterpart, same
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
-from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
+from gora_serve.deploy.base import EMBEDDINGS, FILE_HEAD, HEADS, MODEL_HEAD, BaseWeights
 from gora_serve.errors import BindingError, InputError
 
 # Modules with a matrix that are no linear layer of their own in transformers' models.
@@ -76,6 +76,7 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
     for name in model.tensors:
         ours = counterpart(name, base)
         path, _, kind = _longer(name, ours).rpartition(".")
+        path = MODEL_HEAD if path == FILE_HEAD else path
         if COMPUTED.search(name) and (ours is None or not _is_vector(model, name)):
             found.known[name] = "computed by the model itself"
             continue

@@ -21,7 +21,8 @@ from gora_serve.integrity.layout import find_model
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 TRANSPOSED_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")  # Conv1D layers in transformers' models of these types
 BARE = ("h", "wte", "layers", "embed_tokens", "blocks", "embeddings", "encoder")  # first parts of such names
-HEADS = ("lm_head", "embed_out")
+MODEL_HEAD, FILE_HEAD = "lm_head", "embed_out"  # GPT-NeoX: the module's name, and the one in its files
+HEADS = (MODEL_HEAD, FILE_HEAD)
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 
 
@@ -39,7 +40,11 @@ class BaseWeights:
 
     def find(self, path: str) -> str | None:
         """Return the name of the tensor that is the weight of module `path`, or None where the base has none."""
-        return self.find_parameter(f"{path}.weight") or self._tied(path)
+        return self.find_parameter(f"{path}.weight") or self._other_head(path) or self._tied(path)
+
+    def _other_head(self, path: str) -> str | None:
+        """The head's tensor under the name that files have, where transformers calls the module otherwise."""
+        return self.find_parameter(f"{FILE_HEAD}.weight") if path == MODEL_HEAD else None
 
     def find_parameter(self, name: str) -> str | None:
         """Return the checkpoint's name of a parameter (`<module path>.weight` or `.bias`), or None."""

@@ -687,3 +687,26 @@ def test_the_command_line(tmp_path: Path, whole: Tuned, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "family full" in out
     assert 0 < receipt_of(tmp_path / "out")["error"] <= 0.5
+
+
+def build_neox(seed: int = 0) -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.2,
+    )  # fmt: skip
+    return GPTNeoXForCausalLM(config).float().eval()
+
+
+@pytest.mark.parametrize("carry", [(), ("embed_out",)])
+def test_a_head_whose_module_has_another_name_than_its_tensor(tmp_path: Path, carry: tuple[str, ...]) -> None:
+    """GPT-NeoX: embed_out in the files, lm_head in transformers."""
+    build_neox().save_pretrained(tmp_path / "base")
+    model = fine_tune(
+        tmp_path / "model", build_neox(), lambda name: name == "lm_head.weight" or name.endswith("dense.weight")
+    )
+    assert "embed_out.weight" in load_file(tmp_path / "model" / "model.safetensors")
+    inputs = Inputs(carry=carry)
+    prove_exact(tmp_path / "model", tmp_path / "base", tmp_path / "out", logits_of(model), inputs=inputs, tolerance=0.0)
