@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -113,7 +114,9 @@ def gap(
             variants = variants_of(parts, reading.adapter.carried, stored, tolerance)
             comparison = compare(located, data, parts, variants, rows=rows, max_rows=max_rows, listen=listen)
     base_bytes = sum(entry.nbytes for entry in weights.tensors.entries.values())
-    costs = deployments(measured.modules, base_bytes=base_bytes, itemsize=stored.itemsize, tasks=tasks)
+    sizes = [math.prod(source.tensors.shape(name)) for name in reading.applied]
+    trained = 0 if reading.full_rank else sum(sizes)
+    costs = deployments(measured.modules, trained=trained, base_bytes=base_bytes, itemsize=stored.itemsize, tasks=tasks)
     report = GapReport(
         str(adapter), located.name, detection.family, detection.evidence, reading.method, reading.notes,
         reading.full_rank, config, lay_in, measured, costs, comparison, plot,

@@ -37,23 +37,20 @@ def bucket_of(rank: int) -> int | None:
 
 
 def deployments(
-    modules: Mapping[str, ModuleGap], *, base_bytes: int, itemsize: int, tasks: int
+    modules: Mapping[str, ModuleGap], *, trained: int, base_bytes: int, itemsize: int, tasks: int
 ) -> tuple[Deployment, ...]:
     """Return what each method takes for `tasks` tasks that are like this adapter.
 
     A base per task: mutated ones, or merged ones. One base and N adapters: the exact factors as concatenation gives
-    them (rank 2r), as converted, and GoRA with as many parameters as the adapter has as trained, whose ranks are
-    RankConfig's: up to four times the mean. An update of full rank is no adapter; for GoRA then the default rank
-    counts. itemsize: bytes of an adapter's value.
+    them (rank 2r), as converted, and GoRA with about as many parameters as the adapter has as trained, whose ranks are
+    RankConfig's: up to four times the mean. trained: these parameters; 0 for an update of full rank, which is no
+    adapter: for GoRA then the default rank counts. itemsize: bytes of an adapter's value.
     """
     width = sum(module.parameters for module in modules.values())  # parameters of rank 1 everywhere
-    trained = {path: module.served_rank or module.rank for path, module in modules.items()}
     plain = {path: module.plain_rank for path, module in modules.items()}
     converted = {path: module.rank for path, module in modules.items()}
-    budget = _parameters(modules, trained)
-    mean = -(-budget // width)
-    if not budget:
-        mean, budget = RankConfig.rank, RankConfig.rank * width
+    mean = max(1, round(trained / width)) if trained else RankConfig.rank
+    budget = mean * width
 
     def over_one_base(name: str, parameters: int, rank: int) -> Deployment:
         bucket = bucket_of(rank)

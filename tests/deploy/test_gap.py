@@ -263,7 +263,8 @@ def module(shape: tuple[int, int], rank: int, plain: int, served: int) -> Module
 
 
 def of_name(modules: Mapping[str, ModuleGap], **settings: Any) -> dict[str, Any]:
-    found = deployments(modules, **({"base_bytes": 10_000, "itemsize": 2, "tasks": 5} | settings))
+    trained = sum(one.parameters * (one.served_rank or 0) for one in modules.values())
+    found = deployments(modules, **({"trained": trained, "base_bytes": 10_000, "itemsize": 2, "tasks": 5} | settings))
     return {one.name: one for one in found}
 
 
@@ -331,3 +332,9 @@ def test_our_own_record_of_a_base_in_4_bits() -> None:
     assert quantization(metadata({}), "base", Path("f")) is None
     with pytest.raises(InputError, match="GS-363"):
         quantization(metadata({"trained_on": "[]"}), "base", Path("f"))
+
+
+def test_cost_of_gora_follows_what_was_trained_and_not_the_converted_rank() -> None:
+    """LoHa of rank 4 trains as many parameters as LoRA of rank 8, and is exact at rank 16."""
+    modules = {"a": module((100, 50), 16, 16, 0)}
+    assert "one base, GoRA at rank 8" in of_name(modules, trained=8 * 150 + 40)
