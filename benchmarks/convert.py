@@ -65,17 +65,20 @@ def make_base(folder: Path) -> None:
 
 
 def make_adapter(folder: Path, *, moved: float, seed: int = 0) -> None:
-    """Write a LoRA-GA adapter, as PEFT saves it: random factors, trained ones `moved` away from the initial ones."""
+    """Write a LoRA-GA adapter, as PEFT saves it: orthogonal factors, trained ones `moved` away from the initial ones."""
     folder.mkdir()
     generator, trainer = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     tensors = {}
     for layer in range(LAYERS):
         for name, (out, width) in LINEARS.items():
             for part, shape in (("A", (RANK, width)), ("B", (out, RANK))):
-                start = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-                step = torch.randn(shape, generator=trainer) / shape[1] ** 0.5
+                start, step = (torch.randn(shape, generator=one) for one in (generator, trainer))
+                tall = start if part == "B" else start.T
+                unit = torch.linalg.qr(tall).Q * 0.3  # singular vectors
+                start = unit if part == "B" else unit.T
+                step *= float(start.std())
                 key = f"base_model.model.model.layers.{layer}.{name}.lora_{part}.weight"
-                tensors[key] = (start + moved * step).bfloat16()
+                tensors[key] = (start + moved * step).bfloat16().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "init_lora_weights": "lora_ga", "bias": "none",
               "target_modules": [name.rpartition(".")[2] for name in LINEARS], "task_type": "CAUSAL_LM"}  # fmt: skip

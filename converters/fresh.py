@@ -23,7 +23,7 @@ HINT = "give the initial adapter of the same run, saved before any step, and the
 
 def is_rounded(base: BaseWeights, path: str) -> bool:
     """Tell whether the base's weight has 16 bits: what an initialisation made of it was rounded to them too."""
-    return torch.finfo(base.weight(path).dtype).bits < 32
+    return base.dtype(path) in ("BF16", "F16")
 
 
 def allowed(base: BaseWeights, path: str, initial: LoraFactors) -> float:

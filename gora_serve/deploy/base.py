@@ -102,6 +102,10 @@ class BaseWeights:
         shape = self.tensors.shape(self._name(path))
         return (shape[1], shape[0]) if self.is_transposed(path) else (shape[0], shape[1])
 
+    def dtype(self, path: str) -> str:
+        """Return the type of the module's weight, in safetensors' spelling. Raises BindingError (GS-404) as `shape`."""
+        return self.tensors.entries[self._name(path)].dtype
+
     def weight(self, path: str) -> Tensor:
         """Return the module's weight as (out, in), in its own dtype.
 
@@ -109,11 +113,11 @@ class BaseWeights:
         those of a quantized base, whose scales lie beside them.
         """
         name = self._name(path)
-        if self.tensors.entries[name].dtype not in ("F64", "F32", "F16", "BF16"):
+        if self.dtype(path) not in ("F64", "F32", "F16", "BF16"):
             raise InputError(
                 "the base is quantized, and its weights are needed as they were", code="GS-3117",
                 file=self.tensors.files[name], tensor=name, expected="F32, F16 or BF16",
-                actual=self.tensors.entries[name].dtype, hint="give the base as it was before it was quantized",
+                actual=self.dtype(path), hint="give the base as it was before it was quantized",
             )  # fmt: skip
         weight = self.tensors[name]
         return weight.T if self.is_transposed(path) else weight

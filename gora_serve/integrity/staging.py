@@ -26,6 +26,7 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 UNCHANGED = "nothing was changed"
 _LEFTOVER = re.compile(r"\.(.+\.)?gora-\d+-[0-9a-f]{8}\.(tmp|old)|\..+\.lock")  # of a killed process
 SEAL = "gora_manifest.json"  # what a finished output folder of ours holds
+REPLACEABLE = (SEAL, "run.json", "adapter_config.json")  # one of these is in a folder that --overwrite may replace
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def staged_folder(
     With `visible` the folder is `<target>.partial` and survives a failure; with `resume` too, one that is there already
     is taken as it is, without the temporary files of a dead process. `mark` names the file that is written first: a
     partial folder that holds files but not this one is not ours. `protect` lists inputs that the target must not be,
-    contain or lie in. Raises UsageError (GS-251 to GS-255), OutputError (GS-601 exists, GS-602 locked, GS-603 a partial
+    contain or lie in. Raises UsageError (GS-251 to GS-257), OutputError (GS-601 exists, GS-602 locked, GS-603 a partial
     folder exists, GS-604 it is not ours), MachineError (GS-505 nothing was changed, GS-506 published but not surely on
     disk); an OSError of the body becomes GS-505 too.
     """
@@ -106,6 +107,11 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
         if _relation(target, place) in ("is", "contains"):
             what = f"the output to be replaced is or contains {place}"
             raise UsageError(what, code="GS-254", file=target, kept=UNCHANGED)
+    if any(target.iterdir()) and not any((target / mark).exists() for mark in REPLACEABLE):
+        hint = "choose another output; --overwrite replaces runs and adapters, and nothing else"
+        raise UsageError(
+            "the folder to be replaced holds other things", code="GS-257", file=target, kept=UNCHANGED, hint=hint
+        )
 
 
 def _relation(target: Path, other: Path) -> str | None:

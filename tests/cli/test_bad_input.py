@@ -308,7 +308,7 @@ def test_overwrite_replaces_output_and_leftover_whole(space: Space) -> None:
     for folder in (space.run, space.folder / "run.partial"):
         folder.mkdir()
         (folder / "old.txt").write_text("old")
-    (space.folder / "run.partial" / "run.json").write_text("{}\n")  # without it, it would be no folder of ours
+        (folder / "run.json").write_text("{}\n")  # without it, it would be no folder of ours
     base = snapshot(space.base)
     answer = gora_here(*space.fit("--overwrite"))
     assert answer.code == 0, answer.err
@@ -322,6 +322,7 @@ def test_overwrite_replaces_output_and_leftover_whole(space: Space) -> None:
 def test_failed_overwrite_keeps_the_earlier_run(space: Space) -> None:
     space.run.mkdir()
     (space.run / "old.txt").write_text("old")
+    (space.run / "run.json").write_text("{}\n")
     space.refuses(space.fit("--overwrite", "--lr", "1e30"), 7, "GS-702", leaves=(space.folder / "run.partial",))
 
 

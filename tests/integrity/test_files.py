@@ -17,6 +17,7 @@ import pytest
 from gora_serve.errors import GoraError, MachineError, OutputError, UsageError
 from gora_serve.integrity import staging
 from gora_serve.integrity.files import sha256_file, staged_folder, write_bytes, write_json
+from gora_serve.integrity.staging import SEAL
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -29,11 +30,12 @@ def names(folder: Path) -> list[str]:
 
 def fill(folder: Path, text: str) -> None:
     (folder / "sub").mkdir(exist_ok=True)
-    for name in ("a", "b", "sub/c"):
+    for name in FILES:
         (folder / name).write_text(text)
 
 
-OLD, NEW = (dict.fromkeys(("a", "b", "sub/c"), text) for text in ("old", "new"))
+FILES = ("a", "b", "sub/c", SEAL)
+OLD, NEW = (dict.fromkeys(FILES, text) for text in ("old", "new"))
 
 
 @pytest.fixture
@@ -188,6 +190,18 @@ def test_odd_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(tmp_path) == ["cwd", "dangling", "file"]
 
 
+def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "x.jpg").write_text("x")
+    with pytest.raises(UsageError, match="GS-257"), staged_folder(tmp_path / "photos", overwrite=True):
+        pytest.fail("the body must not run")
+    assert content(tmp_path) == {"photos/x.jpg": "x"}
+    (tmp_path / "empty").mkdir()
+    with staged_folder(tmp_path / "empty", overwrite=True) as stage:
+        fill(stage, "new")
+    assert content(tmp_path / "empty") == NEW
+
+
 def test_a_neighbour_is_not_protected(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     with staged_folder(tmp_path / "base-2", protect=[tmp_path / "base", tmp_path / "none"]) as stage:
@@ -201,7 +215,7 @@ def test_without_renameat2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over
     target = tmp_path / "out"
     if overwrite:
         target.mkdir()
-        (target / "a").write_text("old")
+        (target / SEAL).write_text("old")
     with staged_folder(target, overwrite=overwrite) as stage:
         fill(stage, "new")
     assert (names(tmp_path), content(target)) == (["out"], NEW)
@@ -282,7 +296,7 @@ target, text, stop = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 try:
     with staged_folder(target, overwrite=True) as stage:
         print("in", flush=True)
-        for name in ("a", "b"):
+        for name in ("a", "b", "gora_manifest.json"):
             write_text(stage / name, text)
         if stop == "hang":
             print("ready", flush=True)
