@@ -14,7 +14,12 @@ from gora_serve.serving.plan import ServeConfig
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("base")
 @click.option(
-    "-a", "--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="An adapter and the name it is served by."
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="An adapter and the name it is served by. DIR may be a hub id with its revision.",
 )
 @click.option("--host", default=ServeConfig.host, show_default=True, help="Elsewhere than loopback needs VLLM_API_KEY.")
 @click.option("--port", default=ServeConfig.port, show_default=True)
