@@ -124,26 +124,36 @@ def asking(what: str, *, code: str, file: object, kept: str | None = None, hint:
         ) from err
 
 
+def _chain(err: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what it was raised from: the library wraps what a server answered."""
+    while err is not None:
+        yield err
+        err = err.__cause__ or err.__context__
+
+
 def _reason(err: Exception) -> str:
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    said = str(getattr(err, "server_message", None) or "").strip()
-    if said and said not in lines[:2]:
-        lines = [*lines[:2], *said.splitlines()[:1]]
-    return without_tokens(" ".join(lines[:3]) or type(err).__name__)
+    """Say what went wrong in a line: of each exception the first, and what the server itself says."""
+    said: list[str] = []
+    for one in _chain(err):
+        server = str(getattr(one, "server_message", None) or "").splitlines()
+        lines = [line.strip() for line in (*str(one).splitlines(), *server) if line.strip()]
+        said += [*lines[:2], *lines[-1:]]
+    return without_tokens(" ".join(list(dict.fromkeys(said))[:4]) or type(err).__name__)
 
 
 def _way_out(err: Exception) -> str | None:
     from huggingface_hub import constants, errors
 
-    status = getattr(getattr(err, "response", None), "status_code", None)
     if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set: unset it, or download once without it (this command does)"
-    if isinstance(err, errors.GatedRepoError):
-        return "accept its conditions on its page, then log in: hf auth login, or HF_TOKEN"
-    if isinstance(err, errors.RepositoryNotFoundError) or status in (401, 403):
-        return "check the spelling; for a private repository, or to write: hf auth login, or HF_TOKEN"
-    if isinstance(err, errors.RevisionNotFoundError):
-        return "the repository is there, this branch, tag or commit is not: its page lists them"
+        return "HF_HUB_OFFLINE is set: unset it, and run this once where there is a network"
+    for one in _chain(err):
+        status = getattr(getattr(one, "response", None), "status_code", None)
+        if isinstance(one, errors.GatedRepoError):
+            return "accept its conditions on its page, then log in: hf auth login, or HF_TOKEN"
+        if isinstance(one, errors.RepositoryNotFoundError) or status in (401, 403):
+            return "check the spelling; for a private repository, or to write: hf auth login, or HF_TOKEN"
+        if isinstance(one, errors.RevisionNotFoundError):
+            return "the repository is there, this branch, tag or commit is not: its page lists them"
     return None
 
 

@@ -50,6 +50,7 @@ def download(which: HubId, wanted: Sequence[str]) -> Snapshot:
         from huggingface_hub import snapshot_download
 
         path = Path(snapshot_download(which.repo, revision=which.revision, allow_patterns=list(wanted)))
+        path.mkdir(parents=True, exist_ok=True)  # a commit that holds no such file
     snapshot = Snapshot(which.repo, path.name, path)
     check_snapshot(snapshot, wanted)
     return snapshot
