@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from gora_serve.errors import GoraError, MachineError, UsageError
 
@@ -132,13 +132,11 @@ def _chain(err: BaseException | None) -> Iterator[BaseException]:
 
 
 def _reason(err: Exception) -> str:
-    """Say what went wrong in a line: of each exception the first, and what the server itself says."""
-    said: list[str] = []
-    for one in _chain(err):
-        server = str(getattr(one, "server_message", None) or "").splitlines()
-        lines = [line.strip() for line in (*str(one).splitlines(), *server) if line.strip()]
-        said += [*lines[:2], *lines[-1:]]
-    return without_tokens(" ".join(list(dict.fromkeys(said))[:4]) or type(err).__name__)
+    """Say what went wrong in a line: the exception, what lies at its root, and what the server says."""
+    chain = list(_chain(err))
+    texts = [err, chain[-1], *(getattr(one, "server_message", None) for one in chain)]
+    lines = [next((line.strip() for line in str(text or "").splitlines() if line.strip()), "") for text in texts]
+    return without_tokens("; ".join(dict.fromkeys(filter(None, lines))) or type(err).__name__)
 
 
 def _way_out(err: Exception) -> str | None:
@@ -173,23 +171,18 @@ def _tokens() -> set[str]:
     return {token for token in found if len(token) >= 4}
 
 
-class _HideTokens(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = without_tokens(record.getMessage()), None
-        return True
-
-
 @contextmanager
 def _quiet_about_tokens() -> Iterator[None]:
-    """Keep tokens out of what the hub's library logs meanwhile: it repeats what a server says."""
-    import huggingface_hub.utils  # sets up its handler
+    """Keep tokens out of everything that is logged meanwhile: the hub's library repeats what a server says."""
+    make = logging.getLogRecordFactory()
 
-    logger, hide = logging.getLogger(huggingface_hub.__name__), _HideTokens()
-    handlers = [*logger.handlers, *logging.getLogger().handlers]
-    for handler in handlers:
-        handler.addFilter(hide)
+    def make_without(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        record.msg, record.args = without_tokens(record.getMessage()), None
+        return record
+
+    logging.setLogRecordFactory(make_without)
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(hide)
+        logging.setLogRecordFactory(make)
