@@ -20,6 +20,7 @@ DOCUMENT = REPOSITORY / "docs" / "errors.md"
 CLASSES = {cls.__name__: cls for cls in errors.GoraError.__subclasses__()}
 # Helpers that are handed a code, and the class that they raise with it.
 RAISES = {"_require_alive": "RunError", "_check_loss": "RunError", "check_loss": "RunError", "Fault": "InputError"}
+RAISES["asking"] = "MachineError"  # of whatever goes wrong in its block
 
 
 @dataclass(frozen=True)

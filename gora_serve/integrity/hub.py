@@ -78,7 +78,8 @@ def list_commit(which: HubId) -> tuple[str, dict[str, HubFile]]:
 
     Raises MachineError (GS-551) when the hub cannot be reached or knows no such repository or revision.
     """
-    with asking("the hub could not be asked", code="GS-551", file=which):
+    hint = "check the network, and HF_ENDPOINT where it is set"
+    with asking("the hub could not be asked", code="GS-551", file=which, hint=hint):
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
@@ -132,10 +133,11 @@ def _chain(err: BaseException | None) -> Iterator[BaseException]:
 
 
 def _reason(err: Exception) -> str:
-    """Say what went wrong in a line: the exception, what lies at its root, and what the server says."""
+    """Say what went wrong in a line: the exception, and what the server says of it or what lies at its root."""
     chain = list(_chain(err))
-    texts = [err, chain[-1], *(getattr(one, "server_message", None) for one in chain)]
-    lines = [next((line.strip() for line in str(text or "").splitlines() if line.strip()), "") for text in texts]
+    said = [getattr(one, "server_message", None) for one in chain]
+    texts = [err, *(filter(None, said) if any(said) else chain[-1:])]
+    lines = [next((line.strip() for line in str(text).splitlines() if line.strip()), "") for text in texts]
     return without_tokens("; ".join(dict.fromkeys(filter(None, lines))) or type(err).__name__)
 
 

@@ -275,7 +275,7 @@ def test_no_token_is_printed(
 
 
 def env_of(hub: Hub, folder: Path, **more: str) -> Mapping[str, str]:
-    return environment(**hub_environment(hub, folder), **more)
+    return environment(**{**hub_environment(hub, folder), **more})
 
 
 def test_in_a_process_of_its_own(hub: Hub, base: str, adapter: Path, tmp_path: Path) -> None:

@@ -43,6 +43,20 @@ def test_push_and_pull(hub: Hub, adapter: Path) -> None:
     assert verify_adapter(folder).root == verify_adapter(adapter).root
 
 
+def test_with_xet_switched_on(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This hub has no Xet: downloads go on without, and what its library says of an upload is an error like others."""
+    from huggingface_hub import constants
+
+    pytest.importorskip("hf_xet")
+    pushed = push_folder(adapter, "org/adapter")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    verify_adapter(locate_adapter(f"org/adapter@{pushed.commit}"))
+    with pytest.raises(MachineError, match="GS-553") as caught:
+        push_folder(adapter, "org/another")
+    assert "xet" in str(caught.value.fields["actual"])
+    check_folder(adapter)
+
+
 def test_pushing_again_sends_nothing_again(hub: Hub, adapter: Path) -> None:
     first = push_folder(adapter, "org/adapter")
     uploads = len(hub.requests("PUT", "/lfs/"))
