@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gora_serve.errors import MismatchError, UsageError
+from gora_serve.errors import MachineError, MismatchError, UsageError
 from gora_serve.integrity.against_hub import compare
 from gora_serve.integrity.binding import check_folder
 from gora_serve.integrity.hub import HubId, asking, list_commit, parse_id, without_tokens
@@ -52,7 +52,7 @@ def push_folder(folder: Path, repo: str, *, public: bool = False) -> Pushed:
 
     The local files stay as they are, whatever happens. Raises MismatchError (GS-102 to GS-104 the folder is not whole,
     GS-126 the hub holds other bytes than were sent), UsageError (GS-263 a public repository without `public`),
-    MachineError (GS-553).
+    MachineError (GS-553; GS-551 where the commit was made and then could not be compared).
     """
     repo = push_target(repo)
     sealed = check_folder(folder)
@@ -101,7 +101,11 @@ def _commit(api: HfApi, folder: Path, info: ModelInfo, names: list[str], *, mess
 
 def _check(folder: Path, which: HubId, names: list[str], kept: str) -> tuple[str, ...]:
     """Compare what the hub says of the commit with our files; return the repository's other files that matter."""
-    commit, there = list_commit(which)
+    try:
+        commit, there = list_commit(which)
+    except MachineError as err:
+        hint = f"gora-serve verify {folder} --against hub --repo {which}"
+        raise err.keeping(f"{kept}; the commit {which.revision} was made, and not compared yet", hint=hint) from err
     wrong = [file for file in compare(folder, there) if file.path in names and file.state != "equal"]
     if wrong:
         raise MismatchError(

@@ -10,6 +10,7 @@ from hub_server import Hub
 
 from gora_serve.adapter.factors import Adapter
 from gora_serve.errors import MachineError, MismatchError, UsageError
+from gora_serve.integrity.against_hub import verify_against_hub
 from gora_serve.integrity.bases import locate_adapter
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.push import push_folder, push_target
@@ -111,6 +112,17 @@ def test_a_push_that_fails_leaves_the_export(hub: Hub, adapter: Path, where: str
     check_folder(adapter)
     repo = hub.repos.get("org/adapter")
     assert repo is None or set(repo.commits[repo.refs["main"]]) == {".gitattributes"}
+
+
+def test_a_commit_that_cannot_be_compared(hub: Hub, adapter: Path) -> None:
+    hub.faults.deny["/tree/"] = 403
+    with pytest.raises(MachineError, match="GS-551") as caught:
+        push_folder(adapter, "org/adapter")
+    commit = hub.repos["org/adapter"].refs["main"]
+    assert f"the commit {commit} was made" in str(caught.value.fields["kept"])
+    hub.faults.deny.clear()
+    words = str(caught.value.fields["try"]).split()
+    assert not verify_against_hub(words[2], words[-1]).faults
 
 
 def test_without_a_token(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
