@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -84,6 +85,8 @@ def hash_(base: str, output: Path | None, overwrite: bool, as_json: bool) -> Non
             hint = "choose a place outside of it"
             raise UsageError("the manifest is never written into the base", code="GS-208", file=output, hint=hint)
         manifest = hash_model(located.path, listen=listen)
+    if located.revision:
+        manifest = replace(manifest, source={"repo_id": located.name, "revision": located.revision})
     if output:
         write_json(output, manifest.to_json())
     emit(hash_summary(located, manifest, output), as_json=as_json)

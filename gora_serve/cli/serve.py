@@ -23,7 +23,9 @@ from gora_serve.serving.plan import ServeConfig
 )
 @click.option("--host", default=ServeConfig.host, show_default=True, help="Elsewhere than loopback needs VLLM_API_KEY.")
 @click.option("--port", default=ServeConfig.port, show_default=True)
-@click.option("--served-name", default=ServeConfig.served_name, help="The base's name.  [default: its folder's]")
+@click.option(
+    "--served-name", default=ServeConfig.served_name, help="The base's name.  [default: its folder's or id's]"
+)
 @click.option(
     "--dtype", default=ServeConfig.dtype, show_default=True, help="Of weights and activations, as vLLM has it."
 )

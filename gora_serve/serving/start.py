@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gora_serve.integrity.bases import locate_adapter, locate_base
@@ -41,4 +42,6 @@ def prepare(
             done = verify_unsealed(folder, base=located.path, base_manifest=manifest, strict=strict)
         warnings += [f"{name}: {warning}" for warning in done.warnings]
     settled = with_device(config, find_engine().device)
+    if located.revision and settled.served_name is None:  # the cache's folder is called after the commit
+        settled = replace(settled, served_name=located.name.rpartition("/")[2])
     return plan_server(located.path, served, settled, extra), warnings

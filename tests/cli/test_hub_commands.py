@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import hub_environment
@@ -58,6 +59,8 @@ def test_hash_of_a_base_at_a_commit(hub: Hub, base: str, tiny_base: Path) -> Non
     told = json.loads(done("hash", "org/tiny@main", "--json").out)
     assert told["weights_root"] == hash_model(tiny_base).roots.weights
     assert base in told["base"]
+    assert told["source"] == {"repo_id": "org/tiny", "revision": base}
+    assert f"org/tiny at commit {base}" in done("hash", "org/tiny@main").out
 
 
 def test_plan_fetches_the_json_files_alone(hub: Hub, base: str) -> None:
@@ -123,28 +126,18 @@ def test_convert_and_gap_take_an_id(hub: Hub, base: str, adapter: Path, tmp_path
 
 
 def test_serve_takes_ids(hub: Hub, base: str, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as the plan, which needs an engine to be found."""
+    """As far as the plan; the base is served by the name that its id has, not by the commit."""
     from gora_serve.serving import start
-    from gora_serve.serving.plan import ServeConfig, read_served_adapters
+    from gora_serve.serving.plan import ServeConfig
 
     commit = publish(hub, adapter)
-    seen: list[Path] = []
-
-    def read(named: list[tuple[str, Path]]) -> object:
-        seen.extend(path for _, path in named)
-        return read_served_adapters(named)
-
-    class Enough(Exception):  # noqa: N818
-        pass
-
-    def stop() -> None:
-        raise Enough
-
-    monkeypatch.setattr(start, "read_served_adapters", read)
-    monkeypatch.setattr(start, "find_engine", stop)
-    with pytest.raises(Enough):
-        start.prepare("org/tiny@main", [("a", Path("org/adapter@main"))], ServeConfig())
-    assert [path.name for path in seen] == [commit]
+    monkeypatch.setattr(start, "find_engine", lambda: SimpleNamespace(device="cpu"))
+    named = [("a", Path("org/adapter@main"))]
+    plan, warnings = start.prepare("org/tiny@main", named, ServeConfig(), strict=True)
+    assert (plan.models, warnings) == (("tiny", "a"), [])
+    assert plan.base.name == base
+    assert [served.path.name for served in plan.adapters] == [commit]
+    assert start.prepare("org/tiny@main", named, ServeConfig(served_name="x"))[0].models == ("x", "a")
     hub.faults.flip.add("adapter_model.safetensors")
     publish(hub, adapter, "org/bad")
     answer = gora_here("serve", "org/tiny@main", "-a", "a=org/bad@main", "--dry-run")
