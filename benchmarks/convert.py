@@ -65,7 +65,7 @@ def make_base(folder: Path) -> None:
 
 
 def make_adapter(folder: Path, *, moved: float, seed: int = 0) -> None:
-    """Write a LoRA-GA adapter, as PEFT saves it: orthogonal factors, trained ones `moved` away from the initial ones."""
+    """Write a LoRA-GA adapter, as PEFT saves it: orthogonal factors, and trained ones `moved` away from them."""
     folder.mkdir()
     generator, trainer = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     tensors = {}

@@ -16,7 +16,8 @@ HEAD = f"""\
 `--help` of every command at {WIDTH} columns, written by `python docs/make_cli.py`.
 
 Results go to standard output, everything else to standard error; `--json` prints the result for machines. What the
-exit statuses and GS codes mean is in [errors.md](errors.md). BASE is a model folder or a hub id.
+exit statuses and GS codes mean is in [errors.md](errors.md). BASE is a model folder or a hub id, `org/name` or
+`org/name@REVISION`; ADAPTER may be an id with its revision, too.
 """
 
 

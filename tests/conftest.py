@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="gora-serve-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from hub_server import Hub, running_hub
 from tiny_models import (
     LLAMA_PATHS,
     MakeAdapter,
@@ -114,3 +116,43 @@ def tiny_adapter(make_adapter: MakeAdapter) -> Adapter:
     """An adapter for tiny_base with ranks 1, 3 and 8; the last down_proj has rank 0, that is, it is absent."""
     ranks = {path: (1, 3, 8)[index % 3] for index, path in enumerate(LLAMA_PATHS[:-1])}
     return make_adapter(ranks, shapes=llama_shapes())
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine that huggingface_hub talks to, with a cache of its own; no other machine can be reached."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with running_hub() as server:
+        home = tmp_path / "hub-home"
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(home / "token"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in hub_environment(server, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        real = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **named: real(_local(host), *more, **named))
+        close_session()
+        yield server
+        close_session()
+
+
+def _local(host: Any) -> Any:
+    assert host in ("127.0.0.1", b"127.0.0.1", "localhost"), f"{host} would have been contacted"
+    return host
+
+
+def hub_environment(server: Hub, folder: Path) -> dict[str, str]:
+    """What a process needs to talk to this hub, with its cache and login below `folder`."""
+    return {
+        "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hub-home"), "XDG_CACHE_HOME": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip

@@ -19,7 +19,10 @@ CODE = re.compile(r"GS-\d{3,4}")
 DOCUMENT = REPOSITORY / "docs" / "errors.md"
 CLASSES = {cls.__name__: cls for cls in errors.GoraError.__subclasses__()}
 # Helpers that are handed a code, and the class that they raise with it.
-RAISES = {"_require_alive": "RunError", "_check_loss": "RunError", "check_loss": "RunError", "Fault": "InputError"}
+RAISES = {
+    "_require_alive": "RunError", "_check_loss": "RunError", "check_loss": "RunError", "Fault": "InputError",
+    "asking": "MachineError",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

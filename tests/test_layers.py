@@ -50,11 +50,14 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "gora_serve/cli/render_convert.py": frozenset({"rich"}),
     "gora_serve/cli/render_gap.py": frozenset({"rich"}),
+    "gora_serve/cli/render_hub.py": frozenset({"rich"}),
     "converters": frozenset({"torch", "safetensors"}),
 }
 # What may be imported inside functions beyond that.
 INSIDE: Mapping[str, frozenset[str]] = {
-    "gora_serve/integrity/bases.py": frozenset({"huggingface_hub"}),  # only where BASE is a hub id
+    "gora_serve/integrity/hub.py": frozenset({"huggingface_hub"}),  # only where something is a hub id
+    "gora_serve/integrity/snapshots.py": frozenset({"huggingface_hub"}),
+    "gora_serve/integrity/push.py": frozenset({"huggingface_hub"}),
     "gora_serve/serving/vllm_cli.py": frozenset({"vllm"}),  # is the engine's process, never ours
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates
     "gora_serve/training/quantize.py": frozenset({"bitsandbytes"}),

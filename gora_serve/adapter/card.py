@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gora_serve.adapter.factors import Adapter
+from gora_serve.adapter.factors import Adapter, BaseId
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.config import Form
+from gora_serve.integrity.hub import is_hub_id
 from gora_serve.integrity.record import trained_on, trained_on_text
 
 USE = {
@@ -95,15 +96,20 @@ def _trained_on(adapter: Adapter) -> list[str]:
 
 def _front_matter(adapter: Adapter) -> list[str]:
     tags = ["lora", "gora-serve", *({adapter.origin["method"]} - {"lora"} if "method" in adapter.origin else ())]
+    base = [f"base_model: {json.dumps(adapter.base.name)}"] if _on_hub(adapter.base) else []  # the hub takes no path
     return [
         "---",
-        f"base_model: {json.dumps(adapter.base.name)}",
+        *base,
         "library_name: peft",
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---",
         "",
     ]
+
+
+def _on_hub(base: BaseId) -> bool:
+    return base.revision is not None or ("/" in base.name and is_hub_id(base.name))
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -21,18 +22,43 @@ from gora_serve.errors import UsageError
 @click.option(
     "--dtype", default=ExportConfig.dtype, show_default=True, type=click.Choice(["float32", "bfloat16", "float16"])
 )
+@click.option(
+    "--push", metavar="ORG/NAME", help="Then upload it to this repository of the Hugging Face hub, in one commit."
+)
+@click.option("--public", is_flag=True, help="With --push: a repository that is made is public.  [default: private]")
 @overwrite_option
 @json_option
-def export(run: Path, output: Path, form: Form, dtype: ExportDtype, overwrite: bool, as_json: bool) -> None:
+def export(
+    run: Path,
+    output: Path,
+    form: Form,
+    dtype: ExportDtype,
+    push: str | None,
+    public: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Write the adapter of a finished run as standard LoRA safetensors, which PEFT and vLLM load.
 
-    RUN may also be an adapter that gora-serve exported before, to write it in another form.
+    RUN may also be an adapter that gora-serve exported or converted before, to write it in another form.
+
+    --push uploads adapter, manifest and model card, and then compares what the hub says of the commit with the files
+    here. The token is HF_TOKEN's, or that of `hf auth login`.
     """
-    from gora_serve.cli.render import emit, export_summary
+    from gora_serve.cli.render import emit, export_summary, watching
+    from gora_serve.cli.render_hub import with_push
+    from gora_serve.integrity.push import push_folder, push_target
     from gora_serve.training.export import export as export_adapter
 
+    if public and push is None:
+        raise UsageError("--public says how to push: it needs --push", code="GS-264")
+    target = push_target(push) if push is not None else None
     done = export_adapter(run, output, ExportConfig(form, dtype), overwrite=overwrite)
-    emit(export_summary(done, form, dtype), as_json=as_json)
+    summary = export_summary(done, form, dtype)
+    if target:
+        with watching():
+            summary = with_push(summary, push_folder(done.folder, target, public=public))
+    emit(summary, as_json=as_json)
 
 
 @click.command("hash")
@@ -59,6 +85,8 @@ def hash_(base: str, output: Path | None, overwrite: bool, as_json: bool) -> Non
             hint = "choose a place outside of it"
             raise UsageError("the manifest is never written into the base", code="GS-208", file=output, hint=hint)
         manifest = hash_model(located.path, listen=listen)
+    if located.revision:
+        manifest = replace(manifest, source={"repo_id": located.name, "revision": located.revision})
     if output:
         write_json(output, manifest.to_json())
     emit(hash_summary(located, manifest, output), as_json=as_json)
@@ -68,23 +96,60 @@ def hash_(base: str, output: Path | None, overwrite: bool, as_json: bool) -> Non
 @click.argument("path", type=FOLDER)
 @click.option("--base", help="The base that the adapter must belong to.")
 @click.option("--manifest", type=FILE, help="PATH is a base: it must be the one of this manifest, made by hash.")
+@click.option(
+    "--against", type=click.Choice(["hub"]),
+    help="Compare every file of PATH with the digest that the hub reports for its commit, downloading nothing.",
+)  # fmt: skip
+@click.option("--repo", metavar="ORG/NAME@REV", help="With --against hub: what the folder PATH is a copy of.")
 @click.option("--strict", is_flag=True, help="Refuse another configuration or tokenizer too, not only other weights.")
 @json_option
-def verify(path: Path, base: str | None, manifest: Path | None, strict: bool, as_json: bool) -> None:
+def verify(
+    path: Path,
+    base: str | None,
+    manifest: Path | None,
+    against: str | None,
+    repo: str | None,
+    strict: bool,
+    as_json: bool,
+) -> int:
     """Prove an adapter (or the adapter of a run) against its own manifest and its base, by hashing every byte.
 
-    Exit status: 0 proved; 1 some bytes differ; 4 the adapter belongs to another base.
+    PATH may be a hub id with its revision, ORG/NAME@REV: it is downloaded at that commit and checked. With --against
+    hub it is a base or an adapter, as a folder or as an id that is in the cache.
+
+    Exit status: 0 proved; 1 some bytes differ; 4 the adapter belongs to another base; 5 the hub cannot be asked.
     """
     from gora_serve.cli.render import emit, verify_summary, watching
-    from gora_serve.integrity.bases import locate_base
+    from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.verify import find_adapter, verify_adapter, verify_base
 
     if manifest and base:
         raise UsageError("give --manifest to verify a base, or --base to verify an adapter", code="GS-206")
+    if (against and (manifest or base or strict)) or (repo and not against):
+        raise UsageError("--against hub takes --repo, and no other proof; --repo is for it alone", code="GS-264")
+    if against:
+        return _against_hub(path, repo, as_json=as_json)
     with watching() as listen:
         if manifest:
-            done = verify_base(path, manifest, listen=listen)
+            folder = path if path.exists() or "@" not in str(path) else locate_base(str(path)).path
+            done = verify_base(folder, manifest, listen=listen)
         else:
             located = locate_base(base).path if base else None
-            done = verify_adapter(find_adapter(path), base=located, strict=strict, listen=listen)
+            done = verify_adapter(find_adapter(locate_adapter(path)), base=located, strict=strict, listen=listen)
     emit(verify_summary(done), as_json=as_json)
+    return 0
+
+
+def _against_hub(path: Path, repo: str | None, *, as_json: bool) -> int:
+    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render_hub import against_hub_summary, refusal
+    from gora_serve.integrity.against_hub import verify_against_hub
+
+    with watching() as listen:
+        compared = verify_against_hub(str(path), repo, listen=listen)
+    emit(against_hub_summary(compared), as_json=as_json)
+    if not compared.faults:
+        return 0
+    for line in str(refusal(compared)).splitlines():
+        say(line)
+    return 1

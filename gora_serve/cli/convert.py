@@ -75,20 +75,22 @@ def convert(
 ) -> None:
     """Write an adapter of another tool as plain LoRA on the untouched base.
 
-    ADAPTER is a folder or a file: PEFT's LoRA and its relatives, PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, DoRA, LoHa, LoKr,
-    VeRA and others, adapters of mlx-lm, torchtune, kohya and MyTransformers, or a whole fine-tuned model. What the
-    family is, is read from the files, and said. The update is compressed in float64 to its numerical rank, rounded once
-    and compared with the exact one; conversion.json tells what was done with each tensor.
+    ADAPTER is a folder, a file, or a hub id with its revision (ORG/NAME@REV): PEFT's LoRA and its relatives, PiSSA,
+    OLoRA, CorDA, LoRA-GA, LoftQ, DoRA, LoHa, LoKr, VeRA and others, adapters of mlx-lm, torchtune, kohya and
+    MyTransformers, or a whole fine-tuned model. What the family is, is read from the files, and said. The update is
+    compressed in float64 to its numerical rank, rounded once and compared with the exact one; conversion.json tells
+    what was done with each tensor.
     """
     from converters.convert import convert as convert_adapter
     from converters.reading import Inputs
     from gora_serve.cli.render import emit, watching
     from gora_serve.cli.render_convert import convert_summary
-    from gora_serve.integrity.bases import locate_base
+    from gora_serve.integrity.bases import locate_adapter, locate_base
 
     config = ConvertConfig(family, rank, tolerance, form, dtype)
     config.validate()
     with watching() as listen:
         inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen, leave_out, carry)
-        done = convert_adapter(adapter, locate_base(base), output, config, inputs, overwrite=overwrite)
+        folder, located = locate_adapter(adapter), locate_base(base)
+        done = convert_adapter(folder, located, output, config, inputs, overwrite=overwrite)
     emit(convert_summary(done), as_json=as_json)

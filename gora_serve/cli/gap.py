@@ -83,7 +83,7 @@ def gap(
     from gora_serve.deploy.cost import deployments
     from gora_serve.deploy.gap import STORED, Parts, measure_gap
     from gora_serve.deploy.trained_on import quantization
-    from gora_serve.integrity.bases import locate_base
+    from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.binding import check_binding
     from gora_serve.integrity.manifest import hash_model
 
@@ -95,7 +95,7 @@ def gap(
         located = locate_base(base)
         weights = BaseWeights(located.path)
         inputs = Inputs(weights, init_adapter, mutated_base, cache, allow_pickle, listen)
-        source, detection, reading = read(adapter, inputs, family)
+        source, detection, reading = read(locate_adapter(adapter), inputs, family)
         if (bound := bound_to(source)) is not None:
             check_binding(bound, hash_model(located.path, listen=listen), base=located.path)
         lay_in = quantization(source.tensors.metadata, reading.adapter.base.name, source.weights)

@@ -20,6 +20,7 @@ from gora_serve.cli.gap import gap
 from gora_serve.cli.plan import plan
 from gora_serve.cli.serve import serve
 from gora_serve.errors import GoraError, Stopped
+from gora_serve.integrity.hub import without_tokens
 
 BUG = 70
 
@@ -76,8 +77,8 @@ def main(argv: list[str]) -> int:
         return 0
     except Exception as err:  # the last line of defence: exit 70 says that this is our bug
         if debug:
-            traceback.print_exc()
-        click.echo(f"bug: {type(err).__name__}: {err}", err=True)
+            _show_traceback()
+        click.echo(without_tokens(f"bug: {type(err).__name__}: {err}"), err=True)
         click.echo("  try: run again with --debug and report the traceback", err=True)
         return BUG
 
@@ -89,8 +90,13 @@ def _terminate(number: int, _: FrameType | None) -> None:
 
 def _report(err: GoraError, *, as_json: bool, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        _show_traceback()
     if as_json:
-        click.echo(json.dumps(err.to_json(), indent=2))
-    click.echo(str(err), err=True)
+        click.echo(without_tokens(json.dumps(err.to_json(), indent=2)))
+    click.echo(without_tokens(str(err)), err=True)
     return err.exit_code
+
+
+def _show_traceback() -> None:
+    """Print the exception at hand on standard error; what a hub server said may repeat the token that it was sent."""
+    click.echo(without_tokens(traceback.format_exc()), err=True, nl=False)

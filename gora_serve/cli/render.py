@@ -270,6 +270,7 @@ def hash_summary(base: Base, manifest: Manifest, output: Path | None) -> Summary
         f"tokenizer {roots.tokenizer or 'no tokenizer'}",
         f"{len(manifest.tensors)} tensors, {sum(record.nbytes for record in manifest.tensors.values()):,} bytes",
     ]
+    lines += [f"{base.name} at commit {base.revision}"] if base.revision else []
     lines += [f"wrote {output}"] if output else []
     return Summary({"base": str(base.path), **manifest.to_json()}, lines)
 

@@ -14,11 +14,18 @@ from gora_serve.serving.plan import ServeConfig
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("base")
 @click.option(
-    "-a", "--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="An adapter and the name it is served by."
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="An adapter and the name it is served by. DIR may be a hub id with its revision.",
 )
 @click.option("--host", default=ServeConfig.host, show_default=True, help="Elsewhere than loopback needs VLLM_API_KEY.")
 @click.option("--port", default=ServeConfig.port, show_default=True)
-@click.option("--served-name", default=ServeConfig.served_name, help="The base's name.  [default: its folder's]")
+@click.option(
+    "--served-name", default=ServeConfig.served_name, help="The base's name.  [default: its folder's or id's]"
+)
 @click.option(
     "--dtype", default=ServeConfig.dtype, show_default=True, help="Of weights and activations, as vLLM has it."
 )

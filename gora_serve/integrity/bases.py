@@ -1,17 +1,19 @@
-"""From what the user calls a base to the folder that holds it. The hub's own library does the downloading."""
+"""From what the user calls a base or an adapter to the folder that holds it: local, or downloaded from the hub."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gora_serve.errors import InputError, MachineError
+from gora_serve.integrity.hub import is_hub_id, parse_id
+from gora_serve.integrity.snapshots import ADAPTER, MODEL, SETTINGS, download
 
 
 @dataclass(frozen=True)
 class Base:
-    """Where a base lies on this machine, and what the user called it."""
+    """Where a base lies on this machine, what it is called, and the hub commit that it is."""
 
     name: str
     path: Path
@@ -19,31 +21,47 @@ class Base:
 
 
 def locate_base(name: str) -> Base:
-    """Find BASE: an existing directory, or a hub id, downloaded (or found in the cache) at a fixed commit.
+    """Find BASE: an existing directory, or a hub id (`org/name`, `org/name@REVISION`), downloaded at a fixed commit.
 
-    Raises InputError for something that is not a model folder, MachineError when the hub cannot be reached.
+    A download is checked, file by file. Raises InputError for something that is not a model folder, MachineError when
+    the hub cannot give it, MismatchError for a damaged file, UsageError for a malformed id.
     """
-    return _locate(name, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    return _locate(name, MODEL)
 
 
 def locate_settings(name: str) -> Base:
     """Find BASE as `locate_base` does, but of a hub id download the JSON files alone: no weights."""
-    return _locate(name, ["*.json"])
+    return _locate(name, SETTINGS)
 
 
-def _locate(name: str, wanted: list[str]) -> Base:
+def locate_adapter(name: str | Path) -> Path:
+    """Find ADAPTER: what lies at that path, or a hub id with its revision, downloaded and checked as a base is.
+
+    Without `@REVISION` it is a path, whether there is anything or not: a mistyped one never goes to the hub.
+    """
+    text = str(name)
+    if Path(text).exists() or _is_path(text) or "@" not in text:
+        return Path(text)
+    return download(parse_id(text), ADAPTER).path
+
+
+def _is_path(text: str) -> bool:
+    """Tell whether the text means a path, there or not."""
+    return text.startswith(("/", "./", "../", "~")) or text in ("", ".", "..")
+
+
+def _locate(name: str, wanted: Sequence[str]) -> Base:
     path = Path(name)
-    if path.exists():
+    if name and path.exists():
         _check_model_folder(path)
         return Base(name, path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if _is_path(name) or not ("@" in name or is_hub_id(name)):
         raise MachineError(
-            "no such base", code="GS-520", file=name, hint="give a model folder or a hub id such as org/name"
+            "no such base", code="GS-520", file=name, hint="give a model folder or a hub id such as org/name@main"
         )
-    snapshot = _download(name, wanted)
-    _check_model_folder(snapshot)
-    commit = snapshot.name if snapshot.parent.name == "snapshots" else None
-    return Base(name, snapshot, commit)
+    snapshot = download(parse_id(name), wanted)
+    _check_model_folder(snapshot.path)
+    return Base(snapshot.repo, snapshot.path, snapshot.commit)
 
 
 def _check_model_folder(path: Path) -> None:
@@ -59,17 +77,3 @@ def _check_model_folder(path: Path) -> None:
             "not a model: no config.json", code="GS-366", file=path,
             hint="give the folder that holds config.json and model.safetensors",
         )  # fmt: skip
-
-
-def _download(name: str, wanted: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as err:
-        raise MachineError(
-            "no such directory, and the hub could not give it", code="GS-521", file=name,
-            actual=str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__,
-            hint="check the spelling, the network and HF_TOKEN; or give the model's folder",
-        ) from err  # fmt: skip

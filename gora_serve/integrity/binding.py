@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
 
 from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
 from gora_serve.integrity.canonical import read_json
-from gora_serve.integrity.files import sha256_file, write_json
+from gora_serve.integrity.files import list_files, sha256_file, write_json
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, TensorRecord, differences
 from gora_serve.integrity.staging import SEAL
 
@@ -29,22 +27,12 @@ def seal_folder(folder: Path, record: Mapping[str, object]) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the relative POSIX paths below `folder`, sorted, without the seal and what a hub download adds.
-
-    A symlink to a folder counts as a file, so that nothing can hide behind it.
-    """
-    found: list[str] = []
-    for place, folders, names in os.walk(folder, onerror=_unreadable):
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        found += [Path(place, name).relative_to(folder).as_posix() for name in names + links]
-    return sorted(
-        name for name in found if name not in (SEAL, ".gitattributes") and not name.startswith(".cache/huggingface/")
-    )
-
-
-def _unreadable(err: OSError) -> NoReturn:
-    what = f"this folder cannot be read: {err.strerror}"
-    raise MachineError(what, code="GS-502", file=err.filename) from err
+    """Return the files below `folder`, without the seal and what a hub download adds."""
+    return [
+        name
+        for name in list_files(folder)
+        if name not in (SEAL, ".gitattributes") and not name.startswith(".cache/huggingface/")
+    ]
 
 
 def check_folder(folder: Path) -> dict[str, object]:

@@ -12,13 +12,16 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from gora_serve.errors import MachineError, OutputError
 from gora_serve.integrity.reading import open_regular, pieces, size_of
 from gora_serve.integrity.staging import staged_folder, sync_published
 
-__all__ = ["refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_stream", "write_text"]
+__all__ = [
+    "list_files", "refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_stream",
+    "write_text",
+]  # fmt: skip
 
 
 def sha256_file(path: Path) -> tuple[int, str]:
@@ -29,6 +32,23 @@ def sha256_file(path: Path) -> tuple[int, str]:
         for piece in pieces(fd, 0, size, path=path):
             digest.update(piece)
     return size, digest.hexdigest()
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the relative POSIX paths of the files below `folder`, sorted; symlinks are not followed.
+
+    A symlink to a folder counts as a file, so that nothing can hide behind it. Raises MachineError (GS-502).
+    """
+    found: list[str] = []
+    for place, folders, names in os.walk(folder, onerror=_unreadable):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in names + links]
+    return sorted(found)
+
+
+def _unreadable(err: OSError) -> NoReturn:
+    what = f"this folder cannot be read: {err.strerror}"
+    raise MachineError(what, code="GS-502", file=err.filename) from err
 
 
 def refuse_existing(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Which files of a folder are the model: one safetensors file, or the shards that an index names.
 
 Paths are confined to the folder; the symlinks of a Hugging Face hub snapshot may also lead into that repository's
-blobs.
+blobs, and into the store that the cache's repositories share.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def confined(directory: Path, name: str) -> Path:
     """Return the real path of `name` in `directory`, symlinks followed; it need not exist.
 
-    Raises InputError (GS-325) when it leaves the folder otherwise than from a hub snapshot into its blobs.
+    Raises InputError (GS-325) when it leaves the folder otherwise than from a hub snapshot into its cache's blobs.
     """
     pure = PurePosixPath(name)
     folder = directory.resolve()
@@ -95,22 +95,37 @@ def confined(directory: Path, name: str) -> Path:
         real = (folder / pure).resolve()
     except (OSError, RuntimeError) as err:  # a loop of symlinks; RuntimeError before Python 3.13
         raise InputError("this path is a loop of symlinks", code="GS-325", file=directory / name) from err
-    allowed = [folder, *([blobs] if (blobs := _blobs(folder)) else [])]
-    if not any(real.is_relative_to(place) and real != place for place in allowed):
+    if not any(real.is_relative_to(place) and real != place for place in (folder, *_blob_folders(folder))):
         raise _escapes(directory, name)
     return real
 
 
-def _blobs(folder: Path) -> Path | None:
-    """Return the blob folder of the hub repository that `folder` is a snapshot of, or None."""
+SHARED_MARK = ".huggingface-shared-blobs"
+
+
+def _blob_folders(folder: Path) -> list[Path]:
+    """Return where the hub cache keeps what the snapshot `folder` links to: nowhere if it is none.
+
+    These are the blobs of its repository and, for files that came through Xet, the store that all repositories share.
+    """
     blobs = folder.parent.parent / "blobs"
-    return blobs if folder.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink() else None
+    if folder.parent.name != "snapshots" or not blobs.is_dir() or blobs.is_symlink():
+        return []
+    shared = folder.parent.parent.parent / "blobs"
+    return [blobs, shared] if (shared / SHARED_MARK).is_file() and not shared.is_symlink() else [blobs]
 
 
-def blob_sha256(path: Path) -> str | None:
-    """Return the SHA-256 that the hub cache promises for the real path of a file, or None where it promises none."""
-    is_digest = len(path.name) == 64 and all(char in "0123456789abcdef" for char in path.name)
-    return path.name if path.parent.name == "blobs" and is_digest else None
+def blob_name(directory: Path, name: str) -> str | None:
+    """Return the name of the hub cache's blob that the file `name` of the snapshot `directory` links to, or None.
+
+    It is what the hub promised: the SHA-256 of a file in LFS or Xet (64 digits), git's SHA-1 of a small one (40).
+    """
+    path = directory.resolve() / name
+    if not path.is_symlink():
+        return None
+    blob = path.parent / path.readlink()  # one step: a blob may itself be a link, to a name that promises nothing
+    is_digest = len(blob.name) in (40, 64) and all(char in "0123456789abcdef" for char in blob.name)
+    return blob.name if is_digest and blob.parent.resolve() in _blob_folders(directory.resolve())[:1] else None
 
 
 def _escapes(directory: Path, name: str) -> InputError:

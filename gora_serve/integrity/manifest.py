@@ -28,7 +28,7 @@ from gora_serve.integrity.digest import (
 )
 from gora_serve.integrity.files import sha256_file
 from gora_serve.integrity.headers import Header, read_open_header, tensor_nbytes
-from gora_serve.integrity.layout import INDEX, ModelFiles, blob_sha256, confined, find_model
+from gora_serve.integrity.layout import INDEX, ModelFiles, blob_name, confined, find_model
 from gora_serve.integrity.reading import open_regular, pieces, size_of
 from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
 from gora_serve.progress import Listener, Progress, silent
@@ -190,7 +190,7 @@ def hash_model(directory: Path, *, listen: Listener = silent) -> Manifest:
         opened = {name: stack.enter_context(open_regular(path)) for name, path in model.weights.items()}
         headers = {name: read_open_header(fd, model.weights[name]) for name, fd in opened.items()}
         _check_placement(directory, headers, model.placed)
-        tensors, weight_files = _hash_files(model, opened, headers, listen)
+        tensors, weight_files = _hash_files(directory, model, opened, headers, listen)
     names = [name for name in (INDEX, "config.json") if (directory / name).is_file()]
     small = [FileRecord(name, *sha256_file(confined(directory, name))) for name in names + tokenizer_names(directory)]
     roots = Roots(weights_root(tensors), config_root(directory), tokenizer_root(directory))
@@ -220,7 +220,7 @@ Job = tuple[int, Callable[[], str]]  # bytes to hash, the work
 
 
 def _hash_files(
-    model: ModelFiles, opened: Mapping[str, int], headers: Mapping[str, Header], listen: Listener
+    directory: Path, model: ModelFiles, opened: Mapping[str, int], headers: Mapping[str, Header], listen: Listener
 ) -> tuple[dict[str, TensorRecord], list[FileRecord]]:
     # Each file is hashed twice, whole and by tensor, at the same time, so that the second reader finds it cached.
     jobs: list[Job] = []
@@ -232,7 +232,7 @@ def _hash_files(
     files: list[FileRecord] = []
     for name, path in model.weights.items():
         files.append(FileRecord(name, headers[name].file_size, next(digests)))
-        _check_blob(path, files[-1].sha256)
+        _check_blob(blob_name(directory, name), path, files[-1].sha256)
         for entry in headers[name].entries.values():
             tensors[entry.name] = TensorRecord(entry.dtype, entry.shape, entry.nbytes, next(digests))
     return tensors, files
@@ -272,9 +272,8 @@ def _run(jobs: Sequence[Job], listen: Listener) -> list[str]:
     return [future.result() for future in futures]
 
 
-def _check_blob(path: Path, sha256: str) -> None:
-    promised = blob_sha256(path)
-    if promised is not None and promised != sha256:
+def _check_blob(promised: str | None, path: Path, sha256: str) -> None:
+    if promised is not None and len(promised) == len(sha256) and promised != sha256:
         raise MismatchError(
             "a file of the hub cache is not what its name says", code="GS-105", file=path,
             expected=promised, actual=sha256, hint="delete this file and download the model again",

@@ -146,8 +146,9 @@ def find_adapter(path: Path) -> Path:
     if is_adapter(path / "adapter"):
         return path / "adapter"
     if not path.is_dir():
-        raise MachineError("there is no such folder", code="GS-503", file=path)
+        hint = "check the path; an adapter of the hub is given with its revision, org/name@main"
+        raise MachineError("there is no such folder", code="GS-503", file=path, hint=hint)
     raise InputError(
         "neither an adapter nor a finished run", code="GS-346", file=path,
-        hint="give what export or fit wrote; verify also takes a base with --manifest FILE",
+        hint="give what export or fit wrote; verify also takes a base with --manifest FILE or --against hub",
     )  # fmt: skip

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from gora_serve.integrity.bases import locate_base
+from gora_serve.integrity.bases import locate_adapter, locate_base
 from gora_serve.integrity.manifest import hash_model
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.verify import verify_adapter, verify_unsealed
@@ -25,10 +26,12 @@ def prepare(
 ) -> tuple[ServePlan, list[str]]:
     """Return the plan to run, and the warnings to show.
 
-    adapters: (name, folder). Every adapter that gora-serve wrote is verified byte by byte and against the base;
-    one of another tool is served with a warning, or refused where `strict` is set. Raises before any process starts.
+    adapters: (name, folder or hub id with its revision). Every adapter that gora-serve wrote is verified byte by byte
+    and against the base; one of another tool is served with a warning, or refused where `strict` is set. Raises before
+    any process starts.
     """
     located = locate_base(base)
+    adapters = [(name, locate_adapter(folder)) for name, folder in adapters]
     served = read_served_adapters(adapters)
     manifest = hash_model(located.path, listen=listen)
     warnings = []
@@ -39,4 +42,6 @@ def prepare(
             done = verify_unsealed(folder, base=located.path, base_manifest=manifest, strict=strict)
         warnings += [f"{name}: {warning}" for warning in done.warnings]
     settled = with_device(config, find_engine().device)
+    if located.revision and settled.served_name is None:  # the cache's folder is called after the commit
+        settled = replace(settled, served_name=located.name.rpartition("/")[2])
     return plan_server(located.path, served, settled, extra), warnings

@@ -58,6 +58,7 @@ OF_THE_CALL = {
     "data", "output", "eval_data", "ranks_file", "overwrite", "resume", "as_json", "base", "manifest", "strict",
     "plot", "adapters", "log", "dry_run", "debug", "help", "version",
     "init_adapter", "mutated_base", "cache", "allow_pickle", "leave_out", "carry",
+    "push", "public", "against", "repo",
 }  # fmt: skip
 
 
