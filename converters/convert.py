@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from converters.detect import Detection
-from converters.read import bound_to, read
+from converters.read import held_to_base, is_asserted, read
 from converters.reading import Inputs, Reading
 from converters.receipt import RECEIPT, Converted, ModuleError, files_read, make_receipt
 from converters.source import Source
@@ -32,9 +32,10 @@ from gora_serve.config import ConvertConfig, ExportConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.integrity.bases import Base
-from gora_serve.integrity.binding import check_binding, seal_folder
+from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.files import staged_folder, write_json, write_text
-from gora_serve.integrity.manifest import Roots, hash_model
+from gora_serve.integrity.known import remember_manifest
+from gora_serve.integrity.manifest import Manifest, hash_model
 from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Progress
@@ -67,7 +68,9 @@ def convert(
         before = stamps(read_from)
         _check_can_be_low_rank(source, detection, reading, config)
         _check_carried(source, reading, inputs)
-        roots = _roots(source, base, inputs)
+        manifest = _hash_base(base, inputs)
+        warnings = held_to_base(source, lambda: manifest, base.path, inputs)
+        bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=is_asserted(source))
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
             _check_module(name, factors, inputs)
@@ -76,10 +79,11 @@ def convert(
         ranks = choose_ranks(spill, config)
         _check_something_is_left(source, reading, ranks)
         ranks = level(ranks, inputs.need_base("convert"))
-        adapter = _adapter(reading, detection, BaseId(base.name, base.revision, roots), spill, ranks, inputs)
+        adapter = _adapter(reading, detection, bound_to, spill, ranks, inputs)
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
-        done = Converted(output, root, detection, reading, adapter.base, adapter.origin, _measure(stage, spill, ranks))
+        errors = _measure(stage, spill, ranks)
+        done = Converted(output, root, detection, reading, adapter.base, adapter.origin, errors, warnings=warnings)
         shutil.rmtree(spill.folder)
         done = replace(done, receipt=make_receipt(source, done, config))
         check_unchanged(before)
@@ -97,12 +101,10 @@ def _check_can_be_low_rank(source: Source, detection: Detection, reading: Readin
         )  # fmt: skip
 
 
-def _roots(source: Source, base: Base, inputs: Inputs) -> Roots:
-    """Hash the base. Raises BindingError (GS-401) where the adapter itself says that it belongs to another one."""
+def _hash_base(base: Base, inputs: Inputs) -> Manifest:
     manifest = hash_model(base.path, listen=inputs.listen)
-    if (bound := bound_to(source)) is not None:
-        check_binding(bound, manifest, base=base.path)
-    return manifest.roots
+    remember_manifest(manifest)
+    return manifest
 
 
 def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source, open_source
 from gora_serve.errors import InputError, UsageError
-from gora_serve.integrity.manifest import Roots
-from gora_serve.integrity.record import bound_roots, read_record
+from gora_serve.integrity.binding import UNBOUND
+from gora_serve.integrity.manifest import Manifest, hash_model
+from gora_serve.integrity.record import ASSERTED, bound_roots, claim_of, read_record
+from gora_serve.integrity.verify import check_bound
 
 
 def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
@@ -68,6 +71,23 @@ def _check_used(source: Source, detection: Detection, reading: Reading, inputs: 
             )  # fmt: skip
 
 
-def bound_to(source: Source) -> Roots | None:
-    """Return the roots of the base that the adapter's own record binds it to; None where it is bound to none."""
-    return bound_roots(read_record(source.tensors.metadata, source.weights))
+def held_to_base(source: Source, manifest: Callable[[], Manifest], base: Path, inputs: Inputs) -> tuple[str, ...]:
+    """Return what to warn of: that nothing says which base the adapter belongs to, or that its settings differ.
+
+    manifest: of the base, made where it is needed. Raises BindingError (GS-401) where the adapter itself says that it
+    belongs to another base, which is not the edited one that was given beside it either.
+    """
+    record = read_record(source.tensors.metadata, source.weights)
+    bound = bound_roots(record)
+    if bound is None:
+        return (f"{UNBOUND}: --base is taken at its word",)
+    actual = manifest()
+    edited = inputs.mutated_base if bound.weights != actual.roots.weights else None
+    if edited is not None and bound.weights == hash_model(edited, listen=inputs.listen).roots.weights:
+        return ()
+    return tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base))
+
+
+def is_asserted(source: Source) -> bool:
+    """Return whether the adapter is bound to its base by a person (`bind`)."""
+    return claim_of(read_record(source.tensors.metadata, source.weights)) == ASSERTED

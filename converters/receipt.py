@@ -47,6 +47,7 @@ class Converted:
     origin: Mapping[str, str]
     modules: Mapping[str, ModuleError]
     receipt: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -78,7 +79,7 @@ def make_receipt(source: Source, done: Converted, config: ConvertConfig) -> dict
         "notes": list(reading.notes),
         "settings": asdict(config),
         "inputs": _inputs(source, reading),
-        "base": binding_json(base.name, base.revision, base.roots),
+        "base": binding_json(base.name, base.revision, base.roots, asserted=base.asserted),
         "adapter_root": done.root,
         "error": done.error,
         "truncated": done.truncated,

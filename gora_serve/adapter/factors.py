@@ -76,11 +76,14 @@ class LazyModules(Mapping[str, LoraFactors]):
 
 @dataclass(frozen=True)
 class BaseId:
-    """Which base an adapter belongs to. `roots` is None where nobody has hashed it."""
+    """Which base an adapter belongs to. `roots` is None where nobody has hashed it; `asserted` where a person said so
+    (`bind`), and not the tool that made the adapter.
+    """
 
     name: str
     revision: str | None = None
     roots: Roots | None = None
+    asserted: bool = False
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,15 @@ from gora_serve.integrity.canonical import canonical_json, read_json
 from gora_serve.integrity.files import write_json, write_stream
 from gora_serve.integrity.headers import encode_header
 from gora_serve.integrity.manifest import TensorRecord, tensor_digest, weights_root
-from gora_serve.integrity.record import RECORD_SCHEMA, WEIGHTS, binding_json, bound_roots, read_record
+from gora_serve.integrity.record import (
+    ASSERTED,
+    RECORD_SCHEMA,
+    WEIGHTS,
+    binding_json,
+    bound_roots,
+    claim_of,
+    read_record,
+)
 
 CONFIG = "adapter_config.json"
 ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that every engine reading PEFT LoRA can hold
@@ -171,10 +179,14 @@ def _record(adapter: Adapter, root: str) -> dict[str, Any]:
     return {
         "schema": RECORD_SCHEMA,
         "adapter_root": root,
-        "base": binding_json(adapter.base.name, adapter.base.revision, adapter.base.roots),
+        "base": _binding(adapter.base),
         "origin": dict(adapter.origin),
         "tool": f"gora-serve {gora_serve.__version__}",
     }
+
+
+def _binding(base: BaseId) -> dict[str, str | None]:
+    return binding_json(base.name, base.revision, base.roots, asserted=base.asserted)
 
 
 def seal_record(root: str, base: BaseId, origin: Mapping[str, str], config: ExportConfig) -> dict[str, object]:
@@ -183,7 +195,7 @@ def seal_record(root: str, base: BaseId, origin: Mapping[str, str], config: Expo
         "adapter_root": root,
         "form": config.form,
         "dtype": config.dtype,
-        "binding": binding_json(base.name, base.revision, base.roots),
+        "binding": _binding(base),
         "training": dict(origin),
         "tool": f"gora-serve {gora_serve.__version__}",
     }
@@ -259,4 +271,6 @@ def _sorted_out(tensors: TensorFiles, saved: Collection[str], file: Path) -> tup
 
 
 def _base_id(config: Mapping[str, Any], record: Mapping[str, Any]) -> BaseId:
-    return BaseId(str(config.get("base_model_name_or_path") or ""), config.get("revision"), bound_roots(record))
+    asserted = claim_of(record) == ASSERTED
+    name = str(config.get("base_model_name_or_path") or "")
+    return BaseId(name, config.get("revision"), bound_roots(record), asserted)

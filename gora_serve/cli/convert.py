@@ -83,7 +83,7 @@ def convert(
     """
     from converters.convert import convert as convert_adapter
     from converters.reading import Inputs
-    from gora_serve.cli.render import emit, watching
+    from gora_serve.cli.render import emit, say, watching
     from gora_serve.cli.render_convert import convert_summary
     from gora_serve.integrity.bases import locate_adapter, locate_base
 
@@ -93,4 +93,6 @@ def convert(
         inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen, leave_out, carry)
         folder, located = locate_adapter(adapter), locate_base(base)
         done = convert_adapter(folder, located, output, config, inputs, overwrite=overwrite)
+    for warning in done.warnings:
+        say(f"warning: {warning}")
     emit(convert_summary(done), as_json=as_json)

@@ -74,7 +74,7 @@ def gap(
 
     Exit status: 0 the adapter may be served as it is; 1 it is off by more than --threshold, or no engine loads it.
     """
-    from converters.read import bound_to, read
+    from converters.read import held_to_base, read
     from converters.reading import Inputs
     from gora_serve.adapter.linalg import NUMERICAL
     from gora_serve.cli.render import emit, say, watching
@@ -84,7 +84,6 @@ def gap(
     from gora_serve.deploy.gap import STORED, Parts, measure_gap
     from gora_serve.deploy.trained_on import quantization
     from gora_serve.integrity.bases import locate_adapter, locate_base
-    from gora_serve.integrity.binding import check_binding
     from gora_serve.integrity.manifest import hash_model
 
     config = GapConfig(family, dtype, threshold, trained_on, tasks, max_rows)
@@ -96,8 +95,7 @@ def gap(
         weights = BaseWeights(located.path)
         inputs = Inputs(weights, init_adapter, mutated_base, cache, allow_pickle, listen)
         source, detection, reading = read(locate_adapter(adapter), inputs, family)
-        if (bound := bound_to(source)) is not None:
-            check_binding(bound, hash_model(located.path, listen=listen), base=located.path)
+        warnings = held_to_base(source, lambda: hash_model(located.path, listen=listen), located.path, inputs)
         lay_in = quantization(source.tensors.metadata, reading.adapter.base.name, source.weights)
         if trained_on != "auto":
             lay_in = None if trained_on == "stored" else (trained_on, "--trained-on says so")
@@ -119,12 +117,14 @@ def gap(
     costs = deployments(measured.modules, trained=trained, base_bytes=base_bytes, itemsize=stored.itemsize, tasks=tasks)
     report = GapReport(
         str(adapter), located.name, detection.family, detection.evidence, reading.method, reading.notes,
-        reading.full_rank, config, lay_in, measured, costs, comparison, plot,
+        reading.full_rank, config, lay_in, measured, costs, comparison, plot, warnings,
     )  # fmt: skip
     if plot:
         from gora_serve.report import plot_gap
 
         plot_gap(measured, plot, dtype=dtype, title=f"{adapter.name} ({detection.family}) on {located.name}")
+    for warning in warnings:
+        say(f"warning: {warning}")
     emit(gap_summary(report), as_json=as_json)
     if measured.within(threshold):
         return 0

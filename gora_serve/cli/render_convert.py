@@ -30,7 +30,9 @@ def convert_summary(done: Converted) -> Summary:
     lines += [f"{left} modules whose update is zero, or below what is kept, are left out"] if left else []
     lines += [f"carried as they are: {', '.join(sorted(reading.carried))}"] if reading.carried else []
     lines.append(f"error of the written update, over all modules: {done.error:.2e} ({_cause(done)})")
-    return Summary({"adapter": str(done.folder), **done.receipt}, lines, [_table(done)])
+    return Summary(
+        {"adapter": str(done.folder), "warnings": list(done.warnings), **done.receipt}, lines, [_table(done)]
+    )
 
 
 def _cause(done: Converted) -> str:

@@ -42,6 +42,7 @@ class GapReport:
     costs: Sequence[Deployment]
     comparison: Comparison | None
     plot: Path | None
+    warnings: Sequence[str] = ()
 
 
 def refusal(report: GapReport) -> MismatchError:
@@ -75,6 +76,7 @@ def _value(report: GapReport) -> dict[str, Any]:
         "evidence": list(report.evidence),
         "method": report.method,
         "notes": list(report.notes),
+        "warnings": list(report.warnings),
         "full_rank": report.full_rank,
         "settings": asdict(report.config),
         "engine_loads_it": gap.loads,

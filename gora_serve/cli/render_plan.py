@@ -9,6 +9,7 @@ from rich.table import Table
 
 from gora_serve.cli.render import Summary
 from gora_serve.config import PlanConfig
+from gora_serve.integrity.levels import Level
 from gora_serve.training.advice import Advice, least
 from gora_serve.training.memory import GIB, MemoryPlan, Need, Parts
 
@@ -19,6 +20,7 @@ def memory_summary(base: str, plan: MemoryPlan, config: PlanConfig, memory: int,
     """Bytes in JSON, GiB in the table."""
     value: dict[str, Any] = {
         "base": base,
+        "level": Level.HEADER.value,
         "parameters": plan.parameters,
         "adapter_parameters": plan.adapter_parameters,
         "targets": plan.targets,

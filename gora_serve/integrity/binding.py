@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
+from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.files import list_files, sha256_file, write_json
+from gora_serve.integrity.known import known_tensors
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, TensorRecord, differences
 from gora_serve.integrity.staging import SEAL
 
@@ -35,9 +37,10 @@ def _files(folder: Path) -> list[str]:
     ]
 
 
-def check_folder(folder: Path) -> dict[str, object]:
+def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, object]:
     """Hash the files of a sealed folder again and return the whole content of its `gora_manifest.json`.
 
+    With `cache`, files that it knows are not read again.
     Raises MismatchError (GS-102 a file differs, GS-103 is missing, GS-104 is extra) naming the first in that order and
     counting the others; InputError (GS-330 schema, GS-332 no seal, GS-333 malformed or not complete).
     """
@@ -51,7 +54,7 @@ def check_folder(folder: Path) -> dict[str, object]:
     files = value["files"]
     assert isinstance(files, dict)
     present = set(_files(folder))
-    changed = [_fault(folder, name, files[name]) for name in sorted(files.keys() & present)]
+    changed = [_fault(folder, name, files[name], cache) for name in sorted(files.keys() & present)]
     faults = [fault for fault in changed if fault is not None]
     faults += [("GS-103", name, "a file is missing", None, None) for name in sorted(files.keys() - present)]
     faults += [("GS-104", name, "a file is not in the manifest", None, None) for name in sorted(present - files.keys())]
@@ -65,11 +68,11 @@ def check_folder(folder: Path) -> dict[str, object]:
 Fault = tuple[str, str, str, str | None, str | None]  # code, file, what, expected, actual
 
 
-def _fault(folder: Path, name: str, expected: Mapping[str, object]) -> Fault | None:
+def _fault(folder: Path, name: str, expected: Mapping[str, object], cache: QuickCache | None) -> Fault | None:
     path = folder / name
     if path.is_dir():
         return ("GS-102", name, "a file has become a folder", None, None)
-    size, sha256 = sha256_file(path)
+    size, sha256 = sha256_file(path, cache)
     if size != expected["size"]:
         return ("GS-102", name, "a file has another size", f"{expected['size']} bytes", f"{size} bytes")
     if sha256 != expected["sha256"]:
@@ -98,26 +101,33 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
+UNBOUND = "nothing says which base the adapter belongs to"
+_SHOWN = 5  # tensors that a message names
+
+
 def check_binding(
     bound: Roots,
     manifest: Manifest,
     *,
     strict: bool = False,
     base: Path,
-    bound_tensors: Mapping[str, TensorRecord] | None = None,
+    bound_name: str | None = None,
+    adapter_tensors: Collection[str] = (),
 ) -> list[str]:
     """Compare the base that an adapter is bound to with the base at `base`; return the warnings to show.
 
-    Raises BindingError: GS-401 where the weights differ (with up to five tensors if `bound_tensors` is given), GS-402
-    where only configuration or tokenizer differ and `strict` is set. A root that one side lacks counts as different.
+    bound_name: what the adapter calls its base. adapter_tensors: the names of its tensors. Both serve the message.
+    Raises BindingError: GS-401 where the weights differ, GS-402 where only configuration or tokenizer differ and
+    `strict` is set. A root that one side lacks counts as different.
     """
     actual = manifest.roots
     if bound.weights != actual.weights:
-        diff = differences(bound_tensors, manifest.tensors) if bound_tensors is not None else None
+        expected = known_tensors(bound.weights, bound_name)
+        diff = differences(expected, manifest.tensors) if expected is not None else None
+        residual = diff is not None and _looks_residual(diff, expected or {}, manifest.tensors, adapter_tensors)
         raise BindingError(
-            "this adapter belongs to a base with other weights" + _examples(diff), code="GS-401", file=base,
-            expected=bound.weights, actual=actual.weights,
-            hint="use the base that the adapter was made for, or fit an adapter on this one",
+            f"this adapter belongs to a base with other weights: {which_differ(diff)}" + (RESIDUAL if residual else ""),
+            code="GS-401", file=base, expected=bound.weights, actual=actual.weights, hint=_WAY if residual else _OTHER,
         )  # fmt: skip
     pairs = [("configuration", bound.config, actual.config), ("tokenizer", bound.tokenizer, actual.tokenizer)]
     different = [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
@@ -128,10 +138,40 @@ def check_binding(
     return [f"the base has another {name} than the adapter was made for: {base}" for name, _, _ in different]
 
 
-def _examples(diff: Differences | None) -> str:
-    kinds = (("changed", diff.changed), ("missing", diff.missing), ("extra", diff.extra)) if diff else ()
+_OTHER = "use the base that the adapter was made for, or fit an adapter on this one"
+_WAY = "gora-serve gap or convert, with the untouched base as --base and the edited one as --mutated-base"
+RESIDUAL = (
+    "; these are the adapter's own target modules and nothing else, so one of the two looks like a residual base"
+    " (PiSSA, LoRA-GA)"
+)
+
+
+def which_differ(diff: Differences | None) -> str:
+    """Say which tensors differ, the first five by name; None: they cannot be known."""
+    if diff is None:
+        return "which tensors differ is not known here, as neither a manifest nor the folder of the other base is"
+    kinds = (("changed", diff.changed), ("missing", diff.missing), ("extra", diff.extra))
     named = [f"{name} ({kind})" for kind, names in kinds for name in names]
-    if not named:
-        return ""
-    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-    return f": {', '.join(named[:5])}{more}"
+    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    return f"{', '.join(named[:_SHOWN])}{more}"
+
+
+def _looks_residual(
+    diff: Differences,
+    expected: Mapping[str, TensorRecord],
+    actual: Mapping[str, TensorRecord],
+    adapter_tensors: Collection[str],
+) -> bool:
+    """Return whether the bases differ in values of weights that the adapter adapts, and in nothing else.
+
+    What PiSSA and LoRA-GA take out of a base lies there. The adapter's tensors carry the module's path, whatever they
+    are called after it.
+    """
+    if diff.missing or diff.extra or not diff.changed:
+        return False
+    same_form = all(
+        (expected[name].dtype, expected[name].shape) == (actual[name].dtype, actual[name].shape)
+        for name in diff.changed
+    )
+    paths = [f".{name.removesuffix('.weight')}." for name in diff.changed]
+    return same_form and all(any(path in f".{tensor}" for tensor in adapter_tensors) for path in paths)

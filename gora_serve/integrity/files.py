@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from gora_serve.errors import MachineError, OutputError
-from gora_serve.integrity.reading import open_regular, pieces, size_of
+from gora_serve.integrity.cache import Digests, QuickCache, now
+from gora_serve.integrity.reading import open_regular, pieces
 from gora_serve.integrity.staging import staged_folder, sync_published
 
 __all__ = [
@@ -24,14 +25,19 @@ __all__ = [
 ]  # fmt: skip
 
 
-def sha256_file(path: Path) -> tuple[int, str]:
-    """Return the size in bytes and the hexadecimal SHA-256 of the file at `path`."""
-    digest = hashlib.sha256()
+def sha256_file(path: Path, cache: QuickCache | None = None) -> tuple[int, str]:
+    """Return the size in bytes and the hexadecimal SHA-256 of the file at `path`, or what `cache` knows of it."""
+    digest, begun = hashlib.sha256(), now()
     with open_regular(path) as fd:
-        size = size_of(fd)
-        for piece in pieces(fd, 0, size, path=path):
+        status = os.fstat(fd)
+        known = cache.take(status) if cache else None
+        if known is not None:
+            return status.st_size, known
+        for piece in pieces(fd, 0, status.st_size, path=path):
             digest.update(piece)
-    return size, digest.hexdigest()
+    if cache:
+        cache.keep(status, Digests(digest.hexdigest()), begun=begun)
+    return status.st_size, digest.hexdigest()
 
 
 def list_files(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gora_serve.errors import InputError, MismatchError
+from gora_serve.integrity.cache import Digests, QuickCache, now
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import (
     CHUNK,
@@ -178,19 +179,31 @@ def _root_text(value: object) -> str | None:
     return value
 
 
-def hash_model(directory: Path, *, listen: Listener = silent) -> Manifest:
+def hash_model(directory: Path, *, listen: Listener = silent, cache: QuickCache | None = None) -> Manifest:
     """Return the manifest of the model folder `directory` from all bytes of its weights.
 
-    `listen` gets stage "hash" with the bytes hashed so far, on the calling thread. Raises what `find_model` and
-    `read_header` raise, InputError GS-326 to GS-328 where index and shards disagree, MismatchError GS-101 where a file
-    changed meanwhile and GS-105 where a hub cache blob is not what its name says.
+    With `cache`, files that it knows are not read again, and the others are remembered. `listen` gets stage "hash"
+    with the bytes hashed so far, on the calling thread. Raises what `find_model` and `read_header` raise, InputError
+    GS-326 to GS-328 where index and shards disagree, MismatchError GS-101 where a file changed meanwhile and GS-105
+    where a hub cache blob is not what its name says.
     """
-    model = find_model(directory)
+    model, begun = find_model(directory), now()
     with ExitStack() as stack:
         opened = {name: stack.enter_context(open_regular(path)) for name, path in model.weights.items()}
         headers = {name: read_open_header(fd, model.weights[name]) for name, fd in opened.items()}
         _check_placement(directory, headers, model.placed)
-        tensors, weight_files = _hash_files(directory, model, opened, headers, listen)
+        statuses = {name: os.fstat(fd) for name, fd in opened.items()}
+        known = {name: _known(cache, statuses[name], headers[name]) for name in opened}
+        digests = _hash_files(directory, model, opened, headers, known, listen)
+    for name, found in digests.items():
+        if cache and known[name] is None:
+            cache.keep(statuses[name], found, begun=begun)
+    weight_files = [FileRecord(name, headers[name].file_size, str(found.sha256)) for name, found in digests.items()]
+    tensors = {
+        entry.name: TensorRecord(entry.dtype, entry.shape, entry.nbytes, (digests[name].tensors or {})[entry.name])
+        for name, header in headers.items()
+        for entry in header.entries.values()
+    }
     names = [name for name in (INDEX, "config.json") if (directory / name).is_file()]
     small = [FileRecord(name, *sha256_file(confined(directory, name))) for name in names + tokenizer_names(directory)]
     roots = Roots(weights_root(tensors), config_root(directory), tokenizer_root(directory))
@@ -216,26 +229,39 @@ def _check_placement(directory: Path, headers: Mapping[str, Header], placed: Map
         raise InputError(what, code="GS-327", file=directory / held[name], tensor=name)
 
 
+def _known(cache: QuickCache | None, status: os.stat_result, header: Header) -> Digests | None:
+    """Return what the cache knows of a weight file if it is all of it, and count that as reused."""
+    found = cache.find(status) if cache else Digests()
+    if cache is None or found.sha256 is None or (found.tensors or {}).keys() != header.entries.keys():
+        return None
+    cache.reused += 1
+    return Digests(found.sha256, found.tensors or {})
+
+
 Job = tuple[int, Callable[[], str]]  # bytes to hash, the work
 
 
 def _hash_files(
-    directory: Path, model: ModelFiles, opened: Mapping[str, int], headers: Mapping[str, Header], listen: Listener
-) -> tuple[dict[str, TensorRecord], list[FileRecord]]:
+    directory: Path,
+    model: ModelFiles,
+    opened: Mapping[str, int],
+    headers: Mapping[str, Header],
+    known: Mapping[str, Digests | None],
+    listen: Listener,
+) -> dict[str, Digests]:
+    """Return the digests of each file and of its tensors."""
     # Each file is hashed twice, whole and by tensor, at the same time, so that the second reader finds it cached.
     jobs: list[Job] = []
     for name, path in model.weights.items():
-        jobs.append(_file_job(opened[name], path))
-        jobs += _tensor_jobs(opened[name], path, headers[name])
+        if known[name] is None:
+            jobs.append(_file_job(opened[name], path))
+            jobs += _tensor_jobs(opened[name], path, headers[name])
     digests = iter(_run(jobs, listen))
-    tensors: dict[str, TensorRecord] = {}
-    files: list[FileRecord] = []
+    found: dict[str, Digests] = {}
     for name, path in model.weights.items():
-        files.append(FileRecord(name, headers[name].file_size, next(digests)))
-        _check_blob(blob_name(directory, name), path, files[-1].sha256)
-        for entry in headers[name].entries.values():
-            tensors[entry.name] = TensorRecord(entry.dtype, entry.shape, entry.nbytes, next(digests))
-    return tensors, files
+        found[name] = known[name] or Digests(next(digests), {entry: next(digests) for entry in headers[name].entries})
+        _check_blob(blob_name(directory, name), path, str(found[name].sha256))
+    return found
 
 
 def _file_job(fd: int, path: Path) -> Job:
@@ -290,13 +316,24 @@ def _tied(directory: Path, tensors: Mapping[str, TensorRecord]) -> dict[str, str
     return {} if "lm_head.weight" in tensors else {"lm_head.weight": embeddings[0]}
 
 
-def hash_adapter(path: Path, *, listen: Listener = silent) -> tuple[str, dict[str, TensorRecord]]:
+def hash_adapter(
+    path: Path, *, listen: Listener = silent, cache: QuickCache | None = None
+) -> tuple[str, dict[str, TensorRecord]]:
     """Return the root and the tensors of the safetensors file at `path`, by the same scheme as a model's weights."""
+    begun = now()
     with open_regular(path) as fd:
-        header = read_open_header(fd, path)
-        digests = _run(_tensor_jobs(fd, path, header), listen)
+        header, status = read_open_header(fd, path), os.fstat(fd)
+        known = cache.find(status).tensors if cache else None
+        fresh = known is None or known.keys() != header.entries.keys()
+        if fresh:
+            known = dict(zip(header.entries, _run(_tensor_jobs(fd, path, header), listen), strict=True))
+    assert known is not None
+    if cache and fresh:
+        cache.keep(status, Digests(tensors=known), begun=begun)
+    elif cache:
+        cache.reused += 1
     tensors = {
-        entry.name: TensorRecord(entry.dtype, entry.shape, entry.nbytes, digest)
-        for entry, digest in zip(header.entries.values(), digests, strict=True)
+        entry.name: TensorRecord(entry.dtype, entry.shape, entry.nbytes, known[entry.name])
+        for entry in header.entries.values()
     }
     return weights_root(tensors), tensors

@@ -12,6 +12,7 @@ from gora_serve.integrity.manifest import Roots
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD_SCHEMA = "gora-serve/adapter/1"
+TRAINED, ASSERTED = "trained", "asserted"
 
 
 def read_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -57,15 +58,29 @@ def trained_on_text(record: Mapping[str, Any]) -> str:
     return f"trained on the base quantized to {record.get('quantize')}{known}"
 
 
-def binding_json(name: str, revision: str | None, roots: Roots | None) -> dict[str, str | None]:
-    """Return what binds an adapter to its base, for the weights file's metadata and for the seal."""
+def binding_json(
+    name: str, revision: str | None, roots: Roots | None, *, asserted: bool = False
+) -> dict[str, str | None]:
+    """Return what binds an adapter to its base, for the weights file's metadata and for the seal.
+
+    asserted: a person said so (`bind`); where the key is missing, the tool that made the adapter had that base.
+    """
+    claim: dict[str, str | None] = {"claim": ASSERTED} if asserted else {}
     return {
         "repo_id": name,
         "revision": revision,
         "weights_root": roots.weights if roots else None,
         "config_root": roots.config if roots else None,
         "tokenizer_root": roots.tokenizer if roots else None,
-    }
+    } | claim
+
+
+def claim_of(record: Mapping[str, Any]) -> str | None:
+    """Return how the adapter is bound: "trained" (by the tool that made it), "asserted" (by a person), None: it
+    is not."""
+    if bound_roots(record) is None:
+        return None
+    return ASSERTED if record["base"].get("claim") == ASSERTED else TRAINED
 
 
 def bound_roots(record: Mapping[str, Any]) -> Roots | None:

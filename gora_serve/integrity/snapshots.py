@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gora_serve.errors import GoraError, MachineError, MismatchError
+from gora_serve.integrity.cache import cache_folder
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.files import list_files, sha256_file, write_json
 from gora_serve.integrity.hub import Algorithm, HubId, asking
@@ -176,9 +177,8 @@ def _identity(path: Path) -> list[int]:
 
 
 def _note_file(snapshot: Snapshot) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = hashlib.sha256(os.fsencode(snapshot.path.resolve())).hexdigest()[:16]
-    return home / "gora-serve" / "hub" / f"{snapshot.repo.replace('/', '--')}-{snapshot.commit}-{key}.json"
+    return cache_folder() / "hub" / f"{snapshot.repo.replace('/', '--')}-{snapshot.commit}-{key}.json"
 
 
 def _read_note(path: Path) -> Mapping[str, object]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
-from gora_serve.integrity.binding import check_binding, check_folder
+from gora_serve.integrity.binding import UNBOUND, check_binding, check_folder
+from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import read_header
+from gora_serve.integrity.levels import Level
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_adapter, hash_model
-from gora_serve.integrity.record import WEIGHTS, bound_roots, read_record, trained_on
+from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record, trained_on
 from gora_serve.progress import Listener, silent
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was proved, by hashing every byte. `base` is None where no base was given to check against.
+    """What was proved, and at which level. `base` is None where no base was given to check against.
 
-    trained_on: the quantized form of the base that the adapter says it was trained on, if it was.
+    trained_on: the quantized form of the base that the adapter says it was trained on, if it was. claim: "trained" or
+    "asserted" (by `bind`) for an adapter that is bound. level: L0 where digests came from the cache.
     """
 
     path: Path
@@ -29,15 +32,18 @@ class Verified:
     base: Path | None
     warnings: tuple[str, ...]
     trained_on: Mapping[str, Any] | None = None
+    claim: str | None = None
+    level: Level = Level.BYTES
 
     def to_json(self) -> dict[str, Any]:
         """Return what `verify --json` prints."""
         return {
             "path": str(self.path),
-            "verified": True,
-            "level": "L2 full bytes",
+            "verified": self.level.verifies,
+            "level": self.level.value,
             "root": self.root,
             "bound_to": self.bound_to.weights if self.bound_to else None,
+            "claim": self.claim,
             "base": str(self.base) if self.base else None,
             "trained_on": dict(self.trained_on) if self.trained_on else None,
             "warnings": list(self.warnings),
@@ -51,14 +57,16 @@ def verify_adapter(
     base_manifest: Manifest | None = None,
     strict: bool = False,
     listen: Listener = silent,
+    cache: QuickCache | None = None,
 ) -> Verified:
     """Prove an exported adapter: its files, its tensors, and that it belongs to the base.
 
-    base_manifest saves hashing a base again that was hashed just before. Raises MismatchError (exit 1) where bytes
-    differ from the manifest, BindingError (exit 4) for another base, InputError where the folder has no manifest.
+    base_manifest saves hashing a base again that was hashed just before; `cache`, reading files that it knows. Raises
+    MismatchError (exit 1) where bytes differ from the manifest, BindingError (exit 4) for another base, InputError
+    where the folder has no manifest.
     """
-    sealed = check_folder(folder)
-    record, root = _checked_record(folder / WEIGHTS)
+    sealed = check_folder(folder, cache=cache)
+    record, root, names = _checked_record(folder / WEIGHTS, cache)
     for key, inside in (("adapter_root", root), ("binding", record.get("base"))):
         if sealed.get(key) != inside:
             raise MismatchError(
@@ -67,9 +75,11 @@ def verify_adapter(
             )  # fmt: skip
     warnings: tuple[str, ...] = ()
     if base is not None:
-        warnings = _check_base(record, base_manifest or hash_model(base, listen=listen), base, strict=strict)
+        manifest = base_manifest or hash_model(base, listen=listen, cache=cache)
+        warnings = _check_base(record, names, manifest, base, strict=strict)
     said = trained_on(record.get("origin", {}), folder / WEIGHTS)
-    return Verified(folder, root, bound_roots(record), base, warnings, said)
+    level = cache.level if cache else Level.BYTES
+    return Verified(folder, root, bound_roots(record), base, warnings, said, claim_of(record), level)
 
 
 def verify_unsealed(folder: Path, *, base: Path, base_manifest: Manifest, strict: bool = False) -> Verified:
@@ -78,40 +88,60 @@ def verify_unsealed(folder: Path, *, base: Path, base_manifest: Manifest, strict
     One that gora-serve wrote still names its own root and its base in the file, and is held to both; for one of
     another tool there is a warning, or a BindingError where `strict` is set.
     """
-    record, root = _checked_record(folder / WEIGHTS)
+    record, root, names = _checked_record(folder / WEIGHTS)
     missing = "no gora_manifest.json: its other files cannot be checked"
-    warnings = _check_base(record, base_manifest, base, strict=strict)
-    return Verified(folder, root, bound_roots(record), base, (missing, *warnings) if record else warnings)
+    warnings = _check_base(record, names, base_manifest, base, strict=strict)
+    told = (missing, *warnings) if record else warnings
+    return Verified(folder, root, bound_roots(record), base, told, claim=claim_of(record))
 
 
-def _checked_record(file: Path) -> tuple[dict[str, Any], str]:
-    """Return the weights file's record and its root, hashed; the two must agree."""
+def _checked_record(file: Path, cache: QuickCache | None = None) -> tuple[dict[str, Any], str, Collection[str]]:
+    """Return the weights file's record, its root, hashed, and its tensors' names; record and root must agree."""
     record = read_record(read_header(file).metadata, file)
-    root, _ = hash_adapter(file)
+    root, tensors = hash_adapter(file, cache=cache)
     if record and record.get("adapter_root") != root:
         raise MismatchError(
             "the tensors are not those that the file names", code="GS-115", file=file,
             expected=record.get("adapter_root"), actual=root, hint="export the adapter again",
         )  # fmt: skip
-    return record, root
+    return record, root, tensors.keys()
 
 
-def _check_base(record: Mapping[str, Any], manifest: Manifest, base: Path, *, strict: bool) -> tuple[str, ...]:
+def _check_base(
+    record: Mapping[str, Any], names: Collection[str], manifest: Manifest, base: Path, *, strict: bool
+) -> tuple[str, ...]:
     bound = bound_roots(record)
     if bound is not None:
-        return tuple(check_binding(bound, manifest, strict=strict, base=base))
+        return tuple(check_bound(record, bound, manifest, names, strict=strict, base=base))
     if strict:
         raise BindingError(
             "the adapter does not say which base it belongs to", code="GS-403", file=base,
             hint="leave --strict away to take it as it is",
         )  # fmt: skip
-    return ("nothing says which base the adapter belongs to",)
+    return (UNBOUND,)
 
 
-def verify_base(folder: Path, manifest_file: Path, *, listen: Listener = silent) -> Verified:
+def check_bound(
+    record: Mapping[str, Any],
+    bound: Roots,
+    manifest: Manifest,
+    adapter_tensors: Collection[str],
+    *,
+    strict: bool = False,
+    base: Path,
+) -> list[str]:
+    """Hold an adapter to the base that its record names, as `check_binding` does."""
+    name = record["base"].get("repo_id")
+    named = name if isinstance(name, str) else None
+    return check_binding(bound, manifest, strict=strict, base=base, bound_name=named, adapter_tensors=adapter_tensors)
+
+
+def verify_base(
+    folder: Path, manifest_file: Path, *, listen: Listener = silent, cache: QuickCache | None = None
+) -> Verified:
     """Prove that a base is the one of a manifest that `hash` wrote. Raises MismatchError naming the first tensor."""
     expected = Manifest.from_json(read_json(manifest_file, limit=1 << 28), file=manifest_file)
-    actual = hash_model(folder, listen=listen)
+    actual = hash_model(folder, listen=listen, cache=cache)
     changed = differences(expected.resolved(), actual.resolved())
     first = next(iter((*changed.changed, *changed.missing, *changed.extra)), None)
     if first is not None:
@@ -123,7 +153,7 @@ def verify_base(folder: Path, manifest_file: Path, *, listen: Listener = silent)
         )  # fmt: skip
     _check_settings(folder, {"configuration": (expected.roots.config, actual.roots.config)})
     _check_settings(folder, {"tokenizer": (expected.roots.tokenizer, actual.roots.tokenizer)})
-    return Verified(folder, actual.roots.weights, None, None, ())
+    return Verified(folder, actual.roots.weights, None, None, (), level=cache.level if cache else Level.BYTES)
 
 
 def _check_settings(folder: Path, roots: Mapping[str, tuple[str | None, str | None]]) -> None:

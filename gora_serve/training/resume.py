@@ -15,7 +15,9 @@ from gora_serve.config import FREE_SETTINGS
 from gora_serve.errors import BindingError, GoraError, InputError
 from gora_serve.gora.ranks import RankPlan
 from gora_serve.gora.statistics import GradientStatistics
-from gora_serve.integrity.binding import check_folder
+from gora_serve.integrity.binding import check_folder, which_differ
+from gora_serve.integrity.known import known_tensors
+from gora_serve.integrity.manifest import TensorRecord, differences
 from gora_serve.integrity.staging import UNCHANGED
 from gora_serve.training.checkpoint import Checkpoint, newest_checkpoint
 from gora_serve.training.probe_files import read_statistics
@@ -43,8 +45,9 @@ class Left:
 NOTHING = Left()
 
 
-def pick_up(run: Path, facts: Mapping[str, Any]) -> Left:
-    """Return what the unfinished run at `run` left. `facts` are those of the new process, as run.json records them.
+def pick_up(run: Path, facts: Mapping[str, Any], tensors: Mapping[str, TensorRecord] | None = None) -> Left:
+    """Return what the unfinished run at `run` left. `facts` are those of the new process, as run.json records them,
+    `tensors` its base's, for the message where the base is another one.
 
     Raises BindingError (GS-420) naming every setting and input that differs. A damaged probe or checkpoint is passed
     over with a warning.
@@ -52,7 +55,7 @@ def pick_up(run: Path, facts: Mapping[str, Any]) -> Left:
     if not (run / RUN).exists():  # killed before its first file
         return NOTHING
     before = _read_run(run / RUN)
-    check_same(before, facts, run)
+    check_same(before, facts, run, tensors)
     _warn_of_versions(before, facts, run)
     checkpoint, inputs = newest_checkpoint(run), digests(facts)
     if checkpoint is not None and {**checkpoint.inputs, "gamma": None} != {**inputs, "gamma": None}:
@@ -117,16 +120,30 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", list(item) if isinstance(item, tuple) else item
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> None:
+def check_same(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    run: Path,
+    tensors: Mapping[str, TensorRecord] | None = None,
+) -> None:
     """Raise BindingError (GS-420) where the records are of different runs, naming what differs."""
     theirs, ours = decisive(before), decisive(now)
     names = [name for name in (*ours, *(theirs.keys() - ours)) if theirs.get(name) != ours.get(name)]
     if names:
         raise BindingError(
-            f"the unfinished run differs in: {_listed(names)}", code="GS-420", file=run,
-            expected=_shown(theirs, names), actual=_shown(ours, names), kept=UNCHANGED,
+            f"the unfinished run differs in: {_listed(names)}{_tensors(before, names, tensors)}",
+            code="GS-420", file=run, expected=_shown(theirs, names), actual=_shown(ours, names), kept=UNCHANGED,
             hint=f"resume with the settings and inputs of its run.json, or {ANEW}",
         )  # fmt: skip
+
+
+def _tensors(before: Mapping[str, Any], names: list[str], now: Mapping[str, TensorRecord] | None) -> str:
+    """Say which of the base's tensors differ, where its weights do."""
+    base = before.get("base", {})
+    if now is None or "the base's weights root" not in names:
+        return ""
+    expected = known_tensors(str(base["roots"].get("weights")), str(base.get("name")))
+    return f"; of its weights: {which_differ(None if expected is None else differences(expected, now))}"
 
 
 def _listed(items: list[str]) -> str:

@@ -88,7 +88,7 @@ class Run:
     def resume(self) -> None:
         """Take over what the unfinished run left. All processes read it, and none writes before all have."""
         self.session.accelerator.wait_for_everyone()
-        self.left = pick_up(self.folder.path, self.facts())
+        self.left = pick_up(self.folder.path, self.facts(), self.session.manifest.tensors)
         self.session.accelerator.wait_for_everyone()
 
     def facts(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import gora_serve
 from gora_serve.config import DataConfig, ModelConfig, TrainConfig
 from gora_serve.errors import MachineError, MismatchError, UsageError
 from gora_serve.integrity.bases import Base, locate_base
+from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
 from gora_serve.progress import Listener
@@ -129,6 +130,7 @@ def open_session(
     tokenizer = load_tokenizer(located)
     dataset = load_data(data, tokenizer, rows, encoder_decoder=settings.is_encoder_decoder)
     manifest = hash_model(located.path, listen=listen)
+    remember_manifest(manifest)
     accelerator = make_accelerator(train)
     check_sharding(accelerator, model)
     torch.manual_seed(train.seed)
