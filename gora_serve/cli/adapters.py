@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gora_serve.cli.options import FILE, FOLDER, json_option, overwrite_option
+from gora_serve.cli.options import FILE, FOLDER, json_option, overwrite_option, quick_option
 from gora_serve.config import ExportConfig, ExportDtype, Form
 from gora_serve.errors import UsageError
 
@@ -64,9 +64,11 @@ def export(
 @click.command("hash")
 @click.argument("base")
 @click.option("--output", type=FILE, help="Write the manifest, for verify --manifest.")
+@click.option("--oms", type=FILE, help="Write a statement of all files in OpenSSF Model Signing's form, to be signed.")
+@quick_option
 @overwrite_option
 @json_option
-def hash_(base: str, output: Path | None, overwrite: bool, as_json: bool) -> None:
+def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwrite: bool, as_json: bool) -> None:
     """Hash a base: one root for its weights, one for its configuration, one for its tokenizer.
 
     The weights root depends on each tensor's name, type, shape and bytes, and on nothing else: the same weights
@@ -74,22 +76,34 @@ def hash_(base: str, output: Path | None, overwrite: bool, as_json: bool) -> Non
     """
     from gora_serve.cli.render import emit, hash_summary, watching
     from gora_serve.integrity.bases import locate_base
+    from gora_serve.integrity.cache import QuickCache
     from gora_serve.integrity.files import refuse_existing, write_json
+    from gora_serve.integrity.known import remember_manifest
+    from gora_serve.integrity.levels import Level
     from gora_serve.integrity.manifest import hash_model
+    from gora_serve.integrity.oms import oms_statement
 
-    if output and not overwrite:
-        refuse_existing(output)
+    cache = QuickCache() if quick else None
+    outputs = [path for path in (output, oms) if path]
+    for path in outputs:
+        if not overwrite:
+            refuse_existing(path)
     with watching() as listen:
         located = locate_base(base)
-        if output and output.resolve().is_relative_to(located.path.resolve()):
-            hint = "choose a place outside of it"
-            raise UsageError("the manifest is never written into the base", code="GS-208", file=output, hint=hint)
-        manifest = hash_model(located.path, listen=listen)
+        for path in outputs:
+            if path.resolve().is_relative_to(located.path.resolve()):
+                hint = "choose a place outside of it"
+                raise UsageError("the manifest is never written into the base", code="GS-208", file=path, hint=hint)
+        manifest = hash_model(located.path, listen=listen, cache=cache)
+        remember_manifest(manifest)
+        statement = oms_statement(located.path, manifest, cache=cache) if oms else None
     if located.revision:
         manifest = replace(manifest, source={"repo_id": located.name, "revision": located.revision})
     if output:
         write_json(output, manifest.to_json())
-    emit(hash_summary(located, manifest, output), as_json=as_json)
+    if oms:
+        write_json(oms, statement)
+    emit(hash_summary(located, manifest, outputs, cache.level if cache else Level.BYTES), as_json=as_json)
 
 
 @click.command()
@@ -102,6 +116,7 @@ def hash_(base: str, output: Path | None, overwrite: bool, as_json: bool) -> Non
 )  # fmt: skip
 @click.option("--repo", metavar="ORG/NAME@REV", help="With --against hub: what the folder PATH is a copy of.")
 @click.option("--strict", is_flag=True, help="Refuse another configuration or tokenizer too, not only other weights.")
+@quick_option
 @json_option
 def verify(
     path: Path,
@@ -110,9 +125,12 @@ def verify(
     against: str | None,
     repo: str | None,
     strict: bool,
+    quick: bool,
     as_json: bool,
 ) -> int:
     """Prove an adapter (or the adapter of a run) against its own manifest and its base, by hashing every byte.
+
+    The report names its level: L2 is every byte, L0 (--quick) only that files stand as when they were hashed.
 
     PATH may be a hub id with its revision, ORG/NAME@REV: it is downloaded at that commit and checked. With --against
     hub it is a base or an adapter, as a folder or as an id that is in the cache.
@@ -121,21 +139,24 @@ def verify(
     """
     from gora_serve.cli.render import emit, verify_summary, watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
+    from gora_serve.integrity.cache import QuickCache
     from gora_serve.integrity.verify import find_adapter, verify_adapter, verify_base
 
     if manifest and base:
         raise UsageError("give --manifest to verify a base, or --base to verify an adapter", code="GS-206")
-    if (against and (manifest or base or strict)) or (repo and not against):
+    if (against and (manifest or base or strict or quick)) or (repo and not against):
         raise UsageError("--against hub takes --repo, and no other proof; --repo is for it alone", code="GS-264")
     if against:
         return _against_hub(path, repo, as_json=as_json)
+    cache = QuickCache() if quick else None
     with watching() as listen:
         if manifest:
             folder = path if path.exists() or "@" not in str(path) else locate_base(str(path)).path
-            done = verify_base(folder, manifest, listen=listen)
+            done = verify_base(folder, manifest, listen=listen, cache=cache)
         else:
             located = locate_base(base).path if base else None
-            done = verify_adapter(find_adapter(locate_adapter(path)), base=located, strict=strict, listen=listen)
+            found = find_adapter(locate_adapter(path))
+            done = verify_adapter(found, base=located, strict=strict, listen=listen, cache=cache)
     emit(verify_summary(done), as_json=as_json)
     return 0
 

@@ -13,8 +13,10 @@ import click
 
 from gora_serve import __version__
 from gora_serve.cli.adapters import export, hash_, verify
+from gora_serve.cli.bind import bind
 from gora_serve.cli.convert import convert
 from gora_serve.cli.demo import demo
+from gora_serve.cli.doctor import doctor
 from gora_serve.cli.fitting import fit, probe, ranks
 from gora_serve.cli.gap import gap
 from gora_serve.cli.plan import plan
@@ -37,12 +39,14 @@ def cli(debug: bool) -> None:
     export RUN --output DIR              write it as a standard LoRA adapter
     gap ADAPTER --base BASE              what serving another tool's adapter as it is would cost
     convert ADAPTER --base BASE --output DIR   another tool's adapter, as the same
+    bind ADAPTER --base BASE --output DIR      another tool's adapter, with the base that you say it has
     verify DIR --base BASE               prove files, tensors and base
     serve BASE -a NAME=DIR ...           serve many adapters over the one base
+    doctor                               versions, advisories, what this machine can do
     """
 
 
-for command in (plan, fit, probe, ranks, export, gap, convert, hash_, verify, serve, demo):
+for command in (plan, fit, probe, ranks, export, gap, convert, bind, hash_, verify, serve, demo, doctor):
     cli.add_command(command)
 
 

@@ -81,6 +81,9 @@ class Metrics(click.ParamType[tuple[Importance, ...]]):
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output, whole, at the end.")
+quick_option = click.option(
+    "--quick", is_flag=True, help="Read no file again that stands as it stood when it was hashed. No proof: level L0."
+)
 data_option = click.option(
     "--data", required=True, metavar="FILE|DATASET", help="JSONL, JSON, CSV or Parquet file, or a hub dataset."
 )

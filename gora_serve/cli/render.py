@@ -21,11 +21,13 @@ from rich.text import Text
 
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import printable
-from gora_serve.integrity.record import trained_on_text
+from gora_serve.integrity.levels import Level
+from gora_serve.integrity.record import ASSERTED, trained_on_text
 from gora_serve.progress import Listener, Progress, silent
 
 if TYPE_CHECKING:
     from gora_serve.adapter.factors import Adapter
+    from gora_serve.bind import Bound
     from gora_serve.demo import DemoResult
     from gora_serve.gora.ranks import RankPlan
     from gora_serve.gora.statistics import GradientStatistics
@@ -150,6 +152,7 @@ def fit_summary(result: FitResult) -> Summary:
     plan, data = result.plan, result.data
     value = {
         "run": str(result.folder),
+        "base_checked": [Level.BYTES.value, Level.MEMORY.value],
         "parameters": plan.parameters,
         "lora_parameters": plan.lora_parameters,
         "gamma": result.gamma,
@@ -159,7 +162,7 @@ def fit_summary(result: FitResult) -> Summary:
         "data": data.summary(),
         "ranks": dict(plan.ranks),
     }
-    lines = [f"wrote {result.folder}", "base unchanged: files and memory hashed before and after"]
+    lines = [f"wrote {result.folder}", "base unchanged: files and memory hashed before and after (L2, L3)"]
     lines += [trained_on_text(result.quantization)] if result.quantization else []
     lines += _data_lines(data.summary())
     if result.gamma is not None:
@@ -261,7 +264,7 @@ def export_summary(done: Exported, form: str, dtype: str) -> Summary:
     return Summary(value, lines)
 
 
-def hash_summary(base: Base, manifest: Manifest, output: Path | None) -> Summary:
+def hash_summary(base: Base, manifest: Manifest, outputs: Sequence[Path], level: Level) -> Summary:
     """The roots of a base; as JSON, the whole manifest."""
     roots = manifest.roots
     lines = [
@@ -271,21 +274,37 @@ def hash_summary(base: Base, manifest: Manifest, output: Path | None) -> Summary
         f"{len(manifest.tensors)} tensors, {sum(record.nbytes for record in manifest.tensors.values()):,} bytes",
     ]
     lines += [f"{base.name} at commit {base.revision}"] if base.revision else []
-    lines += [f"wrote {output}"] if output else []
-    return Summary({"base": str(base.path), **manifest.to_json()}, lines)
+    lines.append(f"level {level.value}" + ("" if level.verifies else UNVERIFIED))
+    lines += [f"wrote {output}" for output in outputs]
+    return Summary({"base": str(base.path), "level": level.value, **manifest.to_json()}, lines)
+
+
+UNVERIFIED = ": digests of files that stand as they stood when they were hashed; not verified"
 
 
 def verify_summary(done: Verified) -> Summary:
-    lines = [f"verified {done.path}: every byte hashed", f"root {done.root}"]
+    said = f"verified {done.path}: every byte hashed" if done.level.verifies else f"unchanged {done.path}"
+    lines = [f"{said} ({done.level.value}{'' if done.level.verifies else UNVERIFIED})", f"root {done.root}"]
     if done.base and not done.warnings:
-        lines.append(f"belongs to {done.base}")
+        lines.append(f"belongs to {done.base}" + (" (asserted, not trained)" if done.claim == ASSERTED else ""))
     elif not done.base and done.bound_to:
-        lines.append(f"bound to base {done.bound_to.weights}, which was not checked: give --base")
+        lines.append(f"bound to base {done.bound_to.weights} ({done.claim}), which was not checked: give --base")
     lines += [trained_on_text(done.trained_on)] if done.trained_on else []
     return Summary(done.to_json(), lines + [f"warning: {warning}" for warning in done.warnings])
 
 
-def plan_summary(plan: ServePlan) -> Summary:
+def bind_summary(done: Bound) -> Summary:
+    """A binding that a person asserted: what was written, what was left behind."""
+    lines = [
+        f"wrote {done.folder}",
+        f"{done.modules} modules, asserted to belong to {done.base.name}: {done.roots.weights}",
+        f"adapter root {done.root}",
+    ]
+    lines += [f"left out: {', '.join(done.left_out)}"] if done.left_out else []
+    return Summary(done.to_json(), lines)
+
+
+def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
     """The engine's command line and environment, as a shell would take them."""
     import shlex
 
@@ -293,6 +312,7 @@ def plan_summary(plan: ServePlan) -> Summary:
         "argv": list(plan.argv), "environment": dict(plan.environment), "removed": list(plan.removed),
         "url": plan.url, "models": list(plan.models),
         "trained_on": {adapter.name: adapter.trained_on for adapter in plan.adapters if adapter.trained_on},
+        "bound": {adapter.name: adapter.claim or "unbound" for adapter in plan.adapters}, "warnings": list(warnings),
     }  # fmt: skip
     words = [f"-u {name}" for name in plan.removed if "*" not in name]
     words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]

@@ -32,7 +32,7 @@ from gora_serve.serving.plan import ServeConfig
 @click.option("--max-model-len", type=int, default=ServeConfig.max_model_len, help="Longest request in tokens.")
 @click.option("--kv-cache-gib", default=ServeConfig.kv_cache_gib, show_default=True, help="On CPU only.")
 @click.option("--log", type=FILE, help="Write the engine's output here.  [default: standard error]")
-@click.option("--strict", is_flag=True, help="Refuse another configuration or tokenizer too, not only other weights.")
+@click.option("--strict", is_flag=True, help="Refuse what otherwise is a warning.")
 @click.option("--dry-run", is_flag=True, help="Print command and environment of the engine, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
@@ -45,6 +45,7 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     gora-serve serve BASE -a sql=adapters/sql -a chat=adapters/chat -- --max-num-seqs 16
     """
     from gora_serve.cli.render import emit, plan_summary, say, watching
+    from gora_serve.integrity.record import ASSERTED
     from gora_serve.serving.engine import Server, serve_forever
     from gora_serve.serving.plan import parse_adapter
     from gora_serve.serving.start import prepare
@@ -58,8 +59,11 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
         plan, warnings = prepare(base, named, config, vllm_options, strict=options["strict"], listen=listen)
     for warning in warnings:
         say(f"warning: {warning}")
+    for adapter in plan.adapters:
+        if adapter.claim == ASSERTED:
+            say(f"note: {adapter.name}: its base was asserted (gora-serve bind), not recorded by the tool that made it")
     if options["dry_run"]:
-        emit(plan_summary(plan), as_json=options["as_json"])
+        emit(plan_summary(plan, warnings), as_json=options["as_json"])
         return 0
     say("starting: " + json.dumps(plan.models))
 

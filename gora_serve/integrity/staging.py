@@ -338,3 +338,34 @@ def _delete_old(old: Path, target: Path) -> None:
         _remove(old, target)
     except OSError as err:
         log.warning("the new output is in place, but the old one cannot be removed from %s: %s", old, err.strerror)
+
+
+def probe_folder(folder: Path) -> tuple[bool, bool]:
+    """Return whether folders can be exchanged atomically in `folder`, and whether a lock there holds off a second one.
+
+    Writes a folder of its own and removes it. Raises OSError where it cannot.
+    """
+    place = folder / f".gora-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    place.mkdir()
+    try:
+        (place / "a").mkdir()
+        (place / "b").mkdir()
+        return _renameat2(place / "a", place / "b", _EXCHANGE), _locks(place / "lock")
+    finally:
+        shutil.rmtree(place)
+
+
+def _locks(path: Path) -> bool:
+    first, second = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666) for _ in range(2))
+    try:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # the file system knows no locks
+        return False
+    else:
+        return False
+    finally:
+        os.close(first)
+        os.close(second)

@@ -15,7 +15,7 @@ from gora_serve.adapter.names import parse_key
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry, read_header
-from gora_serve.integrity.record import read_record, trained_on
+from gora_serve.integrity.record import claim_of, read_record, trained_on
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,7 +36,8 @@ class FactorPair:
 @dataclass(frozen=True)
 class AdapterDir:
     """One adapter folder as read: the configuration, the factors by module path, and every other tensor
-    name. `trained_on` is what an adapter of ours says of a quantized base that it was trained on.
+    name. `trained_on` is what an adapter of ours says of a quantized base that it was trained on, `claim` how it
+    is bound to its base ("trained", "asserted"), None where nothing binds it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class AdapterDir:
     pairs: Mapping[str, FactorPair] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     trained_on: Mapping[str, object] | None = None
+    claim: str | None = None
 
     @property
     def config_file(self) -> Path:
@@ -80,7 +82,7 @@ def read_adapter_dir(name: str, path: Path) -> AdapterDir:
     pairs = {module: FactorPair(**found) for module, found in sides.items()}
     record = read_record(header.metadata, path / WEIGHTS_FILE)
     said = trained_on(record.get("origin", {}), path / WEIGHTS_FILE)
-    return AdapterDir(name, path, config, pairs, tuple(sorted(others)), said)
+    return AdapterDir(name, path, config, pairs, tuple(sorted(others)), said, claim_of(record))
 
 
 def _read_config(file: Path) -> Mapping[str, object]:

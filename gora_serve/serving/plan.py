@@ -60,7 +60,7 @@ class ServeConfig:
 @dataclass(frozen=True)
 class ServedAdapter:
     """A checked adapter: the name of its model, the largest rank of its tensors, the paths of its modules,
-    and the quantized base that it says it was trained on, if it was.
+    the quantized base that it says it was trained on, if it was, and how it is bound to its base, if it is.
     """
 
     name: str
@@ -68,6 +68,7 @@ class ServedAdapter:
     max_rank: int
     modules: tuple[str, ...]
     trained_on: Mapping[str, object] | None = None
+    claim: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _as_fault(err: GoraError, path: Path) -> Fault:
 def _served(adapter: AdapterDir) -> ServedAdapter:
     ranks = [pair.A.shape[0] for pair in adapter.pairs.values() if pair.A is not None]
     modules = tuple(sorted(adapter.pairs))
-    return ServedAdapter(adapter.name, adapter.path.resolve(), max(ranks), modules, adapter.trained_on)
+    return ServedAdapter(adapter.name, adapter.path.resolve(), max(ranks), modules, adapter.trained_on, adapter.claim)
 
 
 def plan_server(

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gora_serve.integrity.advisories import ENGINE_PACKAGES, vulnerable_versions
 from gora_serve.integrity.bases import locate_adapter, locate_base
+from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.manifest import hash_model
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.verify import verify_adapter, verify_unsealed
@@ -27,14 +29,15 @@ def prepare(
     """Return the plan to run, and the warnings to show.
 
     adapters: (name, folder or hub id with its revision). Every adapter that gora-serve wrote is verified byte by byte
-    and against the base; one of another tool is served with a warning, or refused where `strict` is set. Raises before
-    any process starts.
+    and against the base; one of another tool is served with a warning, or refused where `strict` is set, as are
+    versions of the engine's packages that an advisory names. Raises before any process starts.
     """
     located = locate_base(base)
     adapters = [(name, locate_adapter(folder)) for name, folder in adapters]
     served = read_served_adapters(adapters)
+    warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)
     manifest = hash_model(located.path, listen=listen)
-    warnings = []
+    remember_manifest(manifest)
     for name, folder in adapters:
         if (folder / SEAL).is_file():
             done = verify_adapter(folder, base=located.path, base_manifest=manifest, strict=strict)
