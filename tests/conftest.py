@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-# Before any library reads them: no network, and no cache of test data in the user's home.
+# Before any library reads them: no network, and no cache in the user's home.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="gora-serve-tests-")
+os.environ["GORA_SERVE_CACHE"] = tempfile.mkdtemp(prefix="gora-serve-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from hub_server import Hub, running_hub
@@ -152,7 +153,7 @@ def _local(host: Any) -> Any:
 def hub_environment(server: Hub, folder: Path) -> dict[str, str]:
     """What a process needs to talk to this hub, with its cache and login below `folder`."""
     return {
-        "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hub-home"), "XDG_CACHE_HOME": str(folder / "cache"),
+        "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hub-home"), "GORA_SERVE_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip

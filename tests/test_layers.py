@@ -19,7 +19,12 @@ PACKAGES = ("gora_serve", "converters")
 # From the top down. The package's own __init__ holds the version and nothing else.
 ROOMS = ("root", "integrity", "adapter", "gora", "deploy", "training", "serving", "vllm_plugin", "flow", "cli")
 ROOT_FILES = ("gora_serve/__init__.py", "gora_serve/errors.py", "gora_serve/config.py", "gora_serve/progress.py")
-FLOW_FILES = ("gora_serve/report.py", "gora_serve/demo.py")  # whole flows, which commands call
+FLOW_FILES = (
+    "gora_serve/report.py",
+    "gora_serve/demo.py",
+    "gora_serve/bind.py",
+    "gora_serve/doctor.py",
+)  # whole flows, which commands call
 
 # What a room may import at module level beside the standard library; a file's own line replaces that of its room.
 MODULE_LEVEL: Mapping[str, frozenset[str]] = {
@@ -50,6 +55,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "gora_serve/cli/render_convert.py": frozenset({"rich"}),
     "gora_serve/cli/render_gap.py": frozenset({"rich"}),
+    "gora_serve/cli/render_doctor.py": frozenset({"rich"}),
     "gora_serve/cli/render_hub.py": frozenset({"rich"}),
     "converters": frozenset({"torch", "safetensors"}),
 }

@@ -58,6 +58,7 @@ OF_THE_CALL = {
     "data", "output", "eval_data", "ranks_file", "overwrite", "resume", "as_json", "base", "manifest", "strict",
     "plot", "adapters", "log", "dry_run", "debug", "help", "version",
     "init_adapter", "mutated_base", "cache", "allow_pickle", "leave_out", "carry",
+    "quick", "oms", "engine",
     "push", "public", "against", "repo",
 }  # fmt: skip
 
@@ -138,6 +139,8 @@ SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "demo": ((), [DemoConfig()]),
     "convert": (("adapter", "--base", "b", "--output", "o"), [ConvertConfig()]),
     "gap": (("adapter", "--base", "b"), [GapConfig()]),
+    "bind": (("adapter", "--base", "b", "--output", "o"), []),
+    "doctor": ((), []),
     "hash": (("base",), []),
     "verify": (("path",), []),
 }
