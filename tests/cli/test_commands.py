@@ -202,7 +202,7 @@ def test_fit_tells_the_result_on_standard_output(fit: Answer) -> None:
     lines = fit.out.splitlines()
     assert lines[:3] == [
         "wrote [link]run",
-        "base unchanged: files and memory hashed before and after",
+        "base unchanged: files and memory hashed before and after (L2, L3)",
         f"data: 40 of 40 rows of {DATA}",
     ]
     assert [line.split(":")[0].rpartition(", ")[2] for line in lines if line.startswith("loss")] == [
@@ -336,7 +336,7 @@ def test_hash_writes_a_manifest_that_verify_takes(work: Path) -> None:
     assert answer.out.splitlines()[-1] == "wrote [base].json"
     told = json.loads(done(work, "hash", BASE, "--json").out)
     assert told.pop("base") == BASE
-    assert told == json.loads((work / "[base].json").read_text())
+    assert told == {**json.loads((work / "[base].json").read_text()), "level": "L2 full bytes"}
     assert answer.out.splitlines()[0].split() == ["weights", told["weights_root"]]
     assert done(work, "verify", BASE, "--manifest", "[base].json").out.startswith(f"verified {BASE}")
 
