@@ -9,6 +9,7 @@ from converters.parts import parts_of, reading_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
+from gora_serve.adapter.peft_config import LARGEST
 from gora_serve.errors import InputError
 
 PARTS = ("lora_A", "lora_B", "lora_E")  # (r, in), (out, r), (r, 1)
@@ -31,9 +32,13 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
 def _scale(source: Source) -> float:
     rank, alpha = source.config.get("init_r"), source.config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(alpha, bool) or not isinstance(alpha, int | float) or rank < 1:
+    if not (_is_number(rank) and isinstance(rank, int) and rank >= 1 and _is_number(alpha)):
         raise InputError(
             "AdaLoRA's scale is not known", code="GS-3113", file=source.config_file, expected="init_r and lora_alpha",
-            actual=f"{rank} and {alpha}", hint="take adapter_config.json from the run's folder",
+            actual=f"{str(rank)[:40]} and {str(alpha)[:40]}", hint="take adapter_config.json from the run's folder",
         )  # fmt: skip
-    return (alpha if alpha > 0 else float(rank)) / (rank + EPSILON)
+    return (alpha if alpha > 0 else float(rank)) / (rank + EPSILON)  # type: ignore[operator]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.source import CONFIG, Source, is_model
+from gora_serve.adapter.peft_config import flag
 from gora_serve.errors import InputError
 
 # Family -> what is in the name of one of its tensors, the surest mark first. PEFT may leave `.default` or `.weight`.
@@ -112,12 +113,13 @@ def check_configuration(source: Source, family: str) -> str:
         return ""
     if kind not in _TYPES[family]:
         raise _contradiction(source, f"peft_type {' or '.join(_TYPES[family])}", f"peft_type {kind}")
+    flag(config, "use_dora", file=source.config_file)
     for key, variant in (("use_dora", "dora"), ("kasa_config", "kasa")):
         if bool(config.get(key)) != (family == variant) and kind == "LORA" and family in ("lora", "dora", "kasa"):
             said = f"{key} {'set' if config.get(key) else 'not set'}"
             raise _contradiction(source, f"{key} only where the tensors are {variant}'s; they are {family}'s", said)
     for key, why in _FLAGS.items():
-        if config.get(key):
+        if flag(config, key, file=source.config_file) if key.startswith("use_") else config.get(key):
             raise InputError(
                 f"this LoRA variant cannot be written as plain LoRA: {why}", code="GS-3205", file=source.config_file,
                 actual=f"{key} {str(config[key])[:60]}", hint="serve it with PEFT",

@@ -22,6 +22,7 @@ from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import subtract
+from gora_serve.adapter.peft_config import flag
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import read_json
@@ -101,7 +102,7 @@ def read_settings(folder: Path) -> Settings:
         )  # fmt: skip
     config = read_json(file)
     known = config if isinstance(config, dict) else {}
-    numbers = {name: _number(known.get(name)) for name in ("lora_scaler", "lora_rank")}
+    numbers = {name: _number(known.get(name), least) for name, least in (("lora_scaler", 0.0), ("lora_rank", 1.0))}
     method = known.get("gora_init_method")
     faults = [name for name, value in numbers.items() if value is None]
     faults += [] if known.get("use_gora") is True else ["use_gora"]
@@ -112,12 +113,12 @@ def read_settings(folder: Path) -> Settings:
             expected="use_gora true, numbers for lora_scaler and lora_rank, a known gora_init_method",
             actual=known.get(faults[0]), hint="other methods of MyTransformers scale in other ways",
         )  # fmt: skip
-    by_own_rank, square_root = known.get("gora_dynamic_scaling"), known.get("gora_rank_stablize")
-    return Settings(numbers["lora_scaler"], numbers["lora_rank"], bool(by_own_rank), bool(square_root), str(method))  # type: ignore[arg-type]
+    by_own_rank, square_root = (flag(known, name, file=file) for name in ("gora_dynamic_scaling", "gora_rank_stablize"))
+    return Settings(numbers["lora_scaler"], numbers["lora_rank"], by_own_rank, square_root, str(method))  # type: ignore[arg-type]
 
 
-def _number(value: object) -> float | None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+def _number(value: object, least: float) -> float | None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9 and value >= least
     return float(value) if fits else None  # type: ignore[arg-type]
 
 

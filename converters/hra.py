@@ -9,6 +9,7 @@ from converters.parts import parts_of, reading_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
+from gora_serve.adapter.peft_config import flag
 
 PART = "hra_u"
 
@@ -20,7 +21,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     """
     base = inputs.need_base("HRA")
     parts = parts_of(source, [PART], [[PART]])
-    orthonormal = bool(source.config.get("apply_GS"))
+    orthonormal = flag(source.config, "apply_GS", file=source.config_file)
 
     def factors(path: str) -> LoraFactors:
         u = source.tensors[parts[path][PART]]  # (in, r)

@@ -12,6 +12,7 @@ from converters.foreign import Part, pair_up, refuse_magnitudes, tensors_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.adapter.peft_config import LARGEST
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError
 
@@ -88,7 +89,7 @@ def _scale(source: Source, alpha: str | None, rank: int) -> float:
     if alpha is None:
         return 1.0
     value = source.tensors[alpha].double().flatten()
-    if value.numel() != 1 or not value.isfinite().all():
+    if value.numel() != 1 or not abs(float(value)) <= LARGEST:
         raise InputError(
             "alpha is not a finite number", code="GS-3184", file=source.weights, tensor=alpha, expected="one number",
             actual=tuple(source.tensors.shape(alpha)), hint="fetch the adapter again",

@@ -13,6 +13,7 @@ from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
 from gora_serve.adapter.peft_config import foreign_pattern, pattern_value
+from gora_serve.errors import InputError
 
 FIRST = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
 SECOND = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
@@ -45,7 +46,14 @@ def _rank(source: Source, path: str, parts: Parts) -> int:
         if name in parts:
             return source.tensors.shape(parts[name])[0]
     pattern: Mapping[str, int] = foreign_pattern(source.config, "rank_pattern", file=source.config_file)
-    return int(pattern_value(pattern, path, source.config.get("r", 8)))
+    rank: object = pattern_value(pattern, path, source.config.get("r", 8))
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
+        raise InputError(
+            "the rank that divides alpha is not known", code="GS-3103", file=source.config_file, tensor=path,
+            expected="r of at least 1", actual=str(rank)[:40],
+            hint="correct r or rank_pattern in adapter_config.json, with alpha as it was in training",
+        )  # fmt: skip
+    return rank
 
 
 def _pair(source: Source, parts: Parts, name: str) -> tuple[Tensor, Tensor]:

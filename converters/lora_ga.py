@@ -19,7 +19,7 @@ from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.names import pattern_key
-from gora_serve.adapter.peft_config import foreign_scales
+from gora_serve.adapter.peft_config import LARGEST, flag, foreign_scales
 from gora_serve.errors import InputError
 
 
@@ -45,7 +45,7 @@ def _read_subtracted(source: Source, inputs: Inputs) -> Reading:
     reading = lora.read(replace(source, config={**source.config, **_scales_of_halves(source)}), inputs)
     _check_halves(source, reading.adapter.modules)
     note = "The fork doubled rank and alpha; with rsLoRA that is √2 too strong, which is corrected here."
-    notes = (note,) if source.config.get("use_rslora") else ()
+    notes = (note,) if flag(source.config, "use_rslora", file=source.config_file) else ()
     method = "scale * B A of the official fork's final adapter, with the scale it was trained with"
     return replace(reading, served=None, method=method, notes=(*reading.notes, *notes))
 
@@ -64,7 +64,7 @@ def _scales_of_halves(source: Source) -> dict[str, Any]:
 
 
 def _half(value: object) -> object:
-    return value / 2 if isinstance(value, int | float) else value
+    return value / 2 if isinstance(value, int | float) and abs(value) <= LARGEST else value
 
 
 def _check_halves(source: Source, modules: Mapping[str, LoraFactors]) -> None:
@@ -73,6 +73,7 @@ def _check_halves(source: Source, modules: Mapping[str, LoraFactors]) -> None:
         raise InputError(
             "a converted adapter of the LoRA-GA fork has an even rank; this has not", code="GS-3132",
             file=source.weights, tensor=odd, actual=modules[odd].rank,
+            hint='if it was not converted, set init_lora_weights to "lora_ga" and give --init-adapter',
         )  # fmt: skip
     found = halves(modules)
     if found is None or not found.parallel:

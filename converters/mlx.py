@@ -5,7 +5,6 @@ Both factors are transposes of PEFT's. In a square layer either orientation fits
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -13,6 +12,7 @@ from converters.foreign import Part, module_path, pair_up, refuse_magnitudes, te
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.adapter.peft_config import LARGEST
 from gora_serve.deploy.base import HEADS, BaseWeights
 from gora_serve.errors import InputError
 
@@ -57,7 +57,7 @@ def read_scale(source: Source) -> float:
     parameters = source.config.get("lora_parameters")
     given = parameters if isinstance(parameters, Mapping) else {}
     scale, alpha = given.get("scale"), given.get("alpha")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
         raise InputError(
             "the scale of an mlx-lm adapter is not known", code="GS-3180", file=source.config_file,
             expected="lora_parameters with a number for scale", actual=parameters,

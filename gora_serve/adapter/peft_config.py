@@ -7,12 +7,12 @@ alpha_pattern. Everywhere else in gora-serve a module simply has a scale.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gora_serve.adapter.names import pattern_key
+from gora_serve.adapter.path_pattern import compile_key
 from gora_serve.errors import InputError
 
 LARGEST = 1e30  # alpha: anything above is no scale, and would overflow in float32
@@ -113,32 +113,24 @@ def read_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file: Pa
     return scales
 
 
-_REPEATED_GROUP, _REPEAT = re.compile(r"\)[*+{]"), re.compile(r"(?<!\\)[*+{]")
-
-
 def is_safe_pattern(key: str) -> bool:
-    """Tell whether a pattern key compiles and cannot run for ever: engines apply it to each module as it is."""
-    if len(key) > 1000 or _REPEATED_GROUP.search(key) or len(_REPEAT.findall(key)) > 3:
-        return False
-    try:
-        re.compile(rf"(.*\.)?({key})$")
-    except re.error:
-        return False
-    return True
+    """Tell whether a pattern key is of the kind that cannot run for ever: engines apply it to each module as it is."""
+    return compile_key(key) is not None
 
 
 def pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     """Return what rank_pattern or alpha_pattern gives a module, else `default`.
 
     PEFT's rule (`get_pattern_key`): a key is a regular expression for the end of the path, starting at a dot; the first
-    match wins. The keys must be safe (`is_safe_pattern`).
+    match wins. Keys that are not safe (`is_safe_pattern`) match nothing.
     """
     return next(iter(pattern_values(pattern, path)), default)
 
 
 def pattern_values(pattern: Mapping[str, Any], path: str) -> list[Any]:
     """Return the values of all keys that match a module, in the order of the pattern."""
-    return [value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)]
+    compiled = ((compile_key(key), value) for key, value in pattern.items())
+    return [value for key, value in compiled if key is not None and key.matches(path)]
 
 
 def foreign_pattern(config: Mapping[str, Any], name: str, *, file: Path) -> dict[str, Any]:
@@ -148,7 +140,7 @@ def foreign_pattern(config: Mapping[str, Any], name: str, *, file: Path) -> dict
     if unusable:
         raise InputError(
             f"{name} is no mapping of simple regular expressions", code="GS-3102", file=file, actual=unusable[0],
-            hint="name the modules by their paths",
+            hint="name the modules by their paths; literals, ., \\d, [0-3], (a|b) and up to three of *, + and ? are read",
         )  # fmt: skip
     return dict(pattern)
 
@@ -194,7 +186,26 @@ def scale_of(alpha: object, rank: int, config: Mapping[str, Any], path: str, fil
             "alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=alpha,
             hint="write lora_alpha as it was in training",
         )  # fmt: skip
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if rank < 1:
+        raise InputError(
+            "a module of rank 0 has no scale", code="GS-354", file=file, tensor=path, expected="a rank of at least 1",
+            actual=rank, hint="save the adapter again, without the module",
+        )  # fmt: skip
+    return alpha / (math.sqrt(rank) if flag(config, "use_rslora", file=file) else rank)
+
+
+def flag(config: Mapping[str, Any], name: str, *, file: Path) -> bool:
+    """Return a switch of a configuration, false where it is missing or null.
+
+    Raises InputError (GS-356) for anything but true and false: the text "false" is no no.
+    """
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(
+            f"{name} is neither true nor false", code="GS-356", file=file, tensor=name, expected="true or false",
+            actual=str(value)[:60], hint=f"write {name} as it was in training, without quotes",
+        )  # fmt: skip
+    return bool(value)
 
 
 def saved_modules(config: Mapping[str, Any], *, file: Path) -> list[str]:

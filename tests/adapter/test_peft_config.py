@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from gora_serve.adapter.peft_config import make_config, read_scales
+from gora_serve.adapter.peft_config import is_safe_pattern, make_config, pattern_values, read_scales
 from gora_serve.errors import GoraError, InputError
 
 FILE = Path("adapter_config.json")
@@ -118,3 +120,33 @@ def test_foreign_and_hostile_configs_are_refused(change: dict[str, Any], code: s
     assert isinstance(caught.value, InputError)
     assert caught.value.code == code
     assert caught.value.fields["file"] == FILE
+
+
+@pytest.mark.parametrize(
+    "key",
+    [".?" * 40 + "!", "(a|.)?" * 20, "(a+)+$", "a{30}{30}", ".*.*.*.*", "(?=a)", r"(a)\1", "a**", "(", "[^a]", "(" * 99],
+)
+def test_patterns_that_could_run_for_ever_or_say_nothing_are_unsafe(key: str) -> None:
+    assert not is_safe_pattern(key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "q_proj", "^model", r"^model\.layers\.1\.q_proj", "layers.1.q_proj", r"layers\.\d+\.q_proj", ".*q_proj",
+        r"layers\.[0-3]\.(q_proj|k_proj)", r"(?:layers|blocks)\.1\..*", "1?.q_proj", "proj", "q_proj|k_proj$", "",
+        r".*\.(1[0-9]|2)\..+",
+    ],
+)  # fmt: skip
+def test_patterns_match_as_peft_matches_them(key: str) -> None:
+    paths = ["q_proj", "model.layers.1.q_proj", "model.layers.12.q_proj", "layers.1.k_proj", "x.blocks.1.mlp.up", "1"]
+    assert is_safe_pattern(key)
+    for path in paths:
+        expected = re.match(rf"(.*\.)?({key})$", path) is not None
+        assert bool(pattern_values({key: 4}, path)) == expected, path
+
+
+def test_a_pattern_takes_no_time_whatever_the_path() -> None:
+    begun = time.perf_counter()
+    assert pattern_values({".*.*.*!": 4, "(a|.)(a|.).*b.*!": 4}, "a" * 500) == []
+    assert time.perf_counter() - begun < 0.5
