@@ -5,6 +5,7 @@ PEFT divides by the rank that training began with, whatever is left of it: the s
 
 from __future__ import annotations
 
+from converters.checks import check_pair, check_shape
 from converters.parts import parts_of, reading_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
@@ -20,6 +21,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
     """Read AdaLoRA. A module that was pruned to rank 0 has no update. Raises InputError GS-3113 for no init_r."""
     parts = parts_of(source, PARTS, [PARTS])
     scale = _scale(source)
+    for names in parts.values():
+        _check_shapes(source, *(names[part] for part in PARTS))
     kept = [path for path, names in parts.items() if source.tensors.shape(names["lora_A"])[0]]
 
     def factors(path: str) -> LoraFactors:
@@ -28,6 +31,13 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
     method = "alpha / init_r * B (E * A)"
     return reading_of(source, inputs, LazyModules(kept, factors), parts, method=method)
+
+
+def _check_shapes(source: Source, A: str, B: str, E: str) -> None:
+    if source.tensors.shape(A)[:1] == (0,):  # pruned away
+        return
+    check_pair(source, A, B)
+    check_shape(source, E, (source.tensors.shape(A)[0], 1))
 
 
 def _scale(source: Source) -> float:

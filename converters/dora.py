@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from converters import lora
+from converters.checks import check_numbers
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
@@ -61,6 +62,7 @@ def _magnitudes(source: Source) -> dict[str, str]:
             "no tensor of this family", code="GS-3151", file=source.weights, expected=PART[1:],
             hint="leave out --from, and the family is found by itself",
         )  # fmt: skip
+    check_numbers(source, found.values())
     return found
 
 
@@ -71,6 +73,7 @@ def _without(source: Source, magnitudes: dict[str, str]) -> Source:
 
 def _delta(source: Source, name: str, path: str, low_rank: LoraFactors, base: BaseWeights) -> LoraFactors:
     """Return the update of one module at full rank; the two terms W0 are added to and taken from cancel in float64."""
+    base.check_shape(path, low_rank.shape)
     W = base.weight(path).double()  # (out, in)
     m = source.tensors[name].double().flatten()
     if m.shape[0] != W.shape[0]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from converters.checks import check_pair
 from converters.reading import Inputs
 from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
@@ -148,6 +149,7 @@ def _is_target(source: Source, module: str, leaf: str) -> bool:
 
 def _stack(source: Source, base: BaseWeights, parameter: str, pair: Pair) -> Stack:
     modules = _modules_of(base, parameter)
+    check_pair(source, pair.A, pair.B)
     (rows, _), columns = source.tensors.shape(pair.A), source.tensors.shape(pair.B)[1]
     rank = rows // len(modules)
     ranks = pattern_values(foreign_pattern(source.config, "rank_pattern", file=source.config_file), parameter)

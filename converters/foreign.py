@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from converters.checks import check_pair
 from converters.lora import Pair
 from converters.source import Source
 from gora_serve.deploy.base import BaseWeights
@@ -16,10 +17,13 @@ from gora_serve.errors import InputError
 Part = tuple[str, str]  # module path, "A" or "B"
 
 
-def pair_up(source: Source, parse: Callable[[str], Part | None]) -> dict[str, Pair]:
+def pair_up(
+    source: Source, parse: Callable[[str], Part | None], *, by_columns: bool = False
+) -> dict[str, Pair]:
     """Return the tensor names of the factors by module path; names that `parse` does not know are left out.
 
-    Raises InputError: GS-3170 for two tensors that are one factor, GS-3171 for a factor without its twin.
+    by_columns: A is (in, r) and B (r, out). Raises InputError: GS-3170 for two tensors that are one factor, GS-3171 for
+    a factor without its twin, and what `check_pair` raises for two that do not fit.
     """
     parts: dict[str, dict[str, str]] = {}
     for name in source.tensors:
@@ -39,6 +43,7 @@ def pair_up(source: Source, parse: Callable[[str], Part | None]) -> dict[str, Pa
                 "a factor lacks its twin", code="GS-3171", file=source.weights, tensor=next(iter(found.values())),
                 expected=f"both factors of {path}", hint="fetch the adapter again; the file is not whole",
             )  # fmt: skip
+        check_pair(source, found["A"], found["B"], by_columns=by_columns)
     return {path: Pair(found["A"], found["B"]) for path, found in parts.items()}
 
 

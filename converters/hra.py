@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from converters.checks import check_shape
 from converters.parts import parts_of, reading_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
@@ -21,6 +22,12 @@ def read(source: Source, inputs: Inputs) -> Reading:
     """
     base = inputs.need_base("HRA")
     parts = parts_of(source, [PART], [[PART]])
+    for path, one in parts.items():
+        out_features, in_features = base.shape(path)
+        check_shape(source, one[PART], (None, None))
+        rows, rank = source.tensors.shape(one[PART])
+        base.check_shape(path, (out_features, rows))
+        check_shape(source, one[PART], (in_features, min(rank, in_features)))
     orthonormal = flag(source.config, "apply_GS", file=source.config_file)
 
     def factors(path: str) -> LoraFactors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from converters import lora
+from converters.checks import check_numbers
 from converters.decompose import minor
 from converters.initial import Rules, find_initial
 from converters.pissa import gap_note
@@ -65,5 +66,7 @@ def _diagonal(source: Source, path: str, name_of_a: str) -> str:
         raise InputError(
             "a module of a KaSA adapter has no diagonal, or one of another length", code="GS-3133",
             file=source.weights, tensor=name, expected=f"({source.tensors.shape(name_of_a)[0]},)",
+            hint="save the adapter again, whole; --from lora if it was never KaSA",
         )  # fmt: skip
+    check_numbers(source, [name])
     return name

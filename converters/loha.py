@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from converters.checks import check_fits, check_pair, check_shape
 from converters.parts import Parts, parts_of, reading_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
@@ -23,6 +24,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
     Convolutions with cores (t1, t2) are refused (GS-3150).
     """
     parts = parts_of(source, PARTS + CONVOLUTION, [PARTS])
+    for path, one in parts.items():
+        _check_shapes(source, inputs, path, [one[name] for name in PARTS])
     ranks = {path: source.tensors.shape(one["hada_w1_b"])[0] for path, one in parts.items()}
     scales = lycoris_scales(source, ranks)
 
@@ -37,6 +40,16 @@ def read(source: Source, inputs: Inputs) -> Reading:
     method = "Khatri-Rao products of the two pairs, rank r squared"
     notes = (f"the exact rank is up to {max(ranks.values()) ** 2}: --rank or --tolerance makes it smaller",)
     return reading_of(source, inputs, LazyModules(parts, factors), parts, method=method, notes=notes)
+
+
+def _check_shapes(source: Source, inputs: Inputs, path: str, names: list[str]) -> None:
+    w1_a, w1_b, w2_a, w2_b = names
+    check_pair(source, w1_b, w1_a)
+    check_pair(source, w2_b, w2_a)
+    (out_features, rank), (_, in_features) = source.tensors.shape(w1_a), source.tensors.shape(w1_b)
+    check_shape(source, w2_a, (out_features, rank))
+    check_shape(source, w2_b, (rank, in_features))
+    check_fits(inputs, path, (out_features, in_features))
 
 
 def _pieces(source: Source, parts: Parts) -> list[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from converters.checks import check_fits, check_pair, check_shape
 from converters.loha import lycoris_scales
 from converters.parts import Parts, parts_of, reading_of
 from converters.reading import Inputs, Reading
@@ -28,6 +29,9 @@ def read(source: Source, inputs: Inputs) -> Reading:
     LyCORIS's own rule differs. Convolutions with a core (t2) are refused (GS-3150).
     """
     parts = parts_of(source, {CONVOLUTION, *(name for whole in WHOLE for name in whole)}, WHOLE)
+    for path, one in parts.items():
+        (l, m), (o, i) = (_shape(source, one, name) for name in ("lokr_w1", "lokr_w2"))
+        check_fits(inputs, path, (l * o, m * i))
     scales = lycoris_scales(source, {path: _rank(source, path, one) for path, one in parts.items()})
 
     def factors(path: str) -> LoraFactors:
@@ -56,11 +60,25 @@ def _rank(source: Source, path: str, parts: Parts) -> int:
     return rank
 
 
+def _shape(source: Source, parts: Parts, name: str) -> tuple[int, int]:
+    """Return the shape of w1 or w2, whole or as the product of two. Raises InputError for what is no matrix."""
+    if name in parts:
+        check_shape(source, parts[name], (None, None))
+        rows, columns = source.tensors.shape(parts[name])
+        return rows, columns
+    check_pair(source, parts[f"{name}_b"], parts[f"{name}_a"])
+    return source.tensors.shape(parts[f"{name}_a"])[0], source.tensors.shape(parts[f"{name}_b"])[1]
+
+
 def _pair(source: Source, parts: Parts, name: str) -> tuple[Tensor, Tensor]:
-    """Return two factors of a matrix in float64; of a whole one, itself and the smaller identity."""
-    if name not in parts:
-        return source.tensors[parts[f"{name}_a"]].double(), source.tensors[parts[f"{name}_b"]].double()
-    whole = source.tensors[parts[name]].double()
+    """Return two factors of a matrix in float64; of a whole one, or where that is less, itself and an identity."""
+    if name in parts:
+        whole = source.tensors[parts[name]].double()
+    else:
+        a, b = source.tensors[parts[f"{name}_a"]].double(), source.tensors[parts[f"{name}_b"]].double()
+        if b.shape[0] <= min(a.shape[0], b.shape[1]):
+            return a, b
+        whole = a @ b
     if whole.shape[0] <= whole.shape[1]:
         return torch.eye(whole.shape[0], dtype=whole.dtype), whole
     return whole, torch.eye(whole.shape[1], dtype=whole.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from converters.checks import check_numbers, check_pair
 from converters.experts import Wrapped, read_parameters
 from converters.reading import Inputs, Reading
 from converters.source import Source
@@ -31,6 +32,11 @@ class Pair:
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one, but for fused experts."""
     pairs, rows = pairs_of(source), rows_of(source, inputs)
+    if not pairs and not rows:
+        raise InputError(
+            "no tensor of this family", code="GS-3151", file=source.weights, expected="lora_A and lora_B",
+            hint="leave out --from, and the family is found by itself",
+        )  # fmt: skip
     wrapped = read_parameters(source, pairs, inputs)
     low_rank = _beside(wrapped, source, pairs)
 
@@ -98,6 +104,7 @@ def pairs_of(source: Source) -> dict[str, Pair]:
                 "a LoRA factor lacks its twin", code="GS-3108", file=source.weights, tensor=next(iter(found.values())),
                 hint="fetch the adapter again; the file is not whole",
             )  # fmt: skip
+    check_numbers(source, (name for found in parts.values() for name in found.values()))
     return {path: Pair(found["A"], found["B"], path in embeddings) for path, found in parts.items()}
 
 
@@ -107,7 +114,7 @@ def factors_of(source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
     Raises InputError for ranks that the configuration denies, and for factors that do not fit (GS-3207).
     """
     for pair in pairs.values():
-        _check_shapes(source, pair)
+        check_pair(source, pair.A, pair.B)
     ranks = {path: source.tensors.shape(pair.A)[0] for path, pair in pairs.items()}
     scales = foreign_scales(source.config, ranks, file=source.config_file)
 
@@ -117,12 +124,3 @@ def factors_of(source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
         return LoraFactors(B.T, A.T, scales[path]) if pair.embedding else LoraFactors(A, B, scales[path])
 
     return LazyModules(pairs, factors)
-
-
-def _check_shapes(source: Source, pair: Pair) -> None:
-    of_A, of_B = source.tensors.shape(pair.A), source.tensors.shape(pair.B)
-    if len(of_A) != 2 or len(of_B) != 2 or of_A[0] != of_B[1]:
-        raise InputError(
-            "A and B of a module do not fit", code="GS-3207", file=source.weights, tensor=pair.B,
-            expected="A (r, in) and B (out, r)", actual=f"A {of_A}, B {of_B}", hint="save the adapter again, whole",
-        )  # fmt: skip

@@ -55,7 +55,9 @@ def _bat(blocks: Tensor, W: Tensor) -> Tensor:
 
 def _check(path: str, block: Tensor, base: BaseWeights) -> None:
     out_features, in_features = base.shape(path)
-    if block.ndim == 3:
+    if 0 in block.shape:
+        fits = False
+    elif block.ndim == 3:
         count, rank, columns = block.shape
         fits = columns == rank and count * rank == out_features and in_features % rank == 0
     else:

@@ -34,8 +34,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
         found = PART.search(name)
         return (module_path(base, name[: found.start()]), found.group(1).upper()) if found else None
 
-    pairs = pair_up(source, parse)
-    _refuse_experts(source, [pair.A for pair in pairs.values()])
+    _refuse_experts(source)
+    pairs = pair_up(source, parse, by_columns=True)
     embeddings = frozenset(path for path in pairs if base.is_embedding(path))
     heads = {head: path for path in embeddings for head in _tied_head(base)}
 
@@ -90,9 +90,9 @@ def _refuse_full(source: Source) -> None:
         )  # fmt: skip
 
 
-def _refuse_experts(source: Source, names: list[str]) -> None:
-    for name in names:
-        if len(source.tensors.shape(name)) != 2:
+def _refuse_experts(source: Source) -> None:
+    for name in source.tensors:
+        if PART.search(name) and len(source.tensors.shape(name)) == 3:
             raise InputError(
                 "LoRA of a mixture's experts by mlx-lm is not read", code="GS-3179", file=source.weights, tensor=name,
                 expected="(in, r)", actual=source.tensors.shape(name),

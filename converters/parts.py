@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+from converters.checks import check_numbers
 from converters.lora import base_id
 from converters.reading import Inputs, Reading
 from converters.source import Source
@@ -22,7 +23,7 @@ def parts_of(source: Source, known: Collection[str], needed: Iterable[Collection
     """Return the tensors of each module: module path -> part -> tensor name, for the parts of `known`.
 
     needed: the sets of parts that make a whole module. Raises InputError: GS-3150 for a module that lacks a part,
-    GS-3151 where the file holds none at all.
+    GS-3151 where the file holds none at all, GS-3127 for odd numbers.
     """
     found: dict[str, dict[str, str]] = {}
     for name in source.tensors:
@@ -37,6 +38,7 @@ def parts_of(source: Source, known: Collection[str], needed: Iterable[Collection
                 expected=" or ".join(", ".join(sorted(whole)) for whole in wholes), actual=", ".join(sorted(parts)),
                 hint="the file is damaged, or of a kind that has no plain matrix (a convolution): merge it instead",
             )  # fmt: skip
+    check_numbers(source, (name for parts in found.values() for name in parts.values()))
     if not found:
         raise InputError(
             "no tensor of this family", code="GS-3151", file=source.weights, expected=", ".join(sorted(known)),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from converters.checks import check_numbers
 from converters.reading import Inputs
 from converters.source import Source
 from gora_serve.adapter.factors import LoraFactors
@@ -43,6 +44,7 @@ def rows_of(source: Source, inputs: Inputs) -> dict[str, Rows]:
             found[name[len(PREFIX) : part.start()]] = name
     if not found:
         return {}
+    check_numbers(source, found.values())
     base = inputs.need_base("trainable tokens: their update is a difference to the base's rows; its conversion")
     rows = {path: Rows(name, _tokens(source, base, path, name)) for path, name in found.items()}
     embeddings = next((path for path in rows if base.is_tied(HEAD, path)), None)
@@ -67,7 +69,7 @@ def _tokens(source: Source, base: BaseWeights, path: str, name: str) -> list[int
     if not (valid and tokens and len(set(tokens)) == len(tokens) and shape == (len(tokens), width)):
         raise InputError(
             "the trained tokens and their rows do not fit", code="GS-3116", file=source.config_file, tensor=name,
-            expected=f"trainable_token_indices: {shape[0]} different tokens below {vocabulary}; rows of {width}",
+            expected=f"trainable_token_indices: {(*shape, 0)[0]} different tokens below {vocabulary}; rows of {width}",
             actual=f"{str(given)[:60]}; rows {shape}", hint="take adapter_config.json from the folder of the same run",
         )  # fmt: skip
     return tokens

@@ -34,7 +34,10 @@ class BaseWeights:
         self.folder = folder
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
-            raise InputError("config.json is not an object", code="GS-3109", file=folder / "config.json")
+            raise InputError(
+                "config.json is not an object", code="GS-3109", file=folder / "config.json",
+                hint="fetch the model again",
+            )  # fmt: skip
         self.config: Mapping[str, Any] = config
         self.tensors = TensorFiles(find_model(folder).weights.values())
 
@@ -106,11 +109,20 @@ class BaseWeights:
         """Return the type of the module's weight, in safetensors' spelling. Raises BindingError (GS-404) as `shape`."""
         return self.tensors.entries[self._name(path)].dtype
 
+    def check_shape(self, path: str, actual: tuple[int, int]) -> None:
+        """Raise BindingError (GS-405) where an update of this shape, (out, in), is none of module `path`."""
+        if actual != self.shape(path):
+            raise BindingError(
+                "the adapter does not fit this base", code="GS-405", file=self.folder, tensor=path,
+                expected=f"(out, in) {self.shape(path)}", actual=actual,
+                hint="give the base that the adapter was trained on",
+            )  # fmt: skip
+
     def weight(self, path: str) -> Tensor:
         """Return the module's weight as (out, in), in its own dtype.
 
-        Raises BindingError (GS-404) as `shape`, and InputError (GS-3117) for numbers that are no weights by themselves:
-        those of a quantized base, whose scales lie beside them.
+        Raises BindingError (GS-404) as `shape`, and InputError: GS-3117 for numbers that are no weights by themselves,
+        those of a quantized base, whose scales lie beside them; GS-3129 for NaN or infinite values.
         """
         name = self._name(path)
         if self.dtype(path) not in ("F64", "F32", "F16", "BF16"):
@@ -120,6 +132,11 @@ class BaseWeights:
                 actual=self.dtype(path), hint="give the base as it was before it was quantized",
             )  # fmt: skip
         weight = self.tensors[name]
+        if not weight.isfinite().all():
+            raise InputError(
+                "the base holds NaN or infinite values", code="GS-3129", file=self.tensors.files[name], tensor=name,
+                hint="fetch the base again: no update of such a weight is known",
+            )  # fmt: skip
         return weight.T if self.is_transposed(path) else weight
 
     def _name(self, path: str) -> str:
