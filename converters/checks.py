@@ -16,12 +16,12 @@ AGAIN = "save the adapter again, whole, with the tool that wrote it"
 
 
 def check_numbers(source: Source, names: Iterable[str]) -> None:
-    """Raise InputError (GS-3127) for a tensor that holds anything but floating-point numbers of 16 bits or more."""
+    """Raise InputError (GS-3140) for a tensor that holds anything but floating-point numbers of 16 bits or more."""
     for name in names:
         dtype = source.tensors.entries[name].dtype
         if dtype not in FLOATS:
             raise InputError(
-                "a factor holds values of an unusual type: what they stand for is not known", code="GS-3127",
+                "a factor holds values of an unusual type: what they stand for is not known", code="GS-3140",
                 file=source.tensors.files[name], tensor=name, expected=", ".join(FLOATS), actual=dtype,
                 hint="save the adapter in float32 or bfloat16; a quantized one has to be dequantized first",
             )  # fmt: skip
@@ -30,7 +30,7 @@ def check_numbers(source: Source, names: Iterable[str]) -> None:
 def check_pair(source: Source, A: str, B: str, *, by_columns: bool = False) -> None:
     """Refuse factors that are no pair: A (r, in) and B (out, r), or A (in, r) and B (r, out) by columns.
 
-    Raises InputError: GS-3127 for their type, GS-3207 for their shapes.
+    Raises InputError: GS-3140 for their type, GS-3207 for their shapes.
     """
     check_numbers(source, (A, B))
     of_A, of_B = source.tensors.shape(A), source.tensors.shape(B)
@@ -44,7 +44,7 @@ def check_pair(source: Source, A: str, B: str, *, by_columns: bool = False) -> N
 
 
 def check_shape(source: Source, name: str, expected: Sequence[int | None]) -> None:
-    """Refuse a tensor of another shape; None stands for any size of at least 1. Raises InputError (GS-3128)."""
+    """Refuse a tensor of another shape; None stands for any size of at least 1. Raises InputError (GS-3141)."""
     actual = source.tensors.shape(name)
     if len(actual) == len(expected) and all(
         size == one if one is not None else size > 0 for size, one in zip(actual, expected, strict=True)
@@ -52,7 +52,7 @@ def check_shape(source: Source, name: str, expected: Sequence[int | None]) -> No
         return
     words = ", ".join("n" if one is None else str(one) for one in expected)
     raise InputError(
-        "a tensor of the adapter has a shape that cannot be", code="GS-3128", file=source.tensors.files[name],
+        "a tensor of the adapter has a shape that cannot be", code="GS-3141", file=source.tensors.files[name],
         tensor=name, expected=f"({words})", actual=actual, hint=AGAIN,
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, distance, l
 from gora_serve.adapter.truncate import ranks_of_budget, ranks_of_tolerance
 from gora_serve.config import ConvertConfig, ExportConfig
 from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.update import check_update
 from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import seal_folder
@@ -73,7 +74,7 @@ def convert(
         bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=is_asserted(source))
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
-            _check_module(name, factors, inputs)
+            check_update(inputs.need_base("convert"), name, factors, file=source.weights)
             spill.put(name, _spectrum(factors, reading, config))
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
         ranks = choose_ranks(spill, config)
@@ -105,21 +106,6 @@ def _hash_base(base: Base, inputs: Inputs) -> Manifest:
     manifest = hash_model(base.path, listen=inputs.listen)
     remember_manifest(manifest)
     return manifest
-
-
-def _check_module(path: str, factors: LoraFactors, inputs: Inputs) -> None:
-    base = inputs.need_base("convert")
-    if factors.shape != base.shape(path):
-        raise BindingError(
-            "the adapter does not fit this base", code="GS-405", file=base.folder, tensor=path,
-            expected=f"(out, in) {base.shape(path)}", actual=factors.shape,
-            hint="give the base that the adapter was trained on",
-        )  # fmt: skip
-    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
-        raise InputError(
-            "the update holds NaN or infinite values", code="GS-3105", tensor=path,
-            hint="training diverged, or the file is damaged: use an earlier checkpoint",
-        )  # fmt: skip
 
 
 def _check_carried(source: Source, reading: Reading, inputs: Inputs) -> None:

@@ -23,7 +23,7 @@ def parts_of(source: Source, known: Collection[str], needed: Iterable[Collection
     """Return the tensors of each module: module path -> part -> tensor name, for the parts of `known`.
 
     needed: the sets of parts that make a whole module. Raises InputError: GS-3150 for a module that lacks a part,
-    GS-3151 where the file holds none at all, GS-3127 for odd numbers.
+    GS-3151 where the file holds none at all, GS-3140 for odd numbers.
     """
     found: dict[str, dict[str, str]] = {}
     for name in source.tensors:

@@ -101,7 +101,7 @@ def gap(
             lay_in = None if trained_on == "stored" else (trained_on, "--trained-on says so")
         parts = Parts(
             weights, reading.adapter.modules, reading.served, reading.initial, reading.edited, _rounder(lay_in),
-            STORED.get(lay_in[0]) if lay_in else None, reading.full_rank,
+            STORED.get(lay_in[0]) if lay_in else None, reading.full_rank, source.weights,
         )  # fmt: skip
         stored, tolerance = STORED[dtype], NUMERICAL[dtype]
         measured = measure_gap(parts, stored, tolerance=tolerance, listen=listen)

@@ -122,7 +122,7 @@ class BaseWeights:
         """Return the module's weight as (out, in), in its own dtype.
 
         Raises BindingError (GS-404) as `shape`, and InputError: GS-3117 for numbers that are no weights by themselves,
-        those of a quantized base, whose scales lie beside them; GS-3129 for NaN or infinite values.
+        those of a quantized base, whose scales lie beside them; GS-3142 for NaN or infinite values.
         """
         name = self._name(path)
         if self.dtype(path) not in ("F64", "F32", "F16", "BF16"):
@@ -134,7 +134,7 @@ class BaseWeights:
         weight = self.tensors[name]
         if not weight.isfinite().all():
             raise InputError(
-                "the base holds NaN or infinite values", code="GS-3129", file=self.tensors.files[name], tensor=name,
+                "the base holds NaN or infinite values", code="GS-3142", file=self.tensors.files[name], tensor=name,
                 hint="fetch the base again: no update of such a weight is known",
             )  # fmt: skip
         return weight.T if self.is_transposed(path) else weight

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.linalg import compress, distance, norm, subtract
 from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
+from gora_serve.deploy.update import LARGEST, check_update
 from gora_serve.errors import InputError
 from gora_serve.progress import Listener, Progress, silent
 
@@ -120,6 +122,7 @@ class Parts:
     none loads the adapter. initial: P0, None where the base was left alone. mutated: the edited base that was trained
     on, where it is at hand; else it is taken to be W0 - P0 in `dtype` (None: the one that W0 is stored in). requantize:
     rounds a weight to 4 bits, for an adapter that was trained on such a base. full_rank: exact is not low-rank.
+    file: where the factors come from, for messages.
     """
 
     base: BaseWeights
@@ -130,6 +133,7 @@ class Parts:
     requantize: Requantize | None = None
     dtype: torch.dtype | None = None
     full_rank: bool = False
+    file: Path | None = None
 
     @property
     def paths(self) -> list[str]:
@@ -165,7 +169,8 @@ class Parts:
 def measure_gap(parts: Parts, dtype: torch.dtype, *, tolerance: float = 0.0, listen: Listener = silent) -> Gap:
     """Measure every module. dtype: what the factors are stored in. tolerance: of `compress`, as in conversion.
 
-    Raises BindingError for a module that the base lacks (GS-404), InputError for a mutated base of another shape.
+    Raises BindingError for a module that the base lacks (GS-404) or has in another shape (GS-405), InputError for a
+    mutated base of another shape (GS-3190) and for numbers beyond all arithmetic (GS-3105, GS-3142).
     """
     modules = {}
     for index, path in enumerate(parts.paths):
@@ -176,16 +181,24 @@ def measure_gap(parts: Parts, dtype: torch.dtype, *, tolerance: float = 0.0, lis
 
 def _measure(parts: Parts, path: str, dtype: torch.dtype, tolerance: float) -> ModuleGap:
     weight = parts.base.weight(path)  # (out, in)
+    size = block_norm(weight)
+    if not size < LARGEST:
+        raise InputError(
+            "the base's weight is too large for any arithmetic", code="GS-3142", file=parts.base.folder, tensor=path,
+            hint="fetch the base again",
+        )  # fmt: skip
     exact, served, taken = parts.of(path)
-    _check_shapes(path, weight, exact, served, taken)
+    for one in (exact, served, taken):
+        if one is not None:
+            check_update(parts.base, path, one, file=parts.file)
     low = None if parts.full_rank else exact
-    rank, stored = stored_error(low, dtype, tolerance) if low else (0, 0.0)
-    plain = distance(rounded(low, dtype), low) if low else 0.0
+    rank, stored = stored_error(low, dtype, tolerance, path) if low else (0, 0.0)
+    plain = distance(rounded(low, dtype, path), low) if low else 0.0
     edited = parts.initial is not None or parts.mutated is not None or parts.dtype is not None
     four_bit = parts.requantize is not None and is_quantizable(path)
     return ModuleGap(
         (weight.shape[0], weight.shape[1]),
-        weight=block_norm(weight),
+        weight=size,
         update=_distance(exact, None),
         unconverted=None if parts.served is None else _distance(served, exact),
         initial=None if parts.initial is None else _distance(taken, None),
@@ -197,15 +210,6 @@ def _measure(parts: Parts, path: str, dtype: torch.dtype, tolerance: float) -> M
         plain_rank=low.rank if low else 0,
         served_rank=served.rank if served else 0,
     )
-
-
-def _check_shapes(path: str, weight: Tensor, *factors: LoraFactors | None) -> None:
-    for one in factors:
-        if one is not None and one.shape != tuple(weight.shape):
-            raise InputError(
-                "the adapter does not fit this base", code="GS-3191", tensor=path, expected=tuple(weight.shape),
-                actual=one.shape, hint="give the base that the adapter was trained on",
-            )  # fmt: skip
 
 
 def _distance(one: LoraFactors | None, other: LoraFactors | None) -> float:
@@ -224,25 +228,30 @@ def _distance(one: LoraFactors | None, other: LoraFactors | None) -> float:
     return math.sqrt(sum(float((B.double() @ right).square().sum()) for B in torch.split(difference.B, _rows(right))))
 
 
-def rounded(factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
-    """Return the factors as a file in `dtype` holds them. Raises InputError (GS-3194) where it cannot."""
+def rounded(factors: LoraFactors, dtype: torch.dtype, path: str | None = None) -> LoraFactors:
+    """Return the factors of a module as a file in `dtype` holds them. Raises InputError (GS-3194) where it cannot."""
     stored = LoraFactors(factors.A.to(dtype), factors.B.to(dtype), factors.scale)
     if not (stored.A.isfinite().all() and stored.B.isfinite().all()):
         raise InputError(
-            f"the update holds values that {dtype} cannot", code="GS-3194", hint="--dtype bfloat16 or float32",
+            f"the update holds values that {dtype} cannot", code="GS-3194", tensor=path,
+            hint="--dtype bfloat16 or float32",
         )  # fmt: skip
     return stored
 
 
-def stored_update(exact: LoraFactors, dtype: torch.dtype, tolerance: float) -> LoraFactors | None:
+def stored_update(
+    exact: LoraFactors, dtype: torch.dtype, tolerance: float, path: str | None = None
+) -> LoraFactors | None:
     """Return the update as `convert` stores it: compressed in float64, rounded once. None where nothing is left."""
     spectrum = compress(exact, tolerance=tolerance)
-    return rounded(spectrum.first(spectrum.numerical_rank), dtype) if spectrum.numerical_rank else None
+    return rounded(spectrum.first(spectrum.numerical_rank), dtype, path) if spectrum.numerical_rank else None
 
 
-def stored_error(exact: LoraFactors, dtype: torch.dtype, tolerance: float) -> tuple[int, float]:
+def stored_error(
+    exact: LoraFactors, dtype: torch.dtype, tolerance: float, path: str | None = None
+) -> tuple[int, float]:
     """Return the rank of `stored_update` and |stored - exact|."""
-    stored = stored_update(exact, dtype, tolerance)
+    stored = stored_update(exact, dtype, tolerance, path)
     return (0, norm(exact)) if stored is None else (stored.rank, distance(stored, exact))
 
 

@@ -238,7 +238,7 @@ def test_totals_are_roots_of_sums_of_squares(case: tuple[Path, Edited]) -> None:
 def test_what_does_not_belong_together(tiny_base: Path, make_adapter: MakeAdapter, case: tuple[Path, Edited]) -> None:
     base = BaseWeights(tiny_base)
     path = LLAMA_PATHS[0]
-    with pytest.raises(InputError, match="GS-3191"):
+    with pytest.raises(BindingError, match="GS-405"):
         measure_gap(Parts(base, make_adapter({path: 2}).modules), torch.bfloat16)
     with pytest.raises(BindingError, match="GS-404"):
         measure_gap(Parts(base, make_adapter({"model.layers.9.mlp.up_proj": 2}).modules), torch.bfloat16)

@@ -1,0 +1,26 @@
+"""Whether an update can be one of this base's at all: its shape, and numbers that double precision can work with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from gora_serve.adapter.factors import LoraFactors
+from gora_serve.deploy.base import BaseWeights
+from gora_serve.errors import InputError
+
+LARGEST = 1e100  # of |scale| |A| |B|: squares of it, and their sums, are still finite in double precision
+
+
+def check_update(base: BaseWeights, path: str, factors: LoraFactors, *, file: Path | None = None) -> None:
+    """Raise BindingError (GS-404, GS-405) for a module that the base lacks or has in another shape, and InputError
+    (GS-3105) for NaN, infinite or absurdly large values. file: where the factors come from, for the message."""
+    base.check_shape(path, factors.shape)
+    size = abs(factors.scale) * float(factors.A.double().norm()) * float(factors.B.double().norm())
+    if not size < LARGEST:
+        finite = math.isfinite(size) or bool(factors.A.isfinite().all() and factors.B.isfinite().all())
+        raise InputError(
+            "the update is too large for any arithmetic" if finite else "the update holds NaN or infinite values",
+            code="GS-3105", file=file, tensor=path, actual=f"|A| |B| scale {size:.1e}",
+            hint="training diverged, or the file is damaged: use an earlier checkpoint",
+        )  # fmt: skip
