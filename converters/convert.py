@@ -29,9 +29,9 @@ from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
 from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, distance, leading
 from gora_serve.adapter.truncate import ranks_of_budget, ranks_of_tolerance
 from gora_serve.config import ConvertConfig, ExportConfig
-from gora_serve.deploy.base import BaseWeights
-from gora_serve.deploy.update import check_update
-from gora_serve.errors import BindingError, InputError, UsageError
+from gora_serve.deploy.base import BaseWeights, misfit
+from gora_serve.deploy.update import check_update, diverged
+from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.files import staged_folder, write_json, write_text
@@ -114,16 +114,9 @@ def _check_carried(source: Source, reading: Reading, inputs: Inputs) -> None:
     for parameter, tensor in reading.adapter.carried.items():
         ours = counterpart(parameter, base)
         if ours is not None and base.tensors.shape(ours) != tuple(tensor.shape):
-            raise BindingError(
-                "a module that is carried does not fit this base", code="GS-405", file=source.weights,
-                tensor=parameter, expected=base.tensors.shape(ours), actual=tuple(tensor.shape),
-                hint="give the base that the adapter was trained on",
-            )  # fmt: skip
+            raise misfit(source.weights, parameter, base.tensors.shape(ours), tuple(tensor.shape))
         if not tensor.isfinite().all():
-            raise InputError(
-                "a module that is carried holds NaN or infinite values", code="GS-3105", file=source.weights,
-                tensor=parameter, hint="training diverged, or the file is damaged: use an earlier checkpoint",
-            )  # fmt: skip
+            raise diverged("a module that is carried holds NaN or infinite values", source.weights, parameter)
 
 
 def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:

@@ -23,7 +23,7 @@ from converters.reading import Inputs
 from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
 from gora_serve.adapter.peft_config import foreign_pattern, foreign_scales, pattern_values
-from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.base import BaseWeights, misfit
 from gora_serve.errors import BindingError, InputError
 
 if TYPE_CHECKING:
@@ -210,11 +210,7 @@ def _are_turned(source: Source, base: BaseWeights, stacks: list[Stack]) -> bool:
     turned = any(found == shape[::-1] != shape for found, shape in fits.values())
     for parameter, (found, shape) in fits.items():
         if found != (shape[::-1] if turned else shape):
-            raise BindingError(
-                "the adapter does not fit this base", code="GS-405", file=base.folder, tensor=parameter,
-                expected=f"(out, in) {shape} for each expert", actual=found,
-                hint="give the base that the adapter was trained on",
-            )  # fmt: skip
+            raise misfit(base.folder, parameter, f"(out, in) {shape} for each expert", found)
     if not fits or any(shape != shape[::-1] for _, shape in fits.values()):
         return turned
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(source.config.get("peft_version")))

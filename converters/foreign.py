@@ -17,9 +17,7 @@ from gora_serve.errors import InputError
 Part = tuple[str, str]  # module path, "A" or "B"
 
 
-def pair_up(
-    source: Source, parse: Callable[[str], Part | None], *, by_columns: bool = False
-) -> dict[str, Pair]:
+def pair_up(source: Source, parse: Callable[[str], Part | None], *, by_columns: bool = False) -> dict[str, Pair]:
     """Return the tensor names of the factors by module path; names that `parse` does not know are left out.
 
     by_columns: A is (in, r) and B (r, out). Raises InputError: GS-3170 for two tensors that are one factor, GS-3171 for

@@ -26,6 +26,14 @@ HEADS = (MODEL_HEAD, FILE_HEAD)
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 
 
+def misfit(file: Path, tensor: str, expected: object, actual: object) -> BindingError:
+    """Return the error (GS-405) for a part of an adapter that has another shape than the base's."""
+    return BindingError(
+        "the adapter does not fit this base", code="GS-405", file=file, tensor=tensor, expected=expected,
+        actual=actual, hint="give the base that the adapter was trained on",
+    )  # fmt: skip
+
+
 class BaseWeights:
     """The weights of one model folder. Nothing is read before it is asked for, and nothing is kept."""
 
@@ -112,11 +120,7 @@ class BaseWeights:
     def check_shape(self, path: str, actual: tuple[int, int]) -> None:
         """Raise BindingError (GS-405) where an update of this shape, (out, in), is none of module `path`."""
         if actual != self.shape(path):
-            raise BindingError(
-                "the adapter does not fit this base", code="GS-405", file=self.folder, tensor=path,
-                expected=f"(out, in) {self.shape(path)}", actual=actual,
-                hint="give the base that the adapter was trained on",
-            )  # fmt: skip
+            raise misfit(self.folder, path, f"(out, in) {self.shape(path)}", actual)
 
     def weight(self, path: str) -> Tensor:
         """Return the module's weight as (out, in), in its own dtype.

@@ -19,8 +19,13 @@ def check_update(base: BaseWeights, path: str, factors: LoraFactors, *, file: Pa
     size = abs(factors.scale) * float(factors.A.double().norm()) * float(factors.B.double().norm())
     if not size < LARGEST:
         finite = math.isfinite(size) or bool(factors.A.isfinite().all() and factors.B.isfinite().all())
-        raise InputError(
-            "the update is too large for any arithmetic" if finite else "the update holds NaN or infinite values",
-            code="GS-3105", file=file, tensor=path, actual=f"|A| |B| scale {size:.1e}",
-            hint="training diverged, or the file is damaged: use an earlier checkpoint",
-        )  # fmt: skip
+        words = "is too large for any arithmetic" if finite else "holds NaN or infinite values"
+        raise diverged(f"the update {words}", file, path)
+
+
+def diverged(what: str, file: Path | None, tensor: str) -> InputError:
+    """Return the error (GS-3105) for numbers that no training means."""
+    return InputError(
+        what, code="GS-3105", file=file, tensor=tensor,
+        hint="training diverged, or the file is damaged: use an earlier checkpoint",
+    )  # fmt: skip

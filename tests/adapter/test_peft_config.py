@@ -124,7 +124,19 @@ def test_foreign_and_hostile_configs_are_refused(change: dict[str, Any], code: s
 
 @pytest.mark.parametrize(
     "key",
-    [".?" * 40 + "!", "(a|.)?" * 20, "(a+)+$", "a{30}{30}", ".*.*.*.*", "(?=a)", r"(a)\1", "a**", "(", "[^a]", "(" * 99],
+    [
+        ".?" * 40 + "!",
+        "(a|.)?" * 20,
+        "(a+)+$",
+        "a{30}{30}",
+        ".*.*.*.*",
+        "(?=a)",
+        r"(a)\1",
+        "a**",
+        "(",
+        "[^a]",
+        "(" * 99,
+    ],
 )
 def test_patterns_that_could_run_for_ever_or_say_nothing_are_unsafe(key: str) -> None:
     assert not is_safe_pattern(key)
