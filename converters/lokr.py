@@ -53,7 +53,7 @@ def _rank(source: Source, path: str, parts: Parts) -> int:
     rank: object = pattern_value(pattern, path, source.config.get("r", 8))
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
         raise InputError(
-            "the rank that divides alpha is not known", code="GS-3103", file=source.config_file, tensor=path,
+            "the rank that divides alpha is not known", code="GS-3143", file=source.config_file, tensor=path,
             expected="r of at least 1", actual=str(rank)[:40],
             hint="correct r or rank_pattern in adapter_config.json, with alpha as it was in training",
         )  # fmt: skip

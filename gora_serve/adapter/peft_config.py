@@ -140,7 +140,7 @@ def foreign_pattern(config: Mapping[str, Any], name: str, *, file: Path) -> dict
     if unusable:
         raise InputError(
             f"{name} is no mapping of simple regular expressions", code="GS-3102", file=file, actual=unusable[0],
-            hint="name the modules by their paths; literals, ., \\d, [0-3], (a|b) and up to three of *, + and ? are read",
+            hint="name the modules by their paths; ., \\d, [0-3], (a|b) and up to three of *, + and ? are read",
         )  # fmt: skip
     return dict(pattern)
 
