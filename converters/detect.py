@@ -21,7 +21,7 @@ from converters.detect_files import (
     is_redrawn,
     siblings,
 )
-from converters.detect_weights import ORTHOGONAL, differs, halves, kinship, orthogonality, projections
+from converters.detect_weights import ORTHOGONAL, Projections, differs, halves, kinship, orthogonality, projections
 from converters.initial import KINSHIP
 from converters.reading import Inputs
 from converters.residual import base_beside
@@ -174,7 +174,7 @@ def _kinship(folder: Path, inputs: Inputs, modules: Modules) -> float:
 
 def _by_weights(inputs: Inputs, modules: Modules, evidence: tuple[str, ...]) -> Detection:
     """Return what the weights say: a part of W0 is in them, or rows are as orthogonal as singular vectors."""
-    found = projections(modules, inputs.base) if inputs.base is not None else None
+    found = _projections(modules, inputs)
     if found and found.family:
         gram = f"|A Aᵀ - Bᵀ B| is {found.gram:.2f} of their norms (PiSSA is near 0, plain LoRA begins at 1)"
         needs = (f"--from residual with {WAYS}", *_COMPUTED.get(found.family, ()))
@@ -186,6 +186,20 @@ def _by_weights(inputs: Inputs, modules: Modules, evidence: tuple[str, ...]) -> 
         line = f"A's rows are more orthogonal than random ones ({rows:.2f} of their cosine), as LoRA-GA leaves them"
         return Detection("lora", (*evidence, line), "guess", (f"if it was trained with LoRA-GA: {WAYS}",))
     return Detection("lora", evidence)
+
+
+def _projections(modules: Modules, inputs: Inputs) -> Projections | None:
+    """Return what the base's weights say, where there is a base; plain LoRA needs none of them but for this."""
+    if inputs.base is None:
+        return None
+    try:
+        return projections(modules, inputs.base)
+    except InputError as err:
+        if not any(map(inputs.base.is_quantized, modules)):
+            raise
+        raise err.advising(
+            "give the base as it was before it was quantized; or --from lora, if its initialisation left it alone"
+        ) from err
 
 
 def _check_not_subtracted(source: Source, family: str, modules: Modules) -> None:

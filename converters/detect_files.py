@@ -164,4 +164,15 @@ def siblings(source: Source, *others: Path | None) -> list[Path]:
     places = [source.folder, source.folder.resolve().parent, *(other for other in others if other is not None)]
     found = [place / name for place in places for name in _SIBLINGS]
     here = source.folder.resolve()
-    return [folder for folder in found if folder.is_dir() and folder.resolve() != here]
+    return [folder for folder in found if _is_folder(folder) and folder.resolve() != here]
+
+
+def _is_folder(folder: Path) -> bool:
+    """Tell whether there is such a folder, also where the one that it would be in is no folder, or may not be searched.
+
+    What a configuration names can be too long for a path.
+    """
+    try:
+        return folder.is_dir()
+    except OSError:
+        return False

@@ -99,7 +99,7 @@ class Projections:
     @property
     def family(self) -> str | None:
         """The family whose initialisation leaves such an adapter, or None: nothing of W0 is in it."""
-        if max(self.on_rows, self.on_columns) < NEAR:
+        if not max(self.on_rows, self.on_columns) >= NEAR:  # NaN neither: of numbers beyond all arithmetic
             return None
         if self.on_columns >= NEAR and self.first >= FIRST:
             return "olora"
@@ -131,11 +131,13 @@ def _can_be_part(factors: LoraFactors, shape: tuple[int, int]) -> bool:
 
 
 def _project(factors: LoraFactors, W: Tensor) -> tuple[float, float, float, float, float]:
-    A, B = factors.A.float(), factors.B.float()  # (r, in), (out, r)
+    A, B = (_of_size_one(one) for one in (factors.A, factors.B))  # (r, in), (out, r)
+    W = W / W.abs().max().clamp(min=torch.finfo(W.dtype).tiny)
     V, U = torch.linalg.qr(A.T).Q, torch.linalg.qr(B).Q  # (in, r), (out, r)
     sign = 1.0 if factors.scale >= 0 else -1.0
     WV, head = W @ V, W[:, : factors.rank]  # (out, r), (out, r)
     energy = float(WV.square().sum() / W.square().sum()) * W.shape[1] / factors.rank
+    A, B = factors.A.double(), factors.B.double()
     of_A, of_B = A @ A.T, B.T @ B  # (r, r)
     return (
         sign * _cosine(B @ (A @ V), WV),
@@ -144,6 +146,12 @@ def _project(factors: LoraFactors, W: Tensor) -> tuple[float, float, float, floa
         energy,
         float((of_A - of_B).norm() / (of_A.norm() + of_B.norm())),
     )
+
+
+def _of_size_one(factor: Tensor) -> Tensor:
+    """Return a factor in float32, its largest value 1: its square is finite, and no cosine is another."""
+    double = factor.double()
+    return (double / double.abs().max().clamp(min=1e-300)).float()
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

@@ -19,7 +19,10 @@ class Patterns:
         try:
             self.patterns = {pattern: re.compile(pattern) for pattern in patterns}
         except re.error as err:
-            raise UsageError(f"{option} is no regular expression", code="GS-236", actual=f"{err.pattern!r}") from err
+            raise UsageError(
+                f"{option} is no regular expression", code="GS-236", actual=f"{err.pattern!r}",
+                hint="write a part of the tensor's name; quote special characters by a backslash",
+            ) from err  # fmt: skip
         self.unused = set(self.patterns)
 
     def match(self, tensor: str) -> bool:

@@ -29,6 +29,9 @@ def base_beside(source: Source, inputs: Inputs) -> Path | None:
         return None
     base = inputs.need_base("an adapter over a residual model")
     for folder in (Path(name), source.folder / name):
-        if (folder / "config.json").is_file() and folder.resolve() != base.folder.resolve():
-            return folder
+        try:
+            if (folder / "config.json").is_file() and folder.resolve() != base.folder.resolve():
+                return folder
+        except OSError:  # no path at all, or one that may not be searched
+            continue
     return None

@@ -91,10 +91,24 @@ def _weights_of(folder: Path) -> Path:
     if any(folder.glob("pytorch_model*.bin")):
         find_model(folder)  # GS-323: a whole model as pickles, with the way to safetensors
     names = sorted(path.name for path in folder.iterdir())
+    inner = [str(path.relative_to(folder)) for path in _adapters_in(folder)]
     raise InputError(
         "this folder holds no adapter", code="GS-3101", file=folder, expected=" or ".join(SAFETENSORS),
-        actual=", ".join(names[:8]) or "an empty folder", hint="give the folder that the adapter was saved in",
+        actual=", ".join(names[:8]) or "an empty folder",
+        hint=f"give one of the folders in it: {', '.join(inner[-8:])}" if inner
+        else "give the folder that the adapter was saved in",
     )  # fmt: skip
+
+
+def _adapters_in(folder: Path) -> list[Path]:
+    """Return the folders of adapters right in this one: a run's checkpoints in their order, an adapter by its name."""
+    found = {file.parent for name in (*SAFETENSORS, *PICKLES) for file in folder.glob(f"*/{name}")}
+
+    def order(path: Path) -> tuple[int, str]:
+        number = path.name.rpartition("-")[2]
+        return int(number) if number.isdecimal() and len(number) < 18 else -1, path.name
+
+    return sorted(found, key=order)
 
 
 def _refuse_leftovers(folder: Path, weights: Path | None) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gora_serve.adapter.linalg import Spectrum
@@ -36,7 +38,10 @@ class Spill(Mapping[str, Spilled]):
 
     def put(self, path: str, spectrum: Spectrum) -> None:
         file = self.folder / f"{len(self._modules)}.safetensors"
-        save_file({"A": spectrum.A, "B": spectrum.B, "singular": spectrum.singular}, file)
+        try:
+            save_file({"A": spectrum.A, "B": spectrum.B, "singular": spectrum.singular}, file)
+        except SafetensorError as err:  # how the library reports that a disk is full
+            raise OSError(ENOSPC, f"updates that wait to be written: {err}", str(file)) from err
         shape = spectrum.B.shape[0], spectrum.A.shape[1]
         values = tuple(spectrum.singular.tolist())
         self._modules[path] = Spilled(file, values, shape, spectrum.rest, spectrum.numerical_rank)

@@ -27,7 +27,7 @@ class LoraFactors:
             raise InputError(
                 "A and B do not belong together", code="GS-352",
                 expected="A (r, in) and B (out, r) with r of at least 1",
-                actual=f"A {tuple(self.A.shape)}, B {tuple(self.B.shape)}",
+                actual=f"A {tuple(self.A.shape)}, B {tuple(self.B.shape)}", hint="save the adapter again, whole",
             )  # fmt: skip
 
     @property

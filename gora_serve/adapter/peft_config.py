@@ -183,7 +183,7 @@ def scale_of(alpha: object, rank: int, config: Mapping[str, Any], path: str, fil
     """Return alpha / rank, or alpha / √rank where the configuration says use_rslora."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
         raise InputError(
-            "alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=alpha,
+            "alpha is not a finite number", code="GS-355", file=file, tensor=path, actual=str(alpha)[:60],
             hint="write lora_alpha as it was in training",
         )  # fmt: skip
     if rank < 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gora_serve.errors import InputError
 from gora_serve.integrity.headers import TensorEntry, read_header
+from gora_serve.integrity.reading import unreadable
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -38,8 +39,18 @@ class TensorFiles(Mapping[str, Tensor]):
                 self.entries[name], self.files[name] = entry, path
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        path = self.files[name]
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except OSError as err:
+            raise unreadable(path, err) from err
+        except Exception as err:  # SafetensorError; of the types that torch does not have, AttributeError and others
+            raise InputError(
+                "this tensor cannot be read", code="GS-336", file=path, tensor=name,
+                actual=f"{self.entries[name].dtype}: {str(err)[:80]}",
+                hint="save the file again in float32; if something writes to it, run again when it is done",
+            ) from err  # fmt: skip
         return tensor
 
     def __iter__(self) -> Iterator[str]:

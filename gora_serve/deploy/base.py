@@ -20,6 +20,7 @@ from gora_serve.integrity.layout import find_model
 
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 TRANSPOSED_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")  # Conv1D layers in transformers' models of these types
+FLOATS = ("F64", "F32", "F16", "BF16")
 BARE = ("h", "wte", "layers", "embed_tokens", "blocks", "embeddings", "encoder")  # first parts of such names
 MODEL_HEAD, FILE_HEAD = "lm_head", "embed_out"  # GPT-NeoX: the module's name, and the one in its files
 HEADS = (MODEL_HEAD, FILE_HEAD)
@@ -129,7 +130,7 @@ class BaseWeights:
         those of a quantized base, whose scales lie beside them; GS-3142 for NaN or infinite values.
         """
         name = self._name(path)
-        if self.dtype(path) not in ("F64", "F32", "F16", "BF16"):
+        if self.is_quantized(path):
             raise InputError(
                 "the base is quantized, and its weights are needed as they were", code="GS-3117",
                 file=self.tensors.files[name], tensor=name, expected="F32, F16 or BF16",
@@ -142,6 +143,11 @@ class BaseWeights:
                 hint="fetch the base again: no update of such a weight is known",
             )  # fmt: skip
         return weight.T if self.is_transposed(path) else weight
+
+    def is_quantized(self, path: str) -> bool:
+        """Return whether the module's weight is of numbers that mean nothing without their scales."""
+        name = self.find(path)
+        return name is not None and self.tensors.entries[name].dtype not in FLOATS
 
     def _name(self, path: str) -> str:
         name = self.find(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.hub import is_hub_id, parse_id
+from gora_serve.integrity.reading import naming_inputs, unreadable
 from gora_serve.integrity.snapshots import ADAPTER, MODEL, SETTINGS, download
 
 
@@ -40,7 +42,7 @@ def locate_adapter(name: str | Path) -> Path:
     Without `@REVISION` it is a path, whether there is anything or not: a mistyped one never goes to the hub.
     """
     text = str(name)
-    if Path(text).exists() or _is_path(text) or "@" not in text:
+    if _exists(Path(text)) or _is_path(text) or "@" not in text:
         return Path(text)
     return download(parse_id(text), ADAPTER).path
 
@@ -52,7 +54,7 @@ def _is_path(text: str) -> bool:
 
 def _locate(name: str, wanted: Sequence[str]) -> Base:
     path = Path(name)
-    if name and path.exists():
+    if name and _exists(path):
         _check_model_folder(path)
         return Base(name, path)
     if _is_path(name) or not ("@" in name or is_hub_id(name)):
@@ -64,15 +66,38 @@ def _locate(name: str, wanted: Sequence[str]) -> Base:
     return Base(snapshot.repo, snapshot.path, snapshot.commit)
 
 
+def _exists(path: Path) -> bool:
+    """Raises MachineError (GS-502) where the folder that it would be in cannot be searched."""
+    try:
+        return path.exists()
+    except OSError as err:
+        if err.errno == errno.ENAMETOOLONG:
+            return False
+        raise unreadable(path, err) from err
+
+
 def _check_model_folder(path: Path) -> None:
+    with naming_inputs():
+        if path.is_dir():
+            next(path.iterdir(), None)  # of a folder that cannot be listed, this says why
+        _check_files(path)
+
+
+def _check_files(path: Path) -> None:
     if not path.is_dir():
         raise InputError("not a model: BASE is a file", code="GS-365", file=path, hint="give the model's folder")
+    has_config = (path / "config.json").is_file()
+    if (path / "adapter_config.json").exists() and not has_config:
+        raise InputError(
+            "not a model: this folder is an adapter", code="GS-366", file=path, expected="config.json and weights",
+            hint="BASE is the untouched model that the adapter was trained on",
+        )  # fmt: skip
     if (path / "adapter_config.json").exists():  # transformers would load it on top of the weights
         raise InputError(
             "the base's folder also holds an adapter, which would be loaded with it", code="GS-348",
             file=path / "adapter_config.json", hint="move the adapter out of the base's folder",
         )  # fmt: skip
-    if not (path / "config.json").is_file():
+    if not has_config:
         raise InputError(
             "not a model: no config.json", code="GS-366", file=path,
             hint="give the folder that holds config.json and model.safetensors",

@@ -94,7 +94,7 @@ def read_json(path: Path, *, limit: int = 10 * MIB) -> object:
         if size > limit:
             raise InputError(
                 "this JSON file is too large", code="GS-318", file=path,
-                expected=f"at most {limit} bytes", actual=f"{size} bytes",
+                expected=f"at most {limit} bytes", actual=f"{size} bytes", hint="is this the right file? fetch it again",
             )  # fmt: skip
         raw = read_range(fd, 0, size, path=path)
     return parse_json(raw, path)
@@ -116,11 +116,14 @@ def parse_json(raw: bytes, path: Path) -> object:
         raise InputError(f"this file is not strict JSON: {err}", code=code, file=path, hint=hint) from err
     except ValueError as err:  # also UnicodeDecodeError, JSONDecodeError and integers of thousands of digits
         hint = "the file may be cut off or damaged; fetch it again"
+        if raw.startswith(b"\xef\xbb\xbf"):
+            hint = "save it as UTF-8 without a byte order mark"
         raise InputError(f"this file is not JSON: {err}", code="GS-319", file=path, hint=hint) from err
     if too_deep:
         raise InputError(
-            "this JSON file is nested too deeply", code="GS-320", file=path, expected=f"{MAX_DEPTH} levels"
-        )
+            "this JSON file is nested too deeply", code="GS-320", file=path, expected=f"{MAX_DEPTH} levels",
+            hint="is this the right file? fetch it again",
+        )  # fmt: skip
     return value
 
 

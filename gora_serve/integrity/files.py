@@ -86,7 +86,8 @@ def write_stream(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except OSError as err:
         what = f"this file cannot be written: {err.strerror}"
-        raise MachineError(what, code="GS-505", file=path, kept="nothing was changed") from err
+        hint = "check the folder's permissions, and the space that is left on the disk"
+        raise MachineError(what, code="GS-505", file=path, kept="nothing was changed", hint=hint) from err
     finally:
         with suppress(OSError):
             temporary.unlink()

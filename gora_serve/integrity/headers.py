@@ -37,6 +37,7 @@ MAX_NAME = 512  # bytes of UTF-8
 MAX_NUMBER = 2**53  # elements, dimensions and offsets: what JSON can carry exactly
 METADATA = "__metadata__"
 AGAIN = "download or copy the file again"
+RENAME = "save the tensors again under other names"
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, object]:
         )  # fmt: skip
     except StrictJsonError as err:
         code = "GS-309" if err.duplicate is not None else "GS-308"
-        raise InputError(f"the header is refused: {err}", code=code, file=path, tensor=err.duplicate) from err
+        raise InputError(f"the header is refused: {err}", code=code, file=path, tensor=err.duplicate, hint=AGAIN) from err
     except (ValueError, RecursionError) as err:
         raise InputError(f"the header is not JSON: {err}", code="GS-308", file=path, hint=AGAIN) from err
     assert isinstance(value, dict)
@@ -148,7 +149,9 @@ def _parse(raw: bytes, path: Path) -> dict[str, object]:
 
 
 def _too_many(path: Path | None) -> InputError:
-    return InputError("the header names too many tensors", code="GS-310", file=path, expected=f"at most {MAX_TENSORS}")
+    return InputError(
+        "the header names too many tensors", code="GS-310", file=path, expected=f"at most {MAX_TENSORS}", hint=AGAIN
+    )
 
 
 def _refuse_float(text: str) -> int:
@@ -164,9 +167,9 @@ def _natural(text: str) -> int:
 
 def _metadata(value: object, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise InputError(f"{METADATA} does not map strings to strings", code="GS-317", file=path, tensor=METADATA)
+        raise InputError(f"{METADATA} does not map strings to strings", code="GS-317", file=path, tensor=METADATA, hint=AGAIN)
     if not all(is_unicode(text) for pair in value.items() for text in pair):
-        raise InputError(f"{METADATA} holds half of a surrogate pair", code="GS-317", file=path, tensor=METADATA)
+        raise InputError(f"{METADATA} holds half of a surrogate pair", code="GS-317", file=path, tensor=METADATA, hint=AGAIN)
     return value
 
 
@@ -184,12 +187,14 @@ def _check_names(names: Sequence[str], path: Path | None) -> None:
         if not is_unicode(name) or len(name.encode("utf-8")) > MAX_NAME or _has_control(name) or name in ("", METADATA):
             expected = f"1 to {MAX_NAME} bytes of UTF-8 without control characters"
             shown = name if len(name) <= MAX_NAME else name[:60] + "..."
-            raise InputError("this tensor name is refused", code="GS-315", file=path, tensor=shown, expected=expected)
+            raise InputError(
+                "this tensor name is refused", code="GS-315", file=path, tensor=shown, expected=expected, hint=RENAME
+            )
         twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if twin != name:
             raise InputError(
                 "two tensor names differ only in case or Unicode form", code="GS-316", file=path,
-                tensor=f"{twin!a} and {name!a}",
+                tensor=f"{twin!a} and {name!a}", hint=RENAME,
             )  # fmt: skip
 
 
@@ -201,17 +206,18 @@ def _entry(name: str, value: object, path: Path | None) -> TensorEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         expected = "an object with dtype, shape and data_offsets"
         raise InputError(
-            "this tensor's header entry is malformed", code="GS-311", file=path, tensor=name, expected=expected
-        )
+            "this tensor's header entry is malformed", code="GS-311", file=path, tensor=name, expected=expected,
+            hint=AGAIN,
+        )  # fmt: skip
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     nbytes = tensor_nbytes(name, dtype, shape, path=path)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_natural(item) for item in offsets):
-        raise InputError("data_offsets is not a pair of naturals", code="GS-311", file=path, tensor=name)
+        raise InputError("data_offsets is not a pair of naturals", code="GS-311", file=path, tensor=name, hint=AGAIN)
     begin, end = offsets
     if end - begin != nbytes:
         raise InputError(
             "the data of this tensor does not have the size of its shape", code="GS-313", file=path, tensor=name,
-            expected=f"{nbytes} bytes for {dtype} {shape}", actual=f"{end - begin} bytes",
+            expected=f"{nbytes} bytes for {dtype} {shape}", actual=f"{end - begin} bytes", hint=AGAIN,
         )  # fmt: skip
     return TensorEntry(name, dtype, tuple(shape), begin, end)
 
@@ -221,16 +227,18 @@ def tensor_nbytes(name: str, dtype: object, shape: object, *, path: Path | None 
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InputError(
             "unknown tensor type", code="GS-312", file=path, tensor=name,
-            expected=", ".join(DTYPE_BITS), actual=str(dtype)[:40],
+            expected=", ".join(DTYPE_BITS), actual=str(dtype)[:40], hint=AGAIN,
         )  # fmt: skip
     if not isinstance(shape, (list, tuple)) or not all(_is_natural(size) for size in shape):
-        raise InputError("the shape is not a list of naturals", code="GS-313", file=path, tensor=name)
+        raise InputError("the shape is not a list of naturals", code="GS-313", file=path, tensor=name, hint=AGAIN)
     if math.prod(size or 1 for size in shape[:64]) > MAX_NUMBER or len(shape) > 64:
         expected = f"at most 64 dimensions and {MAX_NUMBER} elements"
-        raise InputError("the shape is too large", code="GS-313", file=path, tensor=name, expected=expected)
+        raise InputError(
+            "the shape is too large", code="GS-313", file=path, tensor=name, expected=expected, hint=AGAIN
+        )
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
-        raise InputError("the tensor does not end on a whole byte", code="GS-313", file=path, tensor=name)
+        raise InputError("the tensor does not end on a whole byte", code="GS-313", file=path, tensor=name, hint=AGAIN)
     return bits // 8
 
 
@@ -246,7 +254,7 @@ def _check_layout(entries: Sequence[TensorEntry], path: Path) -> int:
             fault = "overlap" if entry.begin < position else "leave a hole"
             raise InputError(
                 f"the tensors {fault}", code="GS-314", file=path, tensor=entry.name,
-                expected=f"data from byte {position}", actual=f"byte {entry.begin}",
+                expected=f"data from byte {position}", actual=f"byte {entry.begin}", hint=AGAIN,
             )  # fmt: skip
         position = entry.end
     return position

@@ -36,7 +36,7 @@ def find_model(directory: Path) -> ModelFiles:
     pickles, GS-324 malformed index, GS-325 a path that leaves the folder).
     """
     if not directory.is_dir():
-        raise MachineError("there is no such folder", code="GS-503", file=directory)
+        raise MachineError("there is no such folder", code="GS-503", file=directory, hint="check the path")
     if (directory / SINGLE).exists():
         if (directory / INDEX).exists():
             log.warning("%s: both %s and an index are present; the index is not used", directory, SINGLE)
@@ -78,7 +78,10 @@ def _read_index(path: Path) -> dict[str, str]:
     value = read_json(path, limit=INDEX_LIMIT)
     placed = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise InputError("the index has no weight_map of tensor names to files", code="GS-324", file=path)
+        raise InputError(
+            "the index has no weight_map of tensor names to files", code="GS-324", file=path,
+            hint="fetch the model again: the index is not whole",
+        )  # fmt: skip
     return placed
 
 

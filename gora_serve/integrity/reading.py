@@ -26,13 +26,17 @@ def open_regular(path: Path) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # non-blocking: a pipe must not hang us
     except FileNotFoundError as err:
-        raise MachineError("this file does not exist", code="GS-501", file=path) from err
+        raise MachineError(
+            "this file does not exist", code="GS-501", file=path, hint="check the path; the folder may not be whole"
+        ) from err
     except OSError as err:
-        raise _unreadable(path, err) from err
+        raise unreadable(path, err) from err
     try:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode):
-            raise InputError("this is not a regular file", code="GS-334", file=path)
+            raise InputError(
+                "this is not a regular file", code="GS-334", file=path, hint="give a file on disk, no device and no pipe"
+            )
         yield fd
         if _identity(os.fstat(fd)) != _identity(before):
             raise changed_while_reading(path)
@@ -62,8 +66,22 @@ def changed_while_reading(path: Path) -> MismatchError:
     return MismatchError("this file changed while it was being read", code="GS-101", file=path, hint=hint)
 
 
-def _unreadable(path: Path, err: OSError) -> MachineError:
-    return MachineError(f"this file cannot be read: {err.strerror}", code="GS-502", file=path)
+def unreadable(path: Path, err: OSError) -> MachineError:
+    return MachineError(
+        f"this file cannot be read: {err.strerror or err}", code="GS-502", file=path,
+        hint="check the path and its permissions, and those of its folder",
+    )  # fmt: skip
+
+
+@contextmanager
+def naming_inputs() -> Iterator[None]:
+    """Turn an operating system's error about a file into MachineError (GS-502), for work that only reads."""
+    try:
+        yield
+    except OSError as err:
+        if isinstance(err, BrokenPipeError) or not isinstance(err.filename, str | bytes | os.PathLike):
+            raise
+        raise unreadable(Path(os.fsdecode(err.filename)), err) from err
 
 
 def size_of(fd: int) -> int:
@@ -81,7 +99,7 @@ def pieces(fd: int, begin: int, end: int, *, path: Path) -> Iterator[memoryview]
         try:
             count = os.preadv(fd, [buffer[: end - begin]], begin)
         except OSError as err:
-            raise _unreadable(path, err) from err
+            raise unreadable(path, err) from err
         if count == 0:
             raise changed_while_reading(path)
         yield buffer[:count]

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gora_serve.errors import MachineError, OutputError, UsageError
+from gora_serve.integrity.reading import unreadable
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def staged_folder(
     disk); an OSError of the body becomes GS-505 too.
     """
     target = target.absolute()
-    check_target(target, overwrite=overwrite, protect=protect, resume=resume)
+    with _os_errors(target, UNCHANGED):
+        check_target(target, overwrite=overwrite, protect=protect, resume=resume)
     with _os_errors(target, UNCHANGED):
         target.parent.mkdir(parents=True, exist_ok=True)
         target = target.parent.resolve() / target.name
@@ -62,7 +64,7 @@ def staged_folder(
             )
         kept = f"the unfinished output is in {stage}; --resume goes on with it" if visible else UNCHANGED
         try:
-            with _os_errors(target, kept):
+            with _os_errors(target, kept, stage):
                 yield stage
                 _fsync_tree(stage)
                 old = _publish(stage, target, overwrite=overwrite)
@@ -140,15 +142,28 @@ def _identities(real: Path) -> list[tuple[int, int] | None]:
 
 
 @contextmanager
-def _os_errors(target: Path, kept: str) -> Iterator[None]:
+def _os_errors(target: Path, kept: str, stage: Path | None = None) -> Iterator[None]:
+    """Turn an OSError into GS-505; while a stage is written, into GS-502 where it names a file that is not of ours."""
     try:
         yield
     except BrokenPipeError:
         raise  # the reader of our messages is gone; that is not about the output
     except OSError as err:
         where = err.filename2 or err.filename or target
+        if stage is not None and isinstance(where, str | bytes | os.PathLike):
+            path = Path(os.fsdecode(where)).absolute()
+            if not _is_of_output(path, stage, target):
+                raise unreadable(path, err).keeping(kept) from err
         what = f"the output cannot be written: {err.strerror or err}"
-        raise MachineError(what, code="GS-505", file=where, kept=kept) from err
+        hint = "check the folder's permissions, and the space that is left on the disk"
+        raise MachineError(what, code="GS-505", file=where, kept=kept, hint=hint) from err
+
+
+def _is_of_output(path: Path, stage: Path, target: Path) -> bool:
+    """Return whether a file is in the stage, is the target or its folder, or lies beside it under a name of ours."""
+    if stage in (path, *path.parents) or path in (target, target.parent):
+        return True
+    return path.parent == target.parent and path.name.startswith(f".{target.name}.")
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def check_length(model: nn.Module, rows: DataConfig) -> None:
     if limit is not None and rows.max_length > limit:
         raise UsageError(
             "--max-length is more than the base has positions", code="GS-205", expected=f"at most {limit}",
-            actual=rows.max_length,
+            actual=rows.max_length, hint="lower --max-length; longer rows are left out or cut",
         )  # fmt: skip
 
 
