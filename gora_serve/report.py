@@ -7,12 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gora_serve.adapter.names import kinds_and_layers
-from gora_serve.errors import MachineError
+from gora_serve.errors import MachineError, UsageError
 from gora_serve.gora.ranks import RankPlan
 from gora_serve.integrity.files import write_bytes
 
 if TYPE_CHECKING:
     from gora_serve.deploy.gap import Gap
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_picture(file: Path) -> None:
+    """Raise UsageError (GS-201) for a picture of a kind that is not drawn: to be asked before work starts."""
+    if file.suffix.lower() not in ("", *PICTURES):
+        raise UsageError(
+            "no picture is drawn in a file of this kind", code="GS-201", file=file, expected=", ".join(PICTURES),
+            actual=file.suffix, hint="give the file another ending",
+        )  # fmt: skip
 
 
 def plot_ranks(plan: RankPlan, file: Path) -> None:
@@ -75,7 +87,7 @@ def _write(pyplot: Any, figure: Any, file: Path) -> None:
     import io
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=file.suffix[1:] or "png", dpi=150)
+    figure.savefig(buffer, format=file.suffix[1:].lower() or "png", dpi=150)
     pyplot.close(figure)
     write_bytes(file, buffer.getvalue())
 

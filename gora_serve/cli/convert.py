@@ -86,10 +86,11 @@ def convert(
     from gora_serve.cli.render import emit, say, watching
     from gora_serve.cli.render_convert import convert_summary
     from gora_serve.integrity.bases import locate_adapter, locate_base
+    from gora_serve.integrity.reading import naming_inputs
 
     config = ConvertConfig(family, rank, tolerance, form, dtype)
     config.validate()
-    with watching() as listen:
+    with watching() as listen, naming_inputs():
         inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen, leave_out, carry)
         folder, located = locate_adapter(adapter), locate_base(base)
         done = convert_adapter(folder, located, output, config, inputs, overwrite=overwrite)

@@ -168,6 +168,10 @@ def ranks(
     from gora_serve.integrity.files import refuse_existing, write_json
     from gora_serve.training.run_files import probe_importances, probe_shapes, ranks_json, read_probe
 
+    if plot:
+        from gora_serve.report import check_picture
+
+        check_picture(plot)
     for path in (output, plot):
         if path and not options["overwrite"]:
             refuse_existing(path)

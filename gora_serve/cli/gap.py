@@ -85,13 +85,22 @@ def gap(
     from gora_serve.deploy.trained_on import quantization
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.manifest import hash_model
+    from gora_serve.integrity.reading import naming_inputs
 
     config = GapConfig(family, dtype, threshold, trained_on, tasks, max_rows)
     config.validate()
     rows = DataConfig(max_length, chat_template, batch_size)
     rows.validate()
-    with watching() as listen:
+    if plot:
+        from gora_serve.report import check_picture
+
+        check_picture(plot)
+    with watching() as listen, naming_inputs():
         located = locate_base(base)
+        if data is not None:
+            from gora_serve.training.compare import check_rows
+
+            check_rows(located, rows)
         weights = BaseWeights(located.path)
         inputs = Inputs(weights, init_adapter, mutated_base, cache, allow_pickle, listen)
         source, detection, reading = read(locate_adapter(adapter), inputs, family)

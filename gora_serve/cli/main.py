@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import click
@@ -65,7 +67,9 @@ def main(argv: list[str]) -> int:
         result = cli.main(argv, prog_name="gora-serve", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except GoraError as err:
-        return _report(err, as_json="--json" in ours, debug=debug)
+        with _nobody_may_listen():
+            _report(err, as_json="--json" in ours, debug=debug)
+        return err.exit_code
     except Stopped as err:
         if os.environ.get("RANK", "0") == "0":
             click.echo(str(err), err=True)
@@ -92,13 +96,26 @@ def _terminate(number: int, _: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _report(err: GoraError, *, as_json: bool, debug: bool) -> int:
+@contextmanager
+def _nobody_may_listen() -> Iterator[None]:
+    """The exit status is the answer, whether or not anybody reads the words."""
+    try:
+        yield
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _report(err: GoraError, *, as_json: bool, debug: bool) -> None:
     if debug:
         _show_traceback()
+    click.echo(without_tokens(str(err)), err=True)
     if as_json:
         click.echo(without_tokens(json.dumps(err.to_json(), indent=2)))
-    click.echo(without_tokens(str(err)), err=True)
-    return err.exit_code
 
 
 def _show_traceback() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gora_serve.adapter.names import kinds_and_layers
-from gora_serve.errors import printable
+from gora_serve.errors import MachineError, printable
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.record import ASSERTED, trained_on_text
 from gora_serve.progress import Listener, Progress, silent
@@ -77,11 +78,28 @@ class _Output(Console):
 
 @contextmanager
 def _reader_may_go() -> Iterator[None]:
-    """Let output that nobody reads any more (`| head`) vanish. It is no error: 1 means that bytes differ."""
+    """Let output that nobody reads any more (`| head`) vanish. It is no error: 1 means that bytes differ.
+
+    Raises MachineError (GS-507) where standard output is closed, or its disk is full.
+    """
     try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
         yield
         sys.stdout.flush()
     except BrokenPipeError:
+        discard_output()
+    except OSError as err:
+        discard_output()
+        raise MachineError(
+            f"the result cannot be printed: {err.strerror or err}", code="GS-507", file="standard output",
+            kept="the work is done, and what it wrote is in place", hint="redirect standard output to a file that can be written",
+        ) from err  # fmt: skip
+
+
+def discard_output() -> None:
+    """Send what is still buffered for standard output, and what follows, nowhere."""
+    if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -92,6 +92,12 @@ def variants_of(parts: Parts, saved: Mapping[str, Tensor], dtype: torch.dtype, t
     return found | {BASE: Variant(parts.base.weight, {})}
 
 
+def check_rows(base: Base, rows: DataConfig) -> None:
+    """Raise what `compare` would of the base's settings and the length of rows, before any work."""
+    rows.validate()
+    check_length(load_settings(base), rows)
+
+
 def compare(
     base: Base,
     data: str,
@@ -112,7 +118,7 @@ def compare(
     dataset = replace(dataset, examples=dataset.examples[:max_rows], places=dataset.places[:max_rows])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(base, ModelConfig(dtype="float32"))
-    check_length(model, rows)
+    check_length(settings, rows)
     check_ids(dataset, vocabulary(model), padding=tokenizer.pad_token_id)
     model = model.to(device)
     with naming_memory():
@@ -169,8 +175,9 @@ class Swap:
             parameter = module.get_parameter(own)
         except AttributeError as err:
             raise InputError(
-                "the adapter has a module that the model does not have", code="GS-3193", tensor=name,
-                hint="leave --data out: the numbers of the weights need no model",
+                "the model that transformers builds of the base has no such module, though the adapter has", code="GS-3193",
+                tensor=name, expected="a module of the base's architecture",
+                hint="is this the adapter's base? If it is, leave --data out: the numbers of the weights need no model",
             ) from err  # fmt: skip
         fresh = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         setattr(module, own, fresh)

@@ -135,7 +135,7 @@ def open_session(
     check_sharding(accelerator, model)
     torch.manual_seed(train.seed)
     loaded = load_model(located, model, device=accelerator.device)
-    check_length(loaded, rows)
+    check_length(loaded.config, rows)
     check_ids(dataset, vocabulary(loaded), padding=tokenizer.pad_token_id)
     loaded = _place(loaded, model, train, accelerator)
     if not settings.is_encoder_decoder:
@@ -183,9 +183,9 @@ def _tell_what_is_left_out(model: nn.Module) -> None:
         )  # fmt: skip
 
 
-def check_length(model: nn.Module, rows: DataConfig) -> None:
-    """Refuse rows that may be longer than the model has positions. Raises UsageError."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+def check_length(settings: Any, rows: DataConfig) -> None:
+    """Refuse rows that may be longer than a model of these settings has positions. Raises UsageError (GS-205)."""
+    limit = getattr(settings, "max_position_embeddings", None)
     if limit is not None and rows.max_length > limit:
         raise UsageError(
             "--max-length is more than the base has positions", code="GS-205", expected=f"at most {limit}",
