@@ -85,6 +85,7 @@ def convert(
         write_text(stage / "README.md", model_card(adapter, config.form))
         errors = _measure(stage, spill, ranks)
         done = Converted(output, root, detection, reading, adapter.base, adapter.origin, errors, warnings=warnings)
+        _check_not_rounded_away(source, done, config)
         shutil.rmtree(spill.folder)
         done = replace(done, receipt=make_receipt(source, done, config))
         check_unchanged(before)
@@ -144,6 +145,18 @@ def _check_something_is_left(source: Source, reading: Reading, ranks: Mapping[st
         what = "the update is zero beside what is carried whole: LoRA has nothing to hold"
         hint = "carry fewer modules, or serve the model as a base of its own"
     raise InputError(what, code="GS-3106", file=source.weights, hint=hint)
+
+
+def _check_not_rounded_away(source: Source, done: Converted, config: ConvertConfig) -> None:
+    """Refuse an output (GS-3144) of which the dtype has left nothing, where truncation would have left something."""
+    kept = [math.sqrt(max(one.norm**2 - one.truncated**2, 0.0)) for one in done.modules.values()]
+    lost = [math.sqrt(max(one.error**2 - one.truncated**2, 0.0)) for one in done.modules.values()]
+    if math.hypot(*lost) > 0.99 * math.hypot(*kept):
+        raise InputError(
+            f"the update is so small that it is zero in {config.dtype}", code="GS-3144", file=source.weights,
+            tensor=max(done.modules, key=lambda path: done.modules[path].norm),
+            expected="values above 6e-8", hint="--dtype bfloat16 or float32",
+        )  # fmt: skip
 
 
 def _adapter(

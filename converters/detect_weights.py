@@ -137,8 +137,7 @@ def _project(factors: LoraFactors, W: Tensor) -> tuple[float, float, float, floa
     sign = 1.0 if factors.scale >= 0 else -1.0
     WV, head = W @ V, W[:, : factors.rank]  # (out, r), (out, r)
     energy = float(WV.square().sum() / W.square().sum()) * W.shape[1] / factors.rank
-    A, B = factors.A.double(), factors.B.double()
-    of_A, of_B = A @ A.T, B.T @ B  # (r, r)
+    of_A, of_B = _gram(factors.A), _gram(factors.B.T)  # (r, r)
     return (
         sign * _cosine(B @ (A @ V), WV),
         sign * _cosine((U.T @ B) @ A, U.T @ W),
@@ -146,6 +145,10 @@ def _project(factors: LoraFactors, W: Tensor) -> tuple[float, float, float, floa
         energy,
         float((of_A - of_B).norm() / (of_A.norm() + of_B.norm())),
     )
+
+
+def _gram(rows: Tensor) -> Tensor:
+    return rows.double() @ rows.double().T
 
 
 def _of_size_one(factor: Tensor) -> Tensor:

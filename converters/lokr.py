@@ -30,8 +30,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
     """
     parts = parts_of(source, {CONVOLUTION, *(name for whole in WHOLE for name in whole)}, WHOLE)
     for path, one in parts.items():
-        (l, m), (o, i) = (_shape(source, one, name) for name in ("lokr_w1", "lokr_w2"))
-        check_fits(inputs, path, (l * o, m * i))
+        first, second = (_shape(source, one, name) for name in ("lokr_w1", "lokr_w2"))
+        check_fits(inputs, path, (first[0] * second[0], first[1] * second[1]))
     scales = lycoris_scales(source, {path: _rank(source, path, one) for path, one in parts.items()})
 
     def factors(path: str) -> LoraFactors:

@@ -34,8 +34,9 @@ def read(source: Source, inputs: Inputs) -> Reading:
     pairs, rows = pairs_of(source), rows_of(source, inputs)
     if not pairs and not rows:
         raise InputError(
-            "no tensor of this family", code="GS-3151", file=source.weights, expected="lora_A and lora_B",
-            hint="leave out --from, and the family is found by itself",
+            "no tensor of this family", code="GS-3151", file=source.weights, tensor=next(iter(source.tensors), None),
+            expected="names such as base_model.model.MODULE.lora_A.weight",
+            hint="save it by PEFT's save_pretrained; if --from was given, leave it out: the family is found by itself",
         )  # fmt: skip
     wrapped = read_parameters(source, pairs, inputs)
     low_rank = _beside(wrapped, source, pairs)

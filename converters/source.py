@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gora_serve.adapter.format import DTYPES
+from gora_serve.adapter.format import CARRIED_DTYPES
 from gora_serve.adapter.tensors import TensorFiles
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry
 from gora_serve.integrity.layout import INDEX, SINGLE, find_model
+from gora_serve.integrity.reading import open_regular
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = ("adapter_model.safetensors", "adapters.safetensors")
@@ -65,6 +66,9 @@ def open_source(path: Path, *, pickles: bool = False) -> Source:
         raise MachineError(
             "there is no such file or folder", code="GS-540", file=path, hint="check the path of the adapter"
         )
+    if not path.is_dir():
+        with open_regular(path):  # no device and no pipe
+            pass
     folder = path if path.is_dir() else path.parent
     if is_model(path):
         return Source(path, path, {}, _whole(path, TensorFiles(find_model(path).weights.values())))
@@ -164,7 +168,7 @@ class PickledTensors(TensorFiles):
             raise _no_tensors(path, "other objects than tensors")
         self._tensors: dict[str, Tensor] = value
         for name, tensor in value.items():
-            dtype = DTYPES.get(tensor.dtype, str(tensor.dtype))
+            dtype = CARRIED_DTYPES.get(tensor.dtype, str(tensor.dtype))
             self.entries[name] = TensorEntry(name, dtype, tuple(tensor.shape), 0, tensor.nbytes)
             self.files[name] = path
 
@@ -173,7 +177,12 @@ class PickledTensors(TensorFiles):
 
 
 def _is_named_tensor(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+    """Tell whether this is a tensor whose numbers are all in the file: no sparse one, none without data, no large view
+    of few numbers."""
+    name, value = item
+    if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def _reason(err: Exception) -> str:

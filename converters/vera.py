@@ -56,10 +56,10 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
 def _check_vectors(source: Source, parts: Mapping[str, Parts], shapes: Mapping[str, tuple[int, int]]) -> int:
     """Return r, which all vectors d have, before anything of that size is made. Raises InputError (GS-3152)."""
-    rank = source.tensors.shape(next(iter(parts.values()))[LAMBDAS[1]])[0:1]
+    rank = source.tensors.shape(next(iter(parts.values()))[LAMBDAS[1]])[0:1]  # (r,), () of a number
     for path, one in parts.items():
         b, d = (source.tensors.shape(one[name]) for name in LAMBDAS)
-        if b != (shapes[path][0],) or d != rank or not 0 < rank[0] <= LARGEST_RANK:
+        if b != (shapes[path][0],) or d != rank or not rank or not 0 < rank[0] <= LARGEST_RANK:
             raise _misfit(source, one[LAMBDAS[1]], f"b ({shapes[path][0]},) and d (r,)", f"b {b}, d {d}")
     return rank[0]
 

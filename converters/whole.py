@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from converters.checks import check_numbers
 from converters.reading import Inputs
 from converters.source import Source
+from gora_serve.adapter.format import CARRIED_DTYPES, unusual_type
 from gora_serve.adapter.names import PREFIX
 from gora_serve.adapter.peft_config import saved_modules
 from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
@@ -38,7 +40,10 @@ class Whole:
     lost: dict[str, str] = field(default_factory=dict)
 
     def tensors(self, source: Source) -> dict[str, Tensor]:
-        """Return what is carried: parameter path -> tensor."""
+        """Return what is carried: parameter path -> tensor. Raises InputError (GS-3119) for types of no module."""
+        for name in self.carried.values():
+            if (dtype := source.tensors.entries[name].dtype) not in CARRIED_DTYPES.values():
+                raise unusual_type(name, dtype, file=source.tensors.files[name])
         return {parameter: source.tensors[name] for parameter, name in self.carried.items()}
 
     @property
@@ -69,6 +74,7 @@ def sort_whole(source: Source, inputs: Inputs, adapted: Collection[str]) -> Whol
 
 
 def _sort_bias(source: Source, name: str, found: Whole) -> None:
+    check_numbers(source, [name])
     if source.tensors[name].any():
         found.lost[name] = "lora_bias: a bias that B adds, which plain LoRA does not have"
     else:
@@ -120,7 +126,7 @@ def check_vocabulary(name: str, actual: tuple[int, ...], base: BaseWeights, ours
 
 def same(theirs: Tensor, ours: Tensor) -> str | None:
     """Return why a tensor adds nothing, or None: it is the base's, or the base's rounded to the other's dtype."""
-    if theirs.shape != ours.shape:
+    if theirs.shape != ours.shape or theirs.dtype.itemsize == 1:  # of 8 bits: scales elsewhere say what they stand for
         return None
     if theirs.dtype == ours.dtype:
         return "the base's own" if torch.equal(theirs, ours) else None

@@ -102,10 +102,7 @@ def write_adapter(folder: Path, adapter: Adapter, form: Form, dtype: torch.dtype
             specs[key] = (DTYPES[dtype], tuple(tensor.shape))
     for parameter, tensor in adapter.carried.items():
         if tensor.dtype not in CARRIED_DTYPES:
-            raise InputError(
-                "a module that is kept whole has values of an unusual type", code="GS-3119", tensor=parameter,
-                expected=", ".join(CARRIED_DTYPES.values()), actual=tensor.dtype, hint="save it in float32",
-            )  # fmt: skip
+            raise unusual_type(parameter, str(tensor.dtype))
         specs[saved_key(parameter)] = (CARRIED_DTYPES[tensor.dtype], tuple(tensor.shape))
     root = _write_tensors(folder / WEIGHTS, adapter, specs)
     config = make_config(
@@ -119,6 +116,14 @@ def write_adapter(folder: Path, adapter: Adapter, form: Form, dtype: torch.dtype
     )
     write_json(folder / CONFIG, config)
     return root
+
+
+def unusual_type(tensor: str, dtype: str, *, file: Path | None = None) -> InputError:
+    """Return the error (GS-3119) for a type that no module is kept in."""
+    return InputError(
+        "a module that is kept whole has values of an unusual type", code="GS-3119", file=file, tensor=tensor,
+        expected=", ".join(CARRIED_DTYPES.values()), actual=dtype, hint="save it in float32",
+    )  # fmt: skip
 
 
 def _spelled(adapter: Adapter, path: str, factors: LoraFactors) -> list[tuple[str, Tensor]]:

@@ -93,7 +93,8 @@ def _reader_may_go() -> Iterator[None]:
         discard_output()
         raise MachineError(
             f"the result cannot be printed: {err.strerror or err}", code="GS-507", file="standard output",
-            kept="the work is done, and what it wrote is in place", hint="redirect standard output to a file that can be written",
+            kept="the work is done, and what it wrote is in place",
+            hint="redirect standard output to a file that can be written",
         ) from err  # fmt: skip
 
 

@@ -94,7 +94,8 @@ def read_json(path: Path, *, limit: int = 10 * MIB) -> object:
         if size > limit:
             raise InputError(
                 "this JSON file is too large", code="GS-318", file=path,
-                expected=f"at most {limit} bytes", actual=f"{size} bytes", hint="is this the right file? fetch it again",
+                expected=f"at most {limit} bytes", actual=f"{size} bytes",
+                hint="is this the right file? fetch it again",
             )  # fmt: skip
         raw = read_range(fd, 0, size, path=path)
     return parse_json(raw, path)

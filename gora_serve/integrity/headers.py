@@ -141,7 +141,9 @@ def _parse(raw: bytes, path: Path) -> dict[str, object]:
         )  # fmt: skip
     except StrictJsonError as err:
         code = "GS-309" if err.duplicate is not None else "GS-308"
-        raise InputError(f"the header is refused: {err}", code=code, file=path, tensor=err.duplicate, hint=AGAIN) from err
+        raise InputError(
+            f"the header is refused: {err}", code=code, file=path, tensor=err.duplicate, hint=AGAIN
+        ) from err
     except (ValueError, RecursionError) as err:
         raise InputError(f"the header is not JSON: {err}", code="GS-308", file=path, hint=AGAIN) from err
     assert isinstance(value, dict)
@@ -167,9 +169,13 @@ def _natural(text: str) -> int:
 
 def _metadata(value: object, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise InputError(f"{METADATA} does not map strings to strings", code="GS-317", file=path, tensor=METADATA, hint=AGAIN)
+        raise InputError(
+            f"{METADATA} does not map strings to strings", code="GS-317", file=path, tensor=METADATA, hint=AGAIN
+        )
     if not all(is_unicode(text) for pair in value.items() for text in pair):
-        raise InputError(f"{METADATA} holds half of a surrogate pair", code="GS-317", file=path, tensor=METADATA, hint=AGAIN)
+        raise InputError(
+            f"{METADATA} holds half of a surrogate pair", code="GS-317", file=path, tensor=METADATA, hint=AGAIN
+        )
     return value
 
 
@@ -233,9 +239,7 @@ def tensor_nbytes(name: str, dtype: object, shape: object, *, path: Path | None 
         raise InputError("the shape is not a list of naturals", code="GS-313", file=path, tensor=name, hint=AGAIN)
     if math.prod(size or 1 for size in shape[:64]) > MAX_NUMBER or len(shape) > 64:
         expected = f"at most 64 dimensions and {MAX_NUMBER} elements"
-        raise InputError(
-            "the shape is too large", code="GS-313", file=path, tensor=name, expected=expected, hint=AGAIN
-        )
+        raise InputError("the shape is too large", code="GS-313", file=path, tensor=name, expected=expected, hint=AGAIN)
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
         raise InputError("the tensor does not end on a whole byte", code="GS-313", file=path, tensor=name, hint=AGAIN)

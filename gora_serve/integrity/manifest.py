@@ -28,7 +28,7 @@ from gora_serve.integrity.digest import (
     weights_root,
 )
 from gora_serve.integrity.files import sha256_file
-from gora_serve.integrity.headers import Header, read_open_header, tensor_nbytes
+from gora_serve.integrity.headers import AGAIN, Header, read_open_header, tensor_nbytes
 from gora_serve.integrity.layout import INDEX, ModelFiles, blob_name, confined, find_model
 from gora_serve.integrity.reading import open_regular, pieces, size_of
 from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
@@ -223,10 +223,10 @@ def _check_placement(directory: Path, headers: Mapping[str, Header], placed: Map
     for name, file in placed.items():
         if held.get(name) != file:
             what = "the index names a tensor that its file does not hold"
-            raise InputError(what, code="GS-326", file=directory / file, tensor=name)
+            raise InputError(what, code="GS-326", file=directory / file, tensor=name, hint=AGAIN)
     for name in held.keys() - placed.keys():
         what = "a weight file holds a tensor that the index does not name"
-        raise InputError(what, code="GS-327", file=directory / held[name], tensor=name)
+        raise InputError(what, code="GS-327", file=directory / held[name], tensor=name, hint=AGAIN)
 
 
 def _known(cache: QuickCache | None, status: os.stat_result, header: Header) -> Digests | None:

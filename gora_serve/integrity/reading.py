@@ -35,7 +35,10 @@ def open_regular(path: Path) -> Iterator[int]:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode):
             raise InputError(
-                "this is not a regular file", code="GS-334", file=path, hint="give a file on disk, no device and no pipe"
+                "this is not a regular file",
+                code="GS-334",
+                file=path,
+                hint="give a file on disk, no device and no pipe",
             )
         yield fd
         if _identity(os.fstat(fd)) != _identity(before):

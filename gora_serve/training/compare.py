@@ -175,8 +175,8 @@ class Swap:
             parameter = module.get_parameter(own)
         except AttributeError as err:
             raise InputError(
-                "the model that transformers builds of the base has no such module, though the adapter has", code="GS-3193",
-                tensor=name, expected="a module of the base's architecture",
+                "the adapter has a module that the model, as transformers builds it, does not have",
+                code="GS-3193", tensor=name, expected="a module of the base's architecture",
                 hint="is this the adapter's base? If it is, leave --data out: the numbers of the weights need no model",
             ) from err  # fmt: skip
         fresh = nn.Parameter(parameter.detach().clone(), requires_grad=False)
