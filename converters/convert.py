@@ -34,6 +34,7 @@ from gora_serve.deploy.update import check_update, diverged
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import seal_folder
+from gora_serve.integrity.canonical import is_unicode
 from gora_serve.integrity.files import staged_folder, write_json, write_text
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.manifest import Manifest, hash_model
@@ -60,6 +61,11 @@ def convert(
     """
     config = config or ConvertConfig()
     config.validate()
+    if not is_unicode(str(output.absolute())):
+        raise UsageError(
+            "the path of the output is not UTF-8, and the safetensors library opens no other", code="GS-239",
+            file=output, hint="choose another name for the output, or another folder",
+        )  # fmt: skip
     inputs = replace(inputs or Inputs(), base=BaseWeights(base.path))
     others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
     with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:

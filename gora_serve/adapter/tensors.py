@@ -12,8 +12,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gora_serve.errors import InputError
+from gora_serve.integrity.canonical import is_unicode
 from gora_serve.integrity.headers import TensorEntry, read_header
 from gora_serve.integrity.reading import unreadable
+
+
+def _check_path(path: Path) -> None:
+    """Raise InputError (GS-337) for a path that the safetensors library cannot open."""
+    if not is_unicode(str(path.resolve())):
+        raise InputError(
+            "the path is not UTF-8, and the safetensors library opens no other", code="GS-337", file=path,
+            hint="rename the file or its folder",
+        )  # fmt: skip
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -28,6 +38,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self.files: dict[str, Path] = {}
         self.metadata: dict[str, str] = {}
         for path in paths:
+            _check_path(path)
             header = read_header(path)
             self.metadata |= header.metadata
             for name, entry in header.entries.items():

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -88,9 +88,9 @@ def _reader_may_go() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        discard_output()
+        discard(sys.stdout)
     except OSError as err:
-        discard_output()
+        discard(sys.stdout)
         raise MachineError(
             f"the result cannot be printed: {err.strerror or err}", code="GS-507", file="standard output",
             kept="the work is done, and what it wrote is in place",
@@ -98,16 +98,26 @@ def _reader_may_go() -> Iterator[None]:
         ) from err  # fmt: skip
 
 
-def discard_output() -> None:
-    """Send what is still buffered for standard output, and what follows, nowhere."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard(stream: TextIO | None) -> None:
+    """Send what is still buffered for a standard stream, and what follows, nowhere."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str) -> None:
     """Print a line of talk on standard error."""
     if _speaks():
-        print(printable(text), file=sys.stderr, flush=True)
+        _talk(printable(text))
+
+
+def _talk(text: str) -> None:
+    """Print on standard error, if anybody can hear it: a full disk there ends no work."""
+    if sys.stderr is None:
+        return
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def _speaks() -> bool:
@@ -124,7 +134,7 @@ def watching() -> Iterator[Listener]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it talks of kernels
     if not _speaks():
         yield silent
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         with _bars() as listen:
             yield listen
     else:
