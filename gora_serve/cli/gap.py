@@ -86,6 +86,7 @@ def gap(
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.manifest import hash_model
     from gora_serve.integrity.reading import naming_inputs
+    from gora_serve.training.lengths import check_length, positions
 
     config = GapConfig(family, dtype, threshold, trained_on, tasks, max_rows)
     config.validate()
@@ -97,11 +98,9 @@ def gap(
         check_picture(plot)
     with watching() as listen, naming_inputs():
         located = locate_base(base)
-        if data is not None:
-            from gora_serve.training.compare import check_rows
-
-            check_rows(located, rows)
         weights = BaseWeights(located.path)
+        if data is not None:
+            check_length(positions(weights.config), rows)
         inputs = Inputs(weights, init_adapter, mutated_base, cache, allow_pickle, listen)
         source, detection, reading = read(locate_adapter(adapter), inputs, family)
         warnings = held_to_base(source, lambda: hash_model(located.path, listen=listen), located.path, inputs)

@@ -23,7 +23,8 @@ from gora_serve.training.data import check_ids, collate, load_data
 from gora_serve.training.encode import Example
 from gora_serve.training.loss import Batch, scored
 from gora_serve.training.models import load_model, load_settings, load_tokenizer, vocabulary
-from gora_serve.training.session import check_length, naming_memory
+from gora_serve.training.lengths import check_length
+from gora_serve.training.session import naming_memory
 from gora_serve.training.targets import linear_modules
 from gora_serve.training.weights import is_transposed
 
@@ -92,12 +93,6 @@ def variants_of(parts: Parts, saved: Mapping[str, Tensor], dtype: torch.dtype, t
     return found | {BASE: Variant(parts.base.weight, {})}
 
 
-def check_rows(base: Base, rows: DataConfig) -> None:
-    """Raise what `compare` would of the base's settings and the length of rows, before any work."""
-    rows.validate()
-    check_length(load_settings(base), rows)
-
-
 def compare(
     base: Base,
     data: str,
@@ -118,7 +113,7 @@ def compare(
     dataset = replace(dataset, examples=dataset.examples[:max_rows], places=dataset.places[:max_rows])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(base, ModelConfig(dtype="float32"))
-    check_length(settings, rows)
+    check_length(getattr(settings, "max_position_embeddings", None), rows)
     check_ids(dataset, vocabulary(model), padding=tokenizer.pad_token_id)
     model = model.to(device)
     with naming_memory():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gora_serve
 from gora_serve.config import DataConfig, ModelConfig, TrainConfig
-from gora_serve.errors import MachineError, MismatchError, UsageError
+from gora_serve.errors import MachineError, MismatchError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.layout import find_model
@@ -24,6 +24,7 @@ from gora_serve.progress import Listener
 from gora_serve.training import inject
 from gora_serve.training.data import Dataset, check_ids, collate, load_data
 from gora_serve.training.encode import IGNORED, Example
+from gora_serve.training.lengths import check_length
 from gora_serve.training.models import check_causal, load_model, load_settings, load_tokenizer, vocabulary
 from gora_serve.training.offload import offload
 from gora_serve.training.processes import make_accelerator
@@ -135,7 +136,7 @@ def open_session(
     check_sharding(accelerator, model)
     torch.manual_seed(train.seed)
     loaded = load_model(located, model, device=accelerator.device)
-    check_length(loaded.config, rows)
+    check_length(getattr(loaded.config, "max_position_embeddings", None), rows)
     check_ids(dataset, vocabulary(loaded), padding=tokenizer.pad_token_id)
     loaded = _place(loaded, model, train, accelerator)
     if not settings.is_encoder_decoder:
@@ -180,16 +181,6 @@ def _tell_what_is_left_out(model: nn.Module) -> None:
         log.warning(
             "%.0f %% of the base's parameters are matrices in modules that are no linear layers and get no adapter: %s",
             100 * share, ", ".join(kinds),
-        )  # fmt: skip
-
-
-def check_length(settings: Any, rows: DataConfig) -> None:
-    """Refuse rows that may be longer than a model of these settings has positions. Raises UsageError (GS-205)."""
-    limit = getattr(settings, "max_position_embeddings", None)
-    if limit is not None and rows.max_length > limit:
-        raise UsageError(
-            "--max-length is more than the base has positions", code="GS-205", expected=f"at most {limit}",
-            actual=rows.max_length, hint="lower --max-length; longer rows are left out or cut",
         )  # fmt: skip
 
 

@@ -105,7 +105,8 @@ FORMS: dict[str, Form] = {
         peft("TRAINABLE_TOKENS", token_indices=[1, 2]),
     ),
     "saved": Form(
-        {**lora().tensors, "base_model.model.lm_head.weight": rows(384, 32)}, {**lora(modules_to_save=["lm_head"]).config}
+        {**lora().tensors, "base_model.model.lm_head.weight": rows(384, 32)},
+        lora(modules_to_save=["lm_head"]).config,
     ),
 }  # fmt: skip
 
