@@ -21,9 +21,9 @@ from gora_serve.integrity.bases import Base
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training.data import check_ids, collate, load_data
 from gora_serve.training.encode import Example
+from gora_serve.training.lengths import check_length
 from gora_serve.training.loss import Batch, scored
 from gora_serve.training.models import load_model, load_settings, load_tokenizer, vocabulary
-from gora_serve.training.lengths import check_length
 from gora_serve.training.session import naming_memory
 from gora_serve.training.targets import linear_modules
 from gora_serve.training.weights import is_transposed
