@@ -113,13 +113,14 @@ def check_configuration(source: Source, family: str) -> str:
         return ""
     if kind not in _TYPES[family]:
         raise _contradiction(source, f"peft_type {' or '.join(_TYPES[family])}", f"peft_type {kind}")
-    flag(config, "use_dora", file=source.config_file)
+    for key in ("use_dora", "use_qalora"):
+        flag(config, key, file=source.config_file)
     for key, variant in (("use_dora", "dora"), ("kasa_config", "kasa")):
         if bool(config.get(key)) != (family == variant) and kind == "LORA" and family in ("lora", "dora", "kasa"):
             said = f"{key} {'set' if config.get(key) else 'not set'}"
             raise _contradiction(source, f"{key} only where the tensors are {variant}'s; they are {family}'s", said)
     for key, why in _FLAGS.items():
-        if flag(config, key, file=source.config_file) if key.startswith("use_") else config.get(key):
+        if config.get(key):
             raise InputError(
                 f"this LoRA variant cannot be written as plain LoRA: {why}", code="GS-3205", file=source.config_file,
                 actual=f"{key} {str(config[key])[:60]}", hint="serve it with PEFT",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from converters.checks import check_pair
+from converters.checks import check_shape
 from converters.reading import Inputs
 from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
@@ -149,7 +149,8 @@ def _is_target(source: Source, module: str, leaf: str) -> bool:
 
 def _stack(source: Source, base: BaseWeights, parameter: str, pair: Pair) -> Stack:
     modules = _modules_of(base, parameter)
-    check_pair(source, pair.A, pair.B)
+    for name in (pair.A, pair.B):
+        check_shape(source, name, (None, None))
     (rows, _), columns = source.tensors.shape(pair.A), source.tensors.shape(pair.B)[1]
     rank = rows // len(modules)
     ranks = pattern_values(foreign_pattern(source.config, "rank_pattern", file=source.config_file), parameter)

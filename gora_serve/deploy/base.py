@@ -139,8 +139,8 @@ class BaseWeights:
         weight = self.tensors[name]
         if not weight.isfinite().all():
             raise InputError(
-                "the base holds NaN or infinite values", code="GS-3142", file=self.tensors.files[name], tensor=name,
-                hint="fetch the base again: no update of such a weight is known",
+                "the model holds NaN or infinite values", code="GS-3142", file=self.tensors.files[name], tensor=name,
+                hint="fetch it again; if it was trained, training diverged: use an earlier checkpoint",
             )  # fmt: skip
         return weight.T if self.is_transposed(path) else weight
 

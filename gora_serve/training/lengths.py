@@ -1,4 +1,4 @@
-"""Whether rows of a length fit a model's positions: asked of the settings alone, before anything is loaded. No torch."""
+"""Whether rows of a length fit a model's positions: asked of the settings alone, before anything is loaded."""
 
 from __future__ import annotations
 

@@ -200,8 +200,13 @@ def test_faults_are_errors_and_no_report(plain: Path, tiny_base: Path, tmp_path:
     answer = gora_here("gap", tmp_path / "none", "--base", tiny_base)
     assert (answer.code, answer.gs, answer.out) == (5, "GS-540", "")
     row = write_jsonl(tmp_path / "rows.jsonl", [{"question": "?"}])
-    answer = gora_here("gap", plain, "--base", tiny_base, "--data", row)
+    answer = gora_here("gap", plain, "--base", tiny_base, "--data", row, "--max-length", "64")
     assert (answer.code, answer.gs, answer.out) == (3, "GS-378", "")
+    answer = gora_here("gap", plain, "--base", tiny_base, "--data", row, "--max-length", "9999")
+    assert (answer.code, answer.gs, answer.out) == (2, "GS-205", ""), "asked before the data"
+    answer = gora_here("gap", plain, "--base", tiny_base, "--plot", tmp_path / "gap.exe")
+    assert (answer.code, answer.gs, answer.out) == (2, "GS-201", "")
+    assert "gap 1/" not in answer.err, "asked before anything is measured"
 
 
 def test_a_converted_adapter_has_no_gap_any_more(edited: Edited, tiny_base: Path, tmp_path: Path) -> None:

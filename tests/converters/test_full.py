@@ -636,7 +636,7 @@ REFUSALS = {
     "pickle-allowed": Refusal(InputError, "GS-323", "save_pretrained", pickled, SOME, Inputs(pickles=True)),
     "zero": Refusal(InputError, "GS-3111", "zero_to_fp32.py", emptied, SOME),
     "nan": Refusal(
-        InputError, "GS-3105", "q_proj", lambda folder: with_nan(folder, f"{LLAMA_PATHS[0]}.weight"), SOME),
+        InputError, "GS-3142", "q_proj", lambda folder: with_nan(folder, f"{LLAMA_PATHS[0]}.weight"), SOME),
     "nan-norm": Refusal(
         InputError, "GS-3157", "model.norm.weight nan", lambda folder: with_nan(folder, "model.norm.weight"), SOME),
     "nan-carried": Refusal(
