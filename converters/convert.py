@@ -87,7 +87,7 @@ def convert(
         _check_something_is_left(source, reading, ranks)
         ranks = level(ranks, inputs.need_base("convert"))
         adapter = _adapter(reading, detection, bound_to, spill, ranks, inputs)
-        root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
+        root = _write(stage, adapter, source, config)
         write_text(stage / "README.md", model_card(adapter, config.form))
         errors = _measure(stage, spill, ranks)
         done = Converted(output, root, detection, reading, adapter.base, adapter.origin, errors, warnings=warnings)
@@ -151,6 +151,14 @@ def _check_something_is_left(source: Source, reading: Reading, ranks: Mapping[st
         what = "the update is zero beside what is carried whole: LoRA has nothing to hold"
         hint = "carry fewer modules, or serve the model as a base of its own"
     raise InputError(what, code="GS-3106", file=source.weights, hint=hint)
+
+
+def _write(stage: Path, adapter: Adapter, source: Source, config: ConvertConfig) -> str:
+    """Write the adapter and return its root; what cannot be written is the input's fault, and named so."""
+    try:
+        return write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
+    except InputError as err:
+        raise err.naming(source.weights) from err
 
 
 def _check_not_rounded_away(source: Source, done: Converted, config: ConvertConfig) -> None:

@@ -67,6 +67,11 @@ class GoraError(Exception):
         fields |= {"kept": kept} | ({"hint": hint} if hint else {})
         return type(self)(self.what, code=self.code, **fields)  # type: ignore[arg-type]
 
+    def naming(self, file: Path) -> Self:
+        """Return the same error with the file, where it has none, for a caller that knows it."""
+        fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
+        return type(self)(self.what, code=self.code, **({"file": file} | fields))  # type: ignore[arg-type]
+
     def advising(self, hint: str) -> Self:
         """Return the same error with another next step, for a caller that knows a better one."""
         fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}

@@ -131,6 +131,12 @@ CASES = {
         adapter, "adapter_model.bin", numbered=True), allowed=True),
     "a .bin of something else": Case("GS-3114", "safetensors", lambda adapter: as_pickle(
         adapter, "adapter_model.bin", "a word"), allowed=True),
+    "a .bin with a sparse tensor": Case("GS-3114", "other objects", lambda adapter: as_pickle(
+        adapter, "adapter_model.bin", torch.eye(3).to_sparse()), allowed=True),
+    "a .bin with a tensor that has no numbers": Case("GS-3114", "other objects", lambda adapter: as_pickle(
+        adapter, "adapter_model.bin", torch.empty(3, device="meta")), allowed=True),
+    "a .bin with a view of one number a billion times": Case("GS-3114", "other objects", lambda adapter: as_pickle(
+        adapter, "adapter_model.bin", torch.zeros(1).expand(10**9)), allowed=True),
     "a .bin with a class": Case("GS-3114", "test_broken_pickle.Malicious", lambda adapter: as_pickle(
         adapter, "adapter_model.bin", Malicious), allowed=True),
     "ZeRO: its folder": Case("GS-3111", ZERO, lambda adapter: zero_folder(without_weights(adapter))),
