@@ -18,10 +18,10 @@ from gora_serve.integrity.reading import unreadable
 
 
 def _check_path(path: Path) -> None:
-    """Raise InputError (GS-337) for a path that the safetensors library cannot open."""
+    """Raise InputError (GS-3146) for a path that the safetensors library cannot open."""
     if not is_unicode(str(path.resolve())):
         raise InputError(
-            "the path is not UTF-8, and the safetensors library opens no other", code="GS-337", file=path,
+            "the path is not UTF-8, and the safetensors library opens no other", code="GS-3146", file=path,
             hint="rename the file or its folder",
         )  # fmt: skip
 
@@ -58,7 +58,7 @@ class TensorFiles(Mapping[str, Tensor]):
             raise unreadable(path, err) from err
         except Exception as err:  # SafetensorError; of the types that torch does not have, AttributeError and others
             raise InputError(
-                "this tensor cannot be read", code="GS-336", file=path, tensor=name,
+                "this tensor cannot be read", code="GS-3145", file=path, tensor=name,
                 actual=f"{self.entries[name].dtype}: {str(err)[:80]}",
                 hint="save the file again in float32; if something writes to it, run again when it is done",
             ) from err  # fmt: skip

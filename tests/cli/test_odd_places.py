@@ -82,7 +82,7 @@ def nested(adapter: Path) -> Path:
         ("GS-319", ("adapter_config.json", "byte order mark"), with_mark),
         ("GS-320", ("adapter_config.json",), nested),
         ("GS-3101", ("task, checkpoint-20, checkpoint-100",), run_of_checkpoints),
-        ("GS-337", ("adapter",), of_odd_name),
+        ("GS-3146", ("adapter",), of_odd_name),
         ("GS-356", ("modules_to_save",), lambda adapter: configure(adapter, modules_to_save="lm_head")),
     ],
 )
