@@ -1,4 +1,4 @@
-"""Keys of rank_pattern and alpha_pattern, matched with bounded work. No torch, and no regular expression is run.
+"""Keys of rank_pattern and alpha_pattern, matched with bounded work. No torch, and none of them is run as it is.
 
 A key out of a foreign file is a regular expression for the end of a module's path. What people write there is names,
 dots, digits, alternatives and `.*`; that much is read here, and followed over all positions at once, so that no key
@@ -7,7 +7,8 @@ takes longer than its length times the path's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Sequence, Set
 from functools import lru_cache
 
 LONGEST = 1000  # characters of a key
@@ -19,7 +20,9 @@ _CLASSES: dict[str, Callable[[str], bool]] = {
     "w": lambda char: char.isalnum() or char == "_",
 }
 
-Ends = set[int]  # positions in a path
+_LITERAL = re.compile(r"(?:([^*+?{}()|\[\]^$\\.])|\\([^\w]))(?![*+?{])")
+
+Ends = Set[int]  # positions in a path
 Step = Callable[[str, Ends], Ends]  # (path, where to begin) -> where it can end
 
 
@@ -41,8 +44,7 @@ class PathPattern:
 
     def matches(self, path: str) -> bool:
         """Return whether `(.*\\.)?(key)$` matches the path, which is PEFT's rule."""
-        begins = {0} | {index + 1 for index, char in enumerate(path) if char == "."}
-        return len(path) in self._step(path, begins)
+        return len(path) in self._step(path, _begins(path))
 
     def _peek(self) -> str:
         return self._key[self._at : self._at + 1]
@@ -66,8 +68,20 @@ class PathPattern:
     def _sequence(self) -> Step:
         steps: list[Step] = []
         while self._peek() not in ("", "|", ")"):
-            steps.append(self._group() if self._peek() == "(" else self._item())
+            words = self._words()
+            if words:
+                steps.append(_literally(words))
+            else:
+                steps.append(self._group() if self._peek() == "(" else self._item())
         return lambda path, begins: _follow(steps, path, begins)
+
+    def _words(self) -> str:
+        """Take the literal characters up to the next that is none, or that repeats: most keys are one such run."""
+        words = ""
+        while found := _LITERAL.match(self._key, self._at):
+            words += found.group(1) or found.group(2)
+            self._at = found.end()
+        return words
 
     def _group(self) -> Step:
         self._take()
@@ -140,6 +154,16 @@ class PathPattern:
         return lambda char: any(first <= char <= last for first, last in ranges)
 
 
+@lru_cache(maxsize=8)
+def _begins(path: str) -> frozenset[int]:
+    """Return where a match may begin: at the start, and after each dot."""
+    return frozenset([0, *(index + 1 for index, char in enumerate(path) if char == ".")])
+
+
+def _literally(words: str) -> Step:
+    return lambda path, begins: {begin + len(words) for begin in begins if path.startswith(words, begin)}
+
+
 def _follow(steps: Sequence[Step], path: str, begins: Ends) -> Ends:
     for step in steps:
         if not begins:
@@ -154,7 +178,7 @@ def _one(fits: Callable[[str], bool], path: str, begins: Ends) -> Ends:
 
 def _many(fits: Callable[[str], bool], path: str, begins: Ends) -> Ends:
     """One or more: each position is passed once, whatever the number of beginnings."""
-    ends: Ends = set()
+    ends: set[int] = set()
     for begin in sorted(begins):
         while begin < len(path) and begin + 1 not in ends and fits(path[begin]):
             begin += 1
