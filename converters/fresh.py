@@ -13,6 +13,7 @@ from torch import Tensor
 
 from converters.decompose import transposed
 from gora_serve.adapter.factors import LoraFactors
+from gora_serve.adapter.linalg import norm
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError
 
@@ -35,11 +36,18 @@ def allowed(base: BaseWeights, path: str, initial: LoraFactors) -> float:
 def check_projection(base: BaseWeights, path: str, initial: LoraFactors, file: Path, *, exact: float = EXACT) -> None:
     """Raise BindingError (GS-433) unless P0 is W0 projected on P0's own columns, or on its own rows."""
     off = off_projection(base.weight(path), initial)
-    if off > max(allowed(base, path, initial), exact):
+    if off > max(_allowed_part(base, path, initial), exact):
         raise BindingError(
             "the initial adapter is no part of this base", code="GS-433", file=file, tensor=path,
             expected="s B0 A0 = W0 projected on its own columns", actual=f"{off:.1%} of it is off", hint=HINT,
         )  # fmt: skip
+
+
+def _allowed_part(base: BaseWeights, path: str, initial: LoraFactors) -> float:
+    """Return how far a part of W0 may be off: what rounding W0 does to a small part (MiLoRA's) comes on top."""
+    limit = allowed(base, path, initial)
+    roundoff = 1e-6 if limit == EXACT else 2**-8
+    return limit + roundoff * float(base.weight(path).double().norm()) / max(norm(initial), 1e-300)
 
 
 def check_orthogonal(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
@@ -57,7 +65,7 @@ def check_either(base: BaseWeights, path: str, initial: LoraFactors, file: Path)
 
     LoftQ's is of singular vectors too, with √S on both sides, and is made without the scale: GS-441.
     """
-    is_near = off_projection(base.weight(path), initial) < 5 * ROUNDED
+    is_near = off_projection(base.weight(path), initial) < max(5 * ROUNDED, _allowed_part(base, path, initial))
     if is_near or off_orthogonal(initial) > allowed(base, path, initial):
         check_projection(base, path, initial, file)
     elif _is_balanced(initial):
@@ -100,3 +108,10 @@ def _largest_cosine(rows: Tensor) -> float:
     rows = rows[norms > 1e-12 * norms.max()]
     unit = torch.nn.functional.normalize(rows, dim=1)
     return float((unit @ unit.T - torch.eye(len(rows), dtype=rows.dtype)).abs().max()) if len(rows) else 0.0
+
+
+def likeness(W: Tensor, initial: LoraFactors) -> float:
+    """Return the cosine of P0 with W0 projected on P0's columns: 1 for a part of W0."""
+    U = torch.linalg.qr(initial.B.double()).Q  # (out, r)
+    core = initial.scale * (U.T @ initial.B.double()) @ initial.A.double()  # (r, in)
+    return float(torch.cosine_similarity(core.flatten(), (U.T @ W.double()).flatten(), dim=0))

@@ -7,16 +7,20 @@ B0 A0 is the best rank-r part of W0 - Q and was made without the scale, so that 
 from __future__ import annotations
 
 from functools import partial
+from statistics import median
 
 from converters import lora
-from converters.fresh import ROUNDED, check_orthogonal, off_projection
+from converters.detect_weights import spread
+from converters.fresh import check_orthogonal, likeness
 from converters.initial import Rules, initial_folder, read_without_initial
 from converters.reading import Inputs, Reading
 from converters.residual import base_beside
 from converters.source import Source, open_source
+from gora_serve.errors import BindingError
 
 NOTE = "Trained over a quantized base; what quantization took beyond P0 has full rank and is not in the result."
 LOFTQ, PISSA = "loftq", "pissa"
+PART, LOST = 0.7, 0.4  # cosine of P0 with the part of W0 in its columns
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
@@ -39,13 +43,27 @@ _NAMES = {True: "QPiSSA", False: "LoftQ"}
 
 
 def _which(source: Source, inputs: Inputs) -> str:
-    """Return LOFTQ or PISSA: by the initial adapter's numbers, or by the configuration's word where there is none.
+    """Return LOFTQ or PISSA: by the configuration's word and by the initial adapter's numbers.
 
-    QPiSSA's s B0 A0 is a part of W0; LoftQ's B0 A0 is a part of what quantization lost.
+    QPiSSA's s B0 A0 is a part of W0, or nearly so after several iterations; LoftQ's B0 A0 is what quantization lost.
+    Raises BindingError (GS-443) where the two say different things, or nothing.
     """
+    text = str(source.config.get("init_lora_weights")).lower()
+    word = next((kind for kind in (LOFTQ, PISSA) if text.startswith(kind)), None)
     folder = initial_folder(source, inputs, base_beside(source, inputs))
     if folder is None:
-        return PISSA if str(source.config.get("init_lora_weights")).lower().startswith(PISSA) else LOFTQ
-    base, stored = inputs.need_base("LoftQ"), lora.modules_of(open_source(folder, pickles=inputs.pickles), inputs)
-    path = next((path for path in stored if not base.is_embedding(path)), None)
-    return PISSA if path and off_projection(base.weight(path), stored[path]) < 5 * ROUNDED else LOFTQ
+        return word or LOFTQ
+    base, origin = inputs.need_base("LoftQ"), open_source(folder, pickles=inputs.pickles)
+    stored = lora.modules_of(origin, inputs)
+    paths = spread([path for path in stored if not base.is_embedding(path)])
+    like = median(likeness(base.weight(path), stored[path]) for path in paths) if paths else 0.0
+    numbers = PISSA if like > PART else LOFTQ if like < LOST else None
+    found = {kind for kind in (word, numbers) if kind}
+    if len(found) != 1:
+        raise BindingError(
+            "it is not clear whether the initial adapter is LoftQ's or QPiSSA's, whose scales differ", code="GS-443",
+            file=origin.weights, actual=f"init_lora_weights {text}; a cosine of {like:.2f} with the base's own part",
+            expected=f"above {PART} for QPiSSA, below {LOST} for LoftQ, as init_lora_weights says",
+            hint='set init_lora_weights to "loftq" or "pissa" in adapter_config.json, as in training',
+        )  # fmt: skip
+    return found.pop()

@@ -47,8 +47,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
     both = sorted(rows.keys() & set(low_rank))
     if both:
         raise InputError(
-            "a module has trained tokens and LoRA factors: PEFT makes no such adapter", code="GS-3127",
-            file=source.weights, tensor=both[0], hint="two adapters may have been put into one file: take them apart",
+            "a module has trained tokens and LoRA factors, which are not read together", code="GS-3127",
+            file=source.weights, tensor=both[0], hint="merge it with PEFT, and convert the merged model: --from full",
         )  # fmt: skip
     modules = LazyModules([*low_rank, *rows], factors)
     whole = sort_whole(source, inputs, modules)

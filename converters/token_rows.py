@@ -1,7 +1,8 @@
 """Trainable tokens of PEFT: rows of the embeddings, replaced. As LoRA they are exact, with a rank for each token.
 
 Saved beside LoRA (trainable_token_indices) or alone (peft_type TRAINABLE_TOKENS). Where the base ties its head to the
-embeddings, PEFT replaces the head's rows too and saves nothing for it.
+embeddings, PEFT replaces the head's rows too and saves nothing for it; so it does for the halves of an
+encoder-decoder that share one tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from converters.reading import Inputs
 from converters.source import Source
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.names import PREFIX
-from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.base import HALVES, SHARED, BaseWeights
 from gora_serve.errors import InputError
 
 HEAD = "lm_head"  # of all causal models that tie it
@@ -47,6 +48,10 @@ def rows_of(source: Source, inputs: Inputs) -> dict[str, Rows]:
     check_numbers(source, found.values())
     base = inputs.need_base("trainable tokens: their update is a difference to the base's rows; its conversion")
     rows = {path: Rows(name, _tokens(source, base, path, name)) for path, name in found.items()}
+    for path, one in list(rows.items()):
+        stem = path.removesuffix(SHARED) if path.endswith(SHARED) else None
+        halves = [f"{stem}{half}" for half in HALVES if stem is not None and base.find(f"{stem}{half}")]
+        rows = dict.fromkeys(halves, one) | rows
     embeddings = next((path for path in rows if base.is_tied(HEAD, path)), None)
     return {HEAD: rows[embeddings], **rows} if embeddings else rows
 

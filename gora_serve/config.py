@@ -275,7 +275,8 @@ class ExportConfig:
 class ConvertConfig:
     """How a foreign adapter becomes plain LoRA. With neither `rank` nor `tolerance` it keeps its numerical rank.
 
-    rank: the parameter budget is LoRA's at this rank, and the largest singular values of all modules get it.
+    rank: the parameter budget is LoRA's at this rank, and the largest singular values of all modules get it; what the
+    experts of a layer need to be of one rank, as engines want them, comes on top.
     tolerance: the smallest ones are dropped, up to this share of the adapter's Frobenius norm. family: "auto" decides.
     """
 

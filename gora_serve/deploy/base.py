@@ -24,6 +24,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 BARE = ("h", "wte", "layers", "embed_tokens", "blocks", "embeddings", "encoder")  # first parts of such names
 MODEL_HEAD, FILE_HEAD = "lm_head", "embed_out"  # GPT-NeoX: the module's name, and the one in its files
 HEADS = (MODEL_HEAD, FILE_HEAD)
+SHARED, HALVES = "shared", ("encoder.embed_tokens", "decoder.embed_tokens")  # of encoder-decoders, one tensor
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 
 
@@ -33,6 +34,12 @@ def misfit(file: Path, tensor: str, expected: object, actual: object) -> Binding
         "the adapter does not fit this base", code="GS-405", file=file, tensor=tensor, expected=expected,
         actual=actual, hint="give the base that the adapter was trained on",
     )  # fmt: skip
+
+
+def split_shared(path: str) -> tuple[str, str]:
+    """Return ("model.", "encoder.embed_tokens") of model.encoder.embed_tokens, and (path, "") of other modules."""
+    half = next((one for one in HALVES if path.endswith(one)), "")
+    return (path.removesuffix(half), half) if half else (path, "")
 
 
 class BaseWeights:
@@ -52,10 +59,13 @@ class BaseWeights:
 
     def find(self, path: str) -> str | None:
         """Return the name of the tensor that is the weight of module `path`, or None where the base has none."""
-        return self.find_parameter(f"{path}.weight") or self._other_head(path) or self._tied(path)
+        return self.find_parameter(f"{path}.weight") or self._other_name(path) or self._tied(path)
 
-    def _other_head(self, path: str) -> str | None:
-        """The head's tensor under the name that files have, where transformers calls the module otherwise."""
+    def _other_name(self, path: str) -> str | None:
+        """The tensor under the name that files have: GPT-NeoX's head, embeddings that T5's and BART's halves share."""
+        stem, half = split_shared(path)
+        if half:
+            return self.find_parameter(f"{stem}{SHARED}.weight")
         return self.find_parameter(f"{FILE_HEAD}.weight") if path == MODEL_HEAD else None
 
     def find_parameter(self, name: str) -> str | None:

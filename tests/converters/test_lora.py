@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
-from proving import converted, input_ids, logits_of, prove_exact, train
+from proving import EXACT, converted, input_ids, load_on, logits_of, off_by, prove_exact, train
 from safetensors.torch import load_file, save_file
-from tiny_models import build_gpt2, build_llama
+from tiny_models import build_bart, build_gpt2, build_llama, build_t5
+from transformers import AutoModelForSeq2SeqLM
 
 from converters.reading import Inputs
 from gora_serve.errors import BindingError, GoraError, InputError, UsageError
@@ -152,8 +153,6 @@ def test_a_bias_of_lora_is_refused_and_can_be_left_out(tmp_path: Path, tiny_base
 
 
 def prove_like(model: Any, base: Path, output: Path) -> None:
-    from proving import EXACT, load_on, off_by
-
     assert off_by(logits_of(load_on(base, output)), logits_of(model)) < EXACT
 
 
@@ -270,3 +269,21 @@ def test_a_quantized_base(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(InputError, match="quantized") as caught:
         converted(tmp_path / "adapter", base, tmp_path / "out", rank=4)
     assert caught.value.code == "GS-3117"
+
+
+@pytest.mark.parametrize("build", [build_t5, build_bart])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q", "q_proj"], "trainable_token_indices": {"shared": [5, 9, 40]}},
+        {"target_modules": ["q", "q_proj", "embed_tokens"]},
+    ],
+)
+def test_embeddings_that_both_halves_share(tmp_path: Path, build: Callable[[], Any], settings: dict[str, Any]) -> None:
+    base = save_base(build(), tmp_path / "base")
+    ids = {"input_ids": input_ids(), "labels": input_ids()}
+    model = train(get_peft_model(build(), LoraConfig(r=3, task_type="SEQ_2_SEQ_LM", **settings)), **ids)
+    model.save_pretrained(tmp_path / "adapter")
+    converted(tmp_path / "adapter", base, tmp_path / "out")
+    again = load_on(base, tmp_path / "out", auto=AutoModelForSeq2SeqLM)
+    assert off_by(logits_of(again, **ids), logits_of(model, **ids)) < EXACT
