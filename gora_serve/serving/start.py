@@ -10,10 +10,12 @@ from gora_serve.integrity.advisories import ENGINE_PACKAGES, vulnerable_versions
 from gora_serve.integrity.bases import locate_adapter, locate_base
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.verify import verify_adapter, verify_unsealed
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.engine import find_engine
+from gora_serve.serving.options import group_options
 from gora_serve.serving.plan import ServeConfig, ServePlan, plan_server, read_served_adapters, with_device
 
 
@@ -33,6 +35,8 @@ def prepare(
     versions of the engine's packages that an advisory names. Raises before any process starts.
     """
     located = locate_base(base)
+    if "--trust-remote-code" not in group_options(extra):
+        refuse_remote_code(located.path)
     adapters = [(name, locate_adapter(folder)) for name, folder in adapters]
     served = read_served_adapters(adapters)
     warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)

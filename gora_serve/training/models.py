@@ -14,6 +14,7 @@ from torch import nn
 from gora_serve.config import ModelConfig
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
+from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.training.offload import load_on_disk
 from gora_serve.training.quantize import load_options, prepare_layers
 
@@ -22,6 +23,7 @@ def load_settings(base: Base) -> Any:
     """Read the base's config.json through transformers. Raises InputError where it cannot be read."""
     from transformers import AutoConfig
 
+    refuse_remote_code(base.path)
     with _loading(base):
         settings = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     if getattr(settings, "quantization_config", None) is not None:
@@ -148,6 +150,7 @@ def load_tokenizer(base: Base) -> Any:
     """Load the base's tokenizer, with a padding token. Raises InputError if there is none."""
     from transformers import AutoTokenizer
 
+    refuse_remote_code(base.path)  # transformers reads config.json here too
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as err:
