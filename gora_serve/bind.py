@@ -19,6 +19,7 @@ from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.canonical import canonical_json
 from gora_serve.integrity.files import sha256_file, staged_folder, write_stream
+from gora_serve.integrity.finite import check_finite
 from gora_serve.integrity.headers import encode_header, read_open_header
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.layout import confined
@@ -66,7 +67,7 @@ class Bound:
 def bind(adapter: Path, base: str, output: Path, *, overwrite: bool = False, listen: Listener = silent) -> Bound:
     """Write a copy of the PEFT LoRA adapter in `adapter` into `output`, bound to `base` by assertion, and sealed.
 
-    Raises InputError for a pickle (GS-337) and for what `preflight` finds, BindingError for shapes that the base does
+    Raises InputError for a pickle (GS-337), NaN (GS-339) and for what `preflight` finds, BindingError for shapes that the base does
     not have (GS-404, GS-462) and for an adapter that says that it belongs to another base (GS-401), UsageError (GS-271)
     for one that is bound to this base already.
     """
@@ -77,6 +78,7 @@ def bind(adapter: Path, base: str, output: Path, *, overwrite: bool = False, lis
         refuse(check_adapter(read))
         check_shapes(read, located.path)
         weights = confined(adapter, WEIGHTS)
+        check_finite(weights)
         root, tensors = hash_adapter(weights)
         with open_regular(weights) as fd:
             record = read_record(read_open_header(fd, weights).metadata, weights)

@@ -11,6 +11,7 @@ from gora_serve.errors import BindingError, InputError, MachineError, MismatchEr
 from gora_serve.integrity.binding import UNBOUND, check_binding, check_folder
 from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.finite import check_finite
 from gora_serve.integrity.headers import read_header
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_adapter, hash_model
@@ -96,7 +97,10 @@ def verify_unsealed(folder: Path, *, base: Path, base_manifest: Manifest, strict
 
 
 def _checked_record(file: Path, cache: QuickCache | None = None) -> tuple[dict[str, Any], str, Collection[str]]:
-    """Return the weights file's record, its root, hashed, and its tensors' names; record and root must agree."""
+    """Return the weights file's record, its root, hashed, and its tensors' names.
+
+    Record and root must agree, and every value must be finite; with a cache the values are not looked at.
+    """
     record = read_record(read_header(file).metadata, file)
     root, tensors = hash_adapter(file, cache=cache)
     if record and record.get("adapter_root") != root:
@@ -104,6 +108,8 @@ def _checked_record(file: Path, cache: QuickCache | None = None) -> tuple[dict[s
             "the tensors are not those that the file names", code="GS-115", file=file,
             expected=record.get("adapter_root"), actual=root, hint="export the adapter again",
         )  # fmt: skip
+    if cache is None:
+        check_finite(file)
     return record, root, tensors.keys()
 
 
