@@ -67,9 +67,9 @@ class Bound:
 def bind(adapter: Path, base: str, output: Path, *, overwrite: bool = False, listen: Listener = silent) -> Bound:
     """Write a copy of the PEFT LoRA adapter in `adapter` into `output`, bound to `base` by assertion, and sealed.
 
-    Raises InputError for a pickle (GS-337), NaN (GS-339) and for what `preflight` finds, BindingError for shapes that the base does
-    not have (GS-404, GS-462) and for an adapter that says that it belongs to another base (GS-401), UsageError (GS-271)
-    for one that is bound to this base already.
+    Raises InputError for a pickle (GS-337), NaN (GS-339) and what `preflight` finds; BindingError for shapes that the
+    base does not have (GS-404, GS-462) and for an adapter that says that it belongs to another base (GS-401);
+    UsageError (GS-271) for one that is bound to this base already.
     """
     located = locate_base(base)
     with staged_folder(output, overwrite=overwrite, protect=[adapter, located.path]) as stage:

@@ -155,7 +155,7 @@ def plan_server(
     options = group_options(extra)
     served = single(options, "--served-model-name") or config.served_name or base.resolve().name
     _check_names(adapters, served)
-    flags = _server_flags(config, served) | _lora_flags(adapters, config, options, _architecture(base))
+    flags = _server_flags(config, served) | _lora_flags(adapters, config, options, architecture(base))
     check_options(options, tuple(flags))
     _check_lora_options(options, adapters, config)
     host, wanted = single(options, "--host") or config.host, whole_number(options, "--port")
@@ -205,7 +205,8 @@ def target_modules(adapters: Sequence[ServedAdapter], architecture: str | None) 
     return tuple(sorted(names))
 
 
-def _architecture(base: Path) -> str | None:
+def architecture(base: Path) -> str | None:
+    """Return the first of the architectures that the base's config.json names."""
     file = base / "config.json"
     try:
         config = json.loads(file.read_bytes())

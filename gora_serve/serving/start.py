@@ -14,9 +14,19 @@ from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.verify import verify_adapter, verify_unsealed
 from gora_serve.progress import Listener, silent
+from gora_serve.serving.adapter_dir import read_adapter_dir
 from gora_serve.serving.engine import find_engine
+from gora_serve.serving.fits import check_fit
 from gora_serve.serving.options import group_options
-from gora_serve.serving.plan import ServeConfig, ServePlan, plan_server, read_served_adapters, with_device
+from gora_serve.serving.plan import (
+    SAME_NAMES,
+    ServeConfig,
+    ServePlan,
+    architecture,
+    plan_server,
+    read_served_adapters,
+    with_device,
+)
 
 
 def prepare(
@@ -47,6 +57,9 @@ def prepare(
             done = verify_adapter(folder, base=located.path, base_manifest=manifest, strict=strict)
         else:
             done = verify_unsealed(folder, base=located.path, base_manifest=manifest, strict=strict)
+        if done.bound_to is None:
+            same_names = architecture(located.path) in SAME_NAMES
+            check_fit(read_adapter_dir(name, folder), manifest.tensors, same_names=same_names)
         warnings += [f"{name}: {warning}" for warning in done.warnings]
     settled = with_device(config, find_engine().device)
     if located.revision and settled.served_name is None:  # the cache's folder is called after the commit

@@ -39,7 +39,7 @@ def foreign(place: Path) -> Path:
         for part, shape in shapes.items()
     }
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "bias": "none"}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [Q], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
