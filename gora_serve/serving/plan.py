@@ -26,6 +26,8 @@ Device = Literal["auto", "cpu", "cuda"]
 # vLLM 0.32, config/lora.py, MaxLoRARanks. Every slot of every module is padded to the chosen bucket.
 RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Devices on Windows, with any ending: a folder of such a name cannot be copied there.
+RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 # Each opens a way to load adapters, code or debug routes that nobody checked. A name may end in "*".
 SCRUBBED = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*")
 # vLLM's packed layers and the projections that adapters name (packed_modules_mapping of the classes below).
@@ -93,16 +95,18 @@ def parse_adapter(text: str) -> tuple[str, Path]:
     """Split "name=dir" of the command line."""
     name, equals, directory = text.partition("=")
     if not equals or not directory:
-        raise UsageError("an adapter is given as NAME=DIR", code="GS-281", actual=text)
+        raise UsageError("an adapter is given as NAME=DIR", code="GS-281", actual=text, hint="-a NAME=DIR")
     check_name(name)
     return name, Path(directory)
 
 
 def check_name(name: str) -> None:
     """Raise UsageError unless the name is safe in URLs, JSON, metrics labels and file names."""
-    if not NAME.fullmatch(name):
-        expected = "letters, digits, '.', '_' and '-', at most 64, first a letter or digit"
-        raise UsageError("not a usable adapter name", code="GS-281", expected=expected, actual=name)
+    if not NAME.fullmatch(name) or RESERVED.fullmatch(name):
+        raise UsageError(
+            "not a usable adapter name", code="GS-281", actual=name[:80], hint="rename it: -a NAME=DIR",
+            expected="letters, digits, '.', '_' and '-', at most 64, first a letter or digit; no name of a device (CON)",
+        )  # fmt: skip
 
 
 def read_served_adapters(named: Sequence[tuple[str, Path]]) -> tuple[ServedAdapter, ...]:
@@ -217,13 +221,15 @@ def architecture(base: Path) -> str | None:
 
 
 def _check_names(adapters: Sequence[ServedAdapter], served: str) -> None:
-    names = [adapter.name for adapter in adapters]
-    for name in names:
+    """Names that differ in case alone are the same: file systems and people take them for one."""
+    names = [adapter.name.casefold() for adapter in adapters]
+    for name in (adapter.name for adapter in adapters):
         check_name(name)
-        if names.count(name) > 1:
-            raise UsageError("two adapters have the same name", code="GS-282", actual=name)
-        if name == served:
-            hint = "rename the adapter, or the base with --served-model-name"
+        if names.count(name.casefold()) > 1:
+            what, hint = "two adapters have the same name, but for case", "rename one of them: -a NAME=DIR"
+            raise UsageError(what, code="GS-282", actual=name, hint=hint)
+        if name.casefold() == served.casefold():
+            hint = "rename the adapter, or the base with --served-name"
             raise UsageError("an adapter has the name of the base", code="GS-282", actual=name, hint=hint)
 
 
