@@ -20,6 +20,7 @@ from gora_serve.integrity.record import claim_of, read_record, trained_on
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_BYTES = 16 * 2**20
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 # Embedding layers spell a factor differently: no ".weight" at the end.
 _EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")
@@ -58,11 +59,30 @@ class AdapterDir:
 
 
 def require_adapter_files(path: Path) -> None:
-    """Raise MachineError when the folder or one of its two files is missing."""
+    """Raise MachineError when the folder or one of its two files is missing, InputError where something else is there:
+    a file instead of a folder (GS-3222), pickles instead of safetensors (GS-3221).
+    """
+    if path.is_file():
+        raise InputError(
+            "an adapter is a folder, and this is a file; archives are not unpacked", code="GS-3222", file=path,
+            expected=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}", hint="unpack it yourself, if you trust it",
+        )  # fmt: skip
+    pickles = sorted(name for name in PICKLES if (path / name).exists())
+    if pickles and not (path / WEIGHTS_FILE).exists():
+        raise InputError(
+            "this adapter has only pickles, which can run code and are not read", code="GS-3221",
+            file=path / pickles[0], expected=WEIGHTS_FILE,
+            hint="where you trust it: gora-serve convert --allow-pickle, which builds tensors alone",
+        )  # fmt: skip
     for needed in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
         if not needed.exists():
-            hint = "export or convert the adapter to safetensors" if needed.name == WEIGHTS_FILE else None
+            hint = "check the path" if needed == path else "fetch, export or convert the adapter again, to safetensors"
             raise MachineError("no such adapter file or folder", code="GS-583", file=needed, hint=hint)
+
+
+def unused_pickles(path: Path) -> list[str]:
+    """Return the names of pickles with weights that lie beside the safetensors file. Nobody reads them."""
+    return sorted(name for name in PICKLES if (path / name).exists())
 
 
 def read_adapter_dir(name: str, path: Path) -> AdapterDir:

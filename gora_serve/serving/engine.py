@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -151,12 +151,13 @@ def _handling(stop: StopRequest) -> Iterator[None]:
 
 def child_environment(plan: ServePlan, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the engine: ours, less the scrubbed names, with the plan's own values."""
-    kept = {
-        name: value
-        for name, value in environ.items()
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.removed)
-    }
-    return kept | dict(plan.environment)
+    removed = set(scrubbed(environ, plan.removed))
+    return {name: value for name, value in environ.items() if name not in removed} | dict(plan.environment)
+
+
+def scrubbed(environ: Mapping[str, str], patterns: Sequence[str]) -> list[str]:
+    """Return the names in `environ` that one of the patterns takes away."""
+    return sorted(name for name in environ if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def check_port_free(url: str) -> None:

@@ -105,7 +105,7 @@ def check_name(name: str) -> None:
     if not NAME.fullmatch(name) or RESERVED.fullmatch(name):
         raise UsageError(
             "not a usable adapter name", code="GS-281", actual=name[:80], hint="rename it: -a NAME=DIR",
-            expected="letters, digits, '.', '_' and '-', at most 64, first a letter or digit; no name of a device (CON)",
+            expected="letters, digits, '.', '_' and '-', at most 64, first a letter or digit; no device (CON)",
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from gora_serve.adapter.peft_config import is_safe_pattern, pattern_value
+from gora_serve.adapter.peft_config import LARGEST, is_safe_pattern, pattern_value
 from gora_serve.errors import InputError
 from gora_serve.serving.adapter_dir import AdapterDir, FactorPair
 
@@ -24,6 +24,7 @@ PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 UNSERVED = (
     "use_dora", "lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens", "use_bdlora",
     "use_qalora", "trainable_token_indices", "target_parameters", "arrow_config", "monteclora_config", "kasa_config",
+    "megatron_config",
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def _number_faults(config: Mapping[str, object], file: Path) -> Iterator[Fault]:
     if not _is_rank(config.get("r")):
         yield Fault("GS-381", "not a rank", file, "r", "a positive integer", config.get("r"))
     if not _is_number(config.get("lora_alpha")):
-        yield Fault("GS-381", "not a scale", file, "lora_alpha", "a number", config.get("lora_alpha"))
+        yield Fault("GS-381", "not a scale", file, "lora_alpha", "a number above 0", config.get("lora_alpha"))
     for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict):
@@ -109,7 +110,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and 0 < value <= LARGEST
 
 
 def _tensor_faults(adapter: AdapterDir) -> Iterator[Fault]:

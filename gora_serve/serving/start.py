@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.verify import verify_adapter, verify_unsealed
 from gora_serve.progress import Listener, silent
-from gora_serve.serving.adapter_dir import read_adapter_dir
-from gora_serve.serving.engine import find_engine
+from gora_serve.serving.adapter_dir import WEIGHTS_FILE, read_adapter_dir, unused_pickles
+from gora_serve.serving.engine import find_engine, scrubbed
 from gora_serve.serving.fits import check_fit
 from gora_serve.serving.options import group_options
 from gora_serve.serving.plan import (
     SAME_NAMES,
+    SCRUBBED,
     ServeConfig,
     ServePlan,
     architecture,
@@ -50,6 +52,7 @@ def prepare(
     adapters = [(name, locate_adapter(folder)) for name, folder in adapters]
     served = read_served_adapters(adapters)
     warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)
+    warnings += [f"{name} is set, and taken away from the engine" for name in scrubbed(os.environ, SCRUBBED)]
     manifest = hash_model(located.path, listen=listen)
     remember_manifest(manifest)
     for name, folder in adapters:
@@ -61,6 +64,7 @@ def prepare(
             same_names = architecture(located.path) in SAME_NAMES
             check_fit(read_adapter_dir(name, folder), manifest.tensors, same_names=same_names)
         warnings += [f"{name}: {warning}" for warning in done.warnings]
+        warnings += [f"{name}: {pickle} is not used, {WEIGHTS_FILE} is" for pickle in unused_pickles(folder)]
     settled = with_device(config, find_engine().device)
     if located.revision and settled.served_name is None:  # the cache's folder is called after the commit
         settled = replace(settled, served_name=located.name.rpartition("/")[2])
