@@ -13,6 +13,7 @@ from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.finite import check_finite
 from gora_serve.integrity.headers import read_header
+from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_adapter, hash_model
 from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record, trained_on
@@ -153,7 +154,7 @@ def verify_base(
     if first is not None:
         count = sum(map(len, (changed.changed, changed.missing, changed.extra)))
         raise MismatchError(
-            f"{count} tensors differ from the manifest", code="GS-113", file=folder, tensor=first,
+            f"{count} tensors differ from the manifest", code="GS-113", file=_holder(folder, first), tensor=first,
             expected=expected.roots.weights, actual=actual.roots.weights,
             hint="restore the base, or hash it again if the change was meant",
         )  # fmt: skip
@@ -162,12 +163,18 @@ def verify_base(
     return Verified(folder, actual.roots.weights, None, None, (), level=cache.level if cache else Level.BYTES)
 
 
+def _holder(folder: Path, tensor: str) -> Path:
+    """Return the weight file that holds the tensor, or the folder where none does."""
+    files = find_model(folder).weights.values()
+    return next((path for path in files if tensor in read_header(path).entries), folder)
+
+
 def _check_settings(folder: Path, roots: Mapping[str, tuple[str | None, str | None]]) -> None:
     for name, (expected, actual) in roots.items():
         if expected != actual:
             raise MismatchError(
                 f"the weights are those of the manifest, the {name} is not", code="GS-114", file=folder,
-                expected=expected, actual=actual,
+                expected=expected, actual=actual, hint="restore the files, or hash the base again if the change was meant",
             )  # fmt: skip
 
 

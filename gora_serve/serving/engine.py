@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Literal
 
 from gora_serve.errors import BindingError, MachineError, RunError, UsageError
+from gora_serve.integrity.reading import check_unchanged
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.serving.client import is_healthy, list_models
 from gora_serve.serving.plan import ServePlan
@@ -198,6 +199,7 @@ def _await_ready(plan: ServePlan, child: Child, listen: Listener, cancelled: Cal
         _require_alive(child, "before it was ready", "GS-781")
         if is_healthy(plan.url):
             _require_models(plan)
+            check_unchanged(plan.stamps)  # what the engine has read is what was verified
             return True
         if waited >= plan.ready_timeout:
             raise RunError(

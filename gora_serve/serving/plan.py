@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +77,8 @@ class ServedAdapter:
 class ServePlan:
     """All that is needed to run the engine. `environment` is what is set for it, `removed` what is taken away.
 
-    `models` lists what /v1/models must show: the base's served name first, then every adapter.
+    `models` lists what /v1/models must show: the base's served name first, then every adapter. `stamps` are those of
+    the files that were verified: they must hold when the engine has read them.
     """
 
     argv: tuple[str, ...]
@@ -89,6 +90,7 @@ class ServePlan:
     models: tuple[str, ...] = ()
     ready_timeout: float = 600.0
     shutdown_timeout: float = 10.0
+    stamps: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
 
 def parse_adapter(text: str) -> tuple[str, Path]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from gora_serve.integrity.advisories import ENGINE_PACKAGES, vulnerable_versions
 from gora_serve.integrity.bases import locate_adapter, locate_base
 from gora_serve.integrity.known import remember_manifest
+from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.reading import stamps
 from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.verify import verify_adapter, verify_unsealed
@@ -51,6 +53,7 @@ def prepare(
         refuse_remote_code(located.path)
     adapters = [(name, locate_adapter(folder)) for name, folder in adapters]
     served = read_served_adapters(adapters)
+    verified = stamps(_files(located.path, adapters))
     warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)
     warnings += [f"{name} is set, and taken away from the engine" for name in scrubbed(os.environ, SCRUBBED)]
     manifest = hash_model(located.path, listen=listen)
@@ -68,4 +71,10 @@ def prepare(
     settled = with_device(config, find_engine().device)
     if located.revision and settled.served_name is None:  # the cache's folder is called after the commit
         settled = replace(settled, served_name=located.name.rpartition("/")[2])
-    return plan_server(located.path, served, settled, extra), warnings
+    return replace(plan_server(located.path, served, settled, extra), stamps=verified), warnings
+
+
+def _files(base: Path, adapters: Sequence[tuple[str, Path]]) -> list[Path]:
+    """Return the files that the engine will read: the base's weights and configuration, all files of the adapters."""
+    files = [*find_model(base).weights.values(), base / "config.json"]
+    return files + [path for _, folder in adapters for path in folder.iterdir() if path.is_file()]
