@@ -174,7 +174,7 @@ def _check_settings(folder: Path, roots: Mapping[str, tuple[str | None, str | No
         if expected != actual:
             raise MismatchError(
                 f"the weights are those of the manifest, the {name} is not", code="GS-114", file=folder,
-                expected=expected, actual=actual, hint="restore the files, or hash the base again if the change was meant",
+                expected=expected, actual=actual, hint="restore the files, or hash the base again",
             )  # fmt: skip
 
 
