@@ -133,7 +133,10 @@ def _as_fault(err: GoraError, path: Path) -> Fault:
     file = Path(str(err.fields.get("file", path)))
     tensor = err.fields.get("tensor")
     key = None if tensor is None else str(tensor)
-    return Fault(err.code, err.what, file, key, err.fields.get("expected"), err.fields.get("actual"))
+    hint = err.fields.get("try")
+    return Fault(
+        err.code, err.what, file, key, err.fields.get("expected"), err.fields.get("actual"), str(hint) if hint else None
+    )
 
 
 def _served(adapter: AdapterDir) -> ServedAdapter:

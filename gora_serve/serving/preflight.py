@@ -38,6 +38,7 @@ class Fault:
     key: str | None = None
     expected: object = None
     actual: object = None
+    hint: str | None = None
 
     def __str__(self) -> str:
         place = f"{self.file}: {self.key}" if self.key else str(self.file)
@@ -55,7 +56,7 @@ def refuse(faults: Sequence[Fault]) -> None:
     if not faults:
         return
     first = faults[0]
-    hint = "have the tool that wrote it save plain LoRA on the untouched base"
+    hint = first.hint or "have the tool that wrote it save plain LoRA on the untouched base"
     if len(faults) == 1:
         raise InputError(
             f"{first.key}: {first.what}" if first.key else first.what,
