@@ -158,3 +158,15 @@ def test_errors_documents_the_form_of_a_message() -> None:
         hint="download or copy the file again",
     )  # fmt: skip
     assert example.rstrip("\n") == str(error)
+
+
+def test_every_error_says_what_to_do_next() -> None:
+    """Or what is kept, where that is all there is to say."""
+    silent = [
+        f"{path.relative_to(REPOSITORY)}:{call.lineno}"
+        for path in source_files()
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in CLASSES
+        if not {word.arg for word in call.keywords} & {"hint", "kept", None}
+    ]
+    assert silent == []

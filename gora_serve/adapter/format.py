@@ -214,7 +214,9 @@ def read_adapter(folder: Path) -> Adapter:
     weights, config_file = folder / WEIGHTS, folder / CONFIG
     config = read_json(config_file)
     if not isinstance(config, dict):
-        raise InputError("adapter_config.json is not an object", code="GS-360", file=config_file)
+        raise InputError(
+            "adapter_config.json is not an object", code="GS-360", hint="export the adapter again", file=config_file
+        )
     tensors = TensorFiles([weights])
     saved = saved_modules(config, file=config_file)
     parts, embeddings, carried = _sorted_out(tensors, saved, weights)
@@ -269,9 +271,11 @@ def _sorted_out(tensors: TensorFiles, saved: Collection[str], file: Path) -> tup
         if found.keys() != {"A", "B"}:
             missing = "B" if "A" in found else "A"
             key = embedding_key(path, missing) if path in embeddings else tensor_key(path, missing)
-            raise InputError("a LoRA factor lacks its twin", code="GS-362", file=file, tensor=key)
+            raise InputError(
+                "a LoRA factor lacks its twin", code="GS-362", hint="export the adapter again", file=file, tensor=key
+            )
     if not parts:
-        raise InputError("the adapter holds no tensor", code="GS-359", file=file)
+        raise InputError("the adapter holds no tensor", code="GS-359", hint="export the adapter again", file=file)
     return parts, embeddings, carried
 
 

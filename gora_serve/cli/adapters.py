@@ -51,7 +51,11 @@ def export(
     from gora_serve.training.export import export as export_adapter
 
     if public and push is None:
-        raise UsageError("--public says how to push: it needs --push", code="GS-264")
+        raise UsageError(
+            "--public says how to push: it needs --push",
+            code="GS-264",
+            hint="gora-serve COMMAND --help tells what goes together",
+        )
     target = push_target(push) if push is not None else None
     done = export_adapter(run, output, ExportConfig(form, dtype), overwrite=overwrite)
     summary = export_summary(done, form, dtype)
@@ -143,9 +147,17 @@ def verify(
     from gora_serve.integrity.verify import find_adapter, verify_adapter, verify_base
 
     if manifest and base:
-        raise UsageError("give --manifest to verify a base, or --base to verify an adapter", code="GS-206")
+        raise UsageError(
+            "give --manifest to verify a base, or --base to verify an adapter",
+            code="GS-206",
+            hint="leave one of them out",
+        )
     if (against and (manifest or base or strict or quick)) or (repo and not against):
-        raise UsageError("--against hub takes --repo, and no other proof; --repo is for it alone", code="GS-264")
+        raise UsageError(
+            "--against hub takes --repo, and no other proof; --repo is for it alone",
+            code="GS-264",
+            hint="gora-serve COMMAND --help tells what goes together",
+        )
     if against:
         return _against_hub(path, repo, as_json=as_json)
     cache = QuickCache() if quick else None

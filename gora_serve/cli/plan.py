@@ -96,5 +96,7 @@ def _given_memory(gib: float | None) -> int | None:
     if gib is None:
         return None
     if not 0 < gib < 1e6:
-        raise UsageError("--memory must be positive", code="GS-209", actual=gib)
+        raise UsageError(
+            "--memory must be positive", code="GS-209", hint="give what the device has, in GiB", actual=gib
+        )
     return int(gib * 2**30)

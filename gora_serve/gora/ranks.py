@@ -78,7 +78,9 @@ def allocate_ranks(importances: Mapping[str, float], shapes: Mapping[str, Shape]
 def _checked_sum(importances: Mapping[str, float], shapes: Mapping[str, Shape]) -> float:
     if set(importances) != set(shapes):
         odd = sorted(set(importances) ^ set(shapes))[0]
-        raise InputError("importances and shapes name different modules", code="GS-350", tensor=odd)
+        raise InputError(
+            "importances and shapes name different modules", code="GS-350", hint="take both from one probe", tensor=odd
+        )
     for path, value in importances.items():
         if not (math.isfinite(value) and value >= 0):
             raise InputError(
@@ -88,7 +90,7 @@ def _checked_sum(importances: Mapping[str, float], shapes: Mapping[str, Shape]) 
     try:
         return math.fsum(importances.values())
     except OverflowError as err:
-        raise InputError("the sum of the importances overflows", code="GS-351") from err
+        raise InputError("the sum of the importances overflows", code="GS-351", hint="probe again") from err
 
 
 def _clip(value: int, bounds: tuple[int, int]) -> int:

@@ -76,7 +76,7 @@ def _folder_and_id(name: str, repo: str | None) -> tuple[Path | None, HubId]:
     folder = Path(name)
     if not folder.exists():
         if repo is not None:
-            raise MachineError("there is no such folder", code="GS-503", file=folder)
+            raise MachineError("there is no such folder", code="GS-503", hint="check the path", file=folder)
         return None, parse_id(name)
     which = parse_id(repo) if repo is not None else snapshot_id(folder)
     if which is None:

@@ -45,7 +45,7 @@ def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, 
     counting the others; InputError (GS-330 schema, GS-332 no seal, GS-333 malformed or not complete).
     """
     if not folder.is_dir():
-        raise MachineError("there is no such folder", code="GS-503", file=folder)
+        raise MachineError("there is no such folder", code="GS-503", hint="check the path", file=folder)
     seal = folder / SEAL
     if not seal.exists():
         hint = "the folder was not finished, or another tool wrote it"
@@ -61,7 +61,14 @@ def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, 
     if faults:
         code, name, what, expected, actual = faults[0]
         more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
-        raise MismatchError(what + more, code=code, file=folder / name, expected=expected, actual=actual)
+        raise MismatchError(
+            what + more,
+            code=code,
+            hint="export or fetch the folder again, whole",
+            file=folder / name,
+            expected=expected,
+            actual=actual,
+        )
     return value
 
 
@@ -84,15 +91,35 @@ def _read_seal(path: Path) -> dict[str, object]:
     value = read_json(path, limit=_SEAL_LIMIT)
     if isinstance(value, dict) and value.get("schema", SCHEMA) != SCHEMA:
         what = "this manifest has a schema that this version does not read"
-        raise InputError(what, code="GS-330", file=path, expected=SCHEMA, actual=value["schema"])
+        raise InputError(
+            what, code="GS-330", hint="update gora-serve", file=path, expected=SCHEMA, actual=value["schema"]
+        )
     files = value.get("files") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(files, dict) or "schema" not in value:
-        raise InputError("this manifest is malformed", code="GS-333", file=path, expected="schema, files, status")
+        raise InputError(
+            "this manifest is malformed",
+            code="GS-333",
+            hint="export or fetch the folder again, whole",
+            file=path,
+            expected="schema, files, status",
+        )
     if value.get("status") != "complete":
-        raise InputError("this folder is not complete", code="GS-333", file=path, actual=value.get("status"))
+        raise InputError(
+            "this folder is not complete",
+            code="GS-333",
+            hint="export or fetch the folder again, whole",
+            file=path,
+            actual=value.get("status"),
+        )
     for name, record in files.items():
         if not _is_inside(name) or not isinstance(record, dict) or not {"size", "sha256"} <= record.keys():
-            raise InputError("this manifest is malformed", code="GS-333", file=path, actual=name)
+            raise InputError(
+                "this manifest is malformed",
+                code="GS-333",
+                hint="export or fetch the folder again, whole",
+                file=path,
+                actual=name,
+            )
     return value
 
 
@@ -134,7 +161,14 @@ def check_binding(
     if different and strict:
         _, ours, theirs = different[0]
         what = f"the weights match, but the base has another {' and '.join(name for name, _, _ in different)}"
-        raise BindingError(what, code="GS-402", file=base, expected=ours or "none", actual=theirs or "none")
+        raise BindingError(
+            what,
+            code="GS-402",
+            hint="use the very same files, or leave --strict out",
+            file=base,
+            expected=ours or "none",
+            actual=theirs or "none",
+        )
     return [f"the base has another {name} than the adapter was made for: {base}" for name, _, _ in different]
 
 

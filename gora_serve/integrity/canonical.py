@@ -44,19 +44,33 @@ def _ordered(value: object) -> object:
         return _checked_text(value)
     if isinstance(value, int):
         if abs(value) > MAX_INTEGER:
-            raise InputError(f"the integer {value} has no canonical form", code="GS-321", expected="at most 2**53 - 1")
+            raise InputError(
+                f"the integer {value} has no canonical form",
+                code="GS-321",
+                hint="use strings, and whole numbers below 2**53",
+                expected="at most 2**53 - 1",
+            )
         return value
     if isinstance(value, (list, tuple)):
         return [_ordered(item) for item in value]
     if isinstance(value, Mapping):
         names = [_checked_text(name) for name in value]
         return {name: _ordered(value[name]) for name in sorted(names, key=lambda name: name.encode("utf-16-be"))}
-    raise InputError(f"a {type(value).__name__} has no canonical JSON form", code="GS-321")
+    raise InputError(
+        f"a {type(value).__name__} has no canonical JSON form",
+        code="GS-321",
+        hint="use strings, and whole numbers below 2**53",
+    )
 
 
 def _checked_text(text: object) -> str:
     if not isinstance(text, str) or not is_unicode(text):
-        raise InputError("a key or string has no canonical JSON form", code="GS-321", actual=repr(text))
+        raise InputError(
+            "a key or string has no canonical JSON form",
+            code="GS-321",
+            hint="use strings, and whole numbers below 2**53",
+            actual=repr(text),
+        )
     return text
 
 

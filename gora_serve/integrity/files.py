@@ -54,7 +54,8 @@ def list_files(folder: Path) -> list[str]:
 
 def _unreadable(err: OSError) -> NoReturn:
     what = f"this folder cannot be read: {err.strerror}"
-    raise MachineError(what, code="GS-502", file=err.filename) from err
+    hint = "check its permissions"
+    raise MachineError(what, code="GS-502", file=err.filename, hint=hint) from err
 
 
 def refuse_existing(path: Path) -> None:

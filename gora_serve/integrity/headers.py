@@ -283,7 +283,7 @@ def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: M
     """
     names = [name for name, _, _ in tensors]
     if len(set(names)) != len(names):
-        raise InputError("two tensors have the same name", code="GS-309")
+        raise InputError("two tensors have the same name", code="GS-309", hint="rename one of them")
     _check_names(names, None)
     position = 0
     members: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}

@@ -97,7 +97,12 @@ def confined(directory: Path, name: str) -> Path:
             raise _escapes(directory, name)
         real = (folder / pure).resolve()
     except (OSError, RuntimeError) as err:  # a loop of symlinks; RuntimeError before Python 3.13
-        raise InputError("this path is a loop of symlinks", code="GS-325", file=directory / name) from err
+        raise InputError(
+            "this path is a loop of symlinks",
+            code="GS-325",
+            hint="fetch the file again, in the place of the symlink",
+            file=directory / name,
+        ) from err
     if not any(real.is_relative_to(place) and real != place for place in (folder, *_blob_folders(folder))):
         raise _escapes(directory, name)
     return real

@@ -111,7 +111,12 @@ class Manifest:
         try:
             manifest = _read_manifest(value)
         except (KeyError, TypeError, ValueError) as err:
-            raise InputError(f"this manifest is malformed: {err!r}", code="GS-329", file=file) from err
+            raise InputError(
+                f"this manifest is malformed: {err!r}",
+                code="GS-329",
+                hint="write it again: gora-serve hash BASE --output FILE",
+                file=file,
+            ) from err
         if weights_root(manifest.tensors) != manifest.roots.weights:
             what = "the tensors of this manifest do not give its own weights root"
             raise InputError(what, code="GS-331", file=file, hint="write it again with: gora-serve hash BASE")
@@ -216,7 +221,13 @@ def _check_placement(directory: Path, headers: Mapping[str, Header], placed: Map
         for name in header.entries:
             if name in held:
                 what = f"a tensor is in two files, {held[name]} and {file}"
-                raise InputError(what, code="GS-328", file=directory, tensor=name)
+                raise InputError(
+                    what,
+                    code="GS-328",
+                    hint="download the model again, into an empty folder",
+                    file=directory,
+                    tensor=name,
+                )
             held[name] = file
     if placed is None:
         return

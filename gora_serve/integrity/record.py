@@ -47,7 +47,13 @@ def trained_on(origin: Mapping[str, Any], file: Path) -> dict[str, Any] | None:
         return None
     value = parse_json(text.encode(), file) if isinstance(text, str) else None
     if not isinstance(value, dict):
-        raise InputError("gora_serve metadata is malformed", code="GS-363", file=file, expected="trained_on an object")
+        raise InputError(
+            "gora_serve metadata is malformed",
+            code="GS-363",
+            hint="export the adapter again",
+            file=file,
+            expected="trained_on an object",
+        )
     return value
 
 

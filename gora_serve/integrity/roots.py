@@ -25,7 +25,7 @@ def config_root(directory: Path) -> str | None:
 
 def _config_root(config: object, path: Path) -> str:
     if not isinstance(config, dict):
-        raise InputError("this file does not hold a JSON object", code="GS-335", file=path)
+        raise InputError("this file does not hold a JSON object", code="GS-335", hint="fetch the file again", file=path)
     kept = {name: _exact(item) for name, item in config.items() if name not in _IGNORED_CONFIG}
     return root("gc1", "gora-serve/config/1", kept)
 

@@ -172,7 +172,12 @@ def _identity(path: Path) -> list[int]:
     try:
         status = path.stat()
     except OSError as err:
-        raise MachineError(f"this file cannot be read: {err.strerror}", code="GS-502", file=path) from err
+        raise MachineError(
+            f"this file cannot be read: {err.strerror}",
+            code="GS-502",
+            hint="check the permissions of the cache",
+            file=path,
+        ) from err
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 

@@ -82,7 +82,7 @@ def staged_folder(
 def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Path] = (), resume: bool = False) -> None:
     """Raise UsageError or OutputError if `staged_folder` would refuse `target` before work starts; changes nothing."""
     if target.name in ("", ".."):
-        raise UsageError("the output needs a name of its own", code="GS-255", file=target)
+        raise UsageError("the output needs a name of its own", code="GS-255", file=target, hint="name a folder")
     if target.is_symlink():
         raise UsageError(
             "the output is a symlink", code="GS-252", file=target, hint="name the folder that it points to"
@@ -236,7 +236,7 @@ def check_partial(target: Path, *, overwrite: bool, resume: bool = False, mark: 
     """Return the partial folder of `target`; raise as `staged_folder` would if it is in the way. Changes nothing."""
     stage = partial_of(target)
     if stage.is_symlink():
-        raise UsageError("the partial output is a symlink", code="GS-252", file=stage)
+        raise UsageError("the partial output is a symlink", code="GS-252", file=stage, hint="name a folder")
     if stage.exists() and not stage.is_dir():
         raise UsageError("the partial output is not a folder", code="GS-253", file=stage, kept=UNCHANGED)
     _check_ours(stage, mark)

@@ -108,5 +108,7 @@ def read_adapter_dir(name: str, path: Path) -> AdapterDir:
 def _read_config(file: Path) -> Mapping[str, object]:
     config = read_json(file, limit=CONFIG_BYTES)
     if not isinstance(config, dict):
-        raise InputError("not a JSON object", code="GS-381", file=file, actual=type(config).__name__)
+        raise InputError(
+            "not a JSON object", code="GS-381", hint="fetch the adapter again", file=file, actual=type(config).__name__
+        )
     return config

@@ -148,11 +148,24 @@ def _request(url: str, body: Mapping[str, Any] | None, timeout: float) -> Mappin
     except urllib.error.HTTPError as err:
         with err:
             detail = err.read(2000).decode(errors="replace")
-        raise RunError(f"the server refused: HTTP {err.code}", code="GS-784", file=url, actual=detail) from err
+        raise RunError(
+            f"the server refused: HTTP {err.code}",
+            code="GS-784",
+            hint="see what the server says under actual:",
+            file=url,
+            actual=detail,
+        ) from err
     except (OSError, http.client.HTTPException) as err:
-        raise RunError(f"no answer from the server: {err}", code="GS-786", file=url) from err
+        raise RunError(
+            f"no answer from the server: {err}",
+            code="GS-786",
+            hint="check that the server runs, and its address",
+            file=url,
+        ) from err
     except ValueError as err:
-        raise RunError("the server's answer is not JSON", code="GS-787", file=url) from err
+        raise RunError(
+            "the server's answer is not JSON", code="GS-787", hint="check that vLLM answers at this address", file=url
+        ) from err
     return answer if isinstance(answer, dict) else {}
 
 
@@ -160,4 +173,9 @@ def _read(answer: Mapping[str, Any], reader: Callable[[], T]) -> T:
     try:
         return reader()
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as err:
-        raise RunError("the server's answer has another shape", code="GS-787", actual=str(answer)[:500]) from err
+        raise RunError(
+            "the server's answer has another shape",
+            code="GS-787",
+            hint="check that vLLM answers at this address",
+            actual=str(answer)[:500],
+        ) from err

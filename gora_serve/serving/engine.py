@@ -69,6 +69,7 @@ def find_engine() -> Engine:
         if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_ENGINE:
             raise BindingError(
                 "this vLLM ignores the ranks and scales of single modules",
+                hint="pip install --upgrade vllm",
                 code="GS-481", expected="vllm >= 0.32", actual=f"{distribution} {version}",
             )  # fmt: skip
         return Engine(distribution, version, "cpu" if "cpu" in distribution + version else "cuda")
@@ -141,7 +142,7 @@ class StopRequest:
 @contextlib.contextmanager
 def _handling(stop: StopRequest) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        raise UsageError("serve_forever must run in the main thread", code="GS-287")
+        raise UsageError("serve_forever must run in the main thread", code="GS-287", hint="use running_server")
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
@@ -225,4 +226,9 @@ def _require_alive(child: Child, when: str, code: str) -> None:
     status = child.exit_code()
     if status is not None:
         told = child.tail() or "see its output above"
-        raise RunError(f"the engine ended {when} (exit {status}): {told}", code=code, file=child.log)
+        raise RunError(
+            f"the engine ended {when} (exit {status}): {told}",
+            code=code,
+            hint="look at its log, named under file: where --log is given",
+            file=child.log,
+        )

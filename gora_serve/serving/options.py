@@ -38,7 +38,12 @@ def group_options(extra: Sequence[str]) -> dict[str, tuple[str, ...]]:
             current = name.replace("_", "-") if name.startswith("--") and "." not in name else name
             grouped[current] = (value,) if equals else ()
         elif current is None:
-            raise UsageError("an engine option must start with a dash", code="GS-284", actual=word)
+            raise UsageError(
+                "an engine option must start with a dash",
+                code="GS-284",
+                hint="write options of vLLM after --, in full, as vllm serve --help has them",
+                actual=word,
+            )
         else:
             grouped[current] = (*grouped[current], word)
     return grouped
@@ -54,7 +59,13 @@ def check_options(options: Mapping[str, Sequence[str]], ours: Sequence[str]) -> 
             raise UsageError(f"{option} cannot be passed on", code="GS-284", hint=REFUSED[option])
         full = [name for name in guarded if name.startswith(option) and name != option]
         if option.startswith("--") and full and option not in guarded:
-            raise UsageError(f"write {option} in full", code="GS-284", expected=", ".join(full), actual=option)
+            raise UsageError(
+                f"write {option} in full",
+                code="GS-284",
+                hint="write options of vLLM after --, in full, as vllm serve --help has them",
+                expected=", ".join(full),
+                actual=option,
+            )
 
 
 def single(options: Mapping[str, Sequence[str]], name: str) -> str | None:
@@ -63,7 +74,12 @@ def single(options: Mapping[str, Sequence[str]], name: str) -> str | None:
     if values is None:
         return None
     if len(values) != 1:
-        raise UsageError(f"{name} takes one value", code="GS-284", actual=" ".join(values))
+        raise UsageError(
+            f"{name} takes one value",
+            code="GS-284",
+            hint="write options of vLLM after --, in full, as vllm serve --help has them",
+            actual=" ".join(values),
+        )
     return values[0]
 
 
@@ -73,7 +89,12 @@ def whole_number(options: Mapping[str, Sequence[str]], name: str) -> int | None:
     if value is None:
         return None
     if not value.isdecimal():
-        raise UsageError(f"{name} takes a whole number", code="GS-284", actual=value)
+        raise UsageError(
+            f"{name} takes a whole number",
+            code="GS-284",
+            hint="write options of vLLM after --, in full, as vllm serve --help has them",
+            actual=value,
+        )
     return int(value)
 
 

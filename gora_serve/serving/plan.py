@@ -158,9 +158,19 @@ def plan_server(
     `environ` (default: this process's) is only asked whether VLLM_API_KEY is set; the key itself is never kept.
     """
     if not (base / "config.json").is_file():
-        raise MachineError("not a model folder: it has no config.json", code="GS-583", file=base)
+        raise MachineError(
+            "not a model folder: it has no config.json",
+            code="GS-583",
+            hint="give the folder that holds config.json",
+            file=base,
+        )
     if config.device == "auto":
-        raise UsageError("the device must be settled before planning", code="GS-286", expected="cpu or cuda")
+        raise UsageError(
+            "the device must be settled before planning",
+            code="GS-286",
+            hint="call with_device first",
+            expected="cpu or cuda",
+        )
     options = group_options(extra)
     served = single(options, "--served-model-name") or config.served_name or base.resolve().name
     _check_names(adapters, served)
@@ -170,7 +180,7 @@ def plan_server(
     host, wanted = single(options, "--host") or config.host, whole_number(options, "--port")
     port = config.port if wanted is None else wanted
     if not 1 <= port <= 65535:
-        raise UsageError("not a port", code="GS-288", expected="1 to 65535", actual=port)
+        raise UsageError("not a port", code="GS-288", hint="give another --port", expected="1 to 65535", actual=port)
     _check_exposure(host, os.environ if environ is None else environ)
     ours = {flag: values for flag, values in flags.items() if flag not in options}
     return ServePlan(
@@ -196,7 +206,13 @@ def rank_bucket(rank: int) -> int:
     for bucket in RANK_BUCKETS:
         if rank <= bucket:
             return bucket
-    raise InputError("the rank is above what vLLM serves", code="GS-387", expected=LARGEST_RANK, actual=rank)
+    raise InputError(
+        "the rank is above what vLLM serves",
+        code="GS-387",
+        hint="convert the adapter with a smaller --rank",
+        expected=LARGEST_RANK,
+        actual=rank,
+    )
 
 
 def target_modules(adapters: Sequence[ServedAdapter], architecture: str | None) -> tuple[str, ...] | None:
@@ -220,7 +236,12 @@ def architecture(base: Path) -> str | None:
     try:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError) as err:
-        raise InputError(f"cannot read the base's configuration: {err}", code="GS-389", file=file) from err
+        raise InputError(
+            f"cannot read the base's configuration: {err}",
+            code="GS-389",
+            hint="fetch the base's config.json again",
+            file=file,
+        ) from err
     names = config.get("architectures") if isinstance(config, dict) else None
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
@@ -328,17 +349,34 @@ def _check_lora_options(
     needed, largest = slots(adapters, config.device), max(adapter.max_rank for adapter in adapters)
     if count is not None and config.device == "cpu" and count < needed:
         what = "too few slots: on CPU the last slot must stay empty, or the base answers as an adapter"
-        raise UsageError(what, code="GS-285", expected=f"--max-loras >= {needed}", actual=count)
+        raise UsageError(
+            what,
+            code="GS-285",
+            hint="leave the option to gora-serve",
+            expected=f"--max-loras >= {needed}",
+            actual=count,
+        )
     if rank is not None and rank < largest:
         what = "an adapter's rank is larger"
-        raise UsageError(what, code="GS-285", expected=f"--max-lora-rank >= {largest}", actual=rank)
+        raise UsageError(
+            what,
+            code="GS-285",
+            hint="leave the option to gora-serve",
+            expected=f"--max-lora-rank >= {largest}",
+            actual=rank,
+        )
     if "--lora-target-modules" in options:
         given = set(options["--lora-target-modules"])
         covered = given | {child for packed in given for child in PACKED.get(packed, ())}
         names = {module.rpartition(".")[2] for adapter in adapters for module in adapter.modules}
         if not names <= covered:
             what = "vLLM would drop adapted modules without a message"
-            raise UsageError(what, code="GS-285", expected=f"also {', '.join(sorted(names - covered))}")
+            raise UsageError(
+                what,
+                code="GS-285",
+                hint="leave the option to gora-serve",
+                expected=f"also {', '.join(sorted(names - covered))}",
+            )
 
 
 def _environment(config: ServeConfig, options: Mapping[str, Sequence[str]]) -> dict[str, str]:

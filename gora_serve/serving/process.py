@@ -161,7 +161,12 @@ def start_child(argv: Sequence[str], environment: Mapping[str, str], log: Path |
             )  # fmt: skip
     except OSError as err:
         os.close(lifeline)
-        raise MachineError(f"cannot start the engine: {err.strerror}", code="GS-584", file=log) from err
+        raise MachineError(
+            f"cannot start the engine: {err.strerror}",
+            code="GS-584",
+            hint="check --log, and the installation of vLLM",
+            file=log,
+        ) from err
     finally:
         os.close(pipe)
     return Child(process, lifeline, log, start)

@@ -61,7 +61,7 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decode
     path = Path(source)
     rows, digest = _read_file(path) if path.suffix in BUILDERS or path.exists() else _read_hub(source)
     if not rows:
-        raise InputError("the data file has no rows", code="GS-372", file=source)
+        raise InputError("the data file has no rows", code="GS-372", hint="check the file, and --data", file=source)
     template = config.chat_template and bool(getattr(tokenizer, "chat_template", None))
     encode, fit_length = (encode_pair, _fit_pair) if encoder_decoder else (encode_row, _fit_length)
     examples, places, cut, left_out = [], [], 0, 0
@@ -104,10 +104,16 @@ def _read_file(path: Path) -> tuple[list[Row], str]:
         raise MachineError("no such data file", code="GS-522", file=path, hint="check --data")
     builder = BUILDERS.get(path.suffix)
     if builder is None:
-        raise InputError("unknown kind of data file", code="GS-374", file=path, expected=", ".join(BUILDERS))
+        raise InputError(
+            "unknown kind of data file",
+            code="GS-374",
+            hint="write it as .jsonl, .json, .csv or .parquet",
+            file=path,
+            expected=", ".join(BUILDERS),
+        )
     size, digest = sha256_file(path)
     if size == 0:
-        raise InputError("the data file is empty", code="GS-372", file=path)
+        raise InputError("the data file is empty", code="GS-372", hint="check the file, and --data", file=path)
     if path.suffix == ".jsonl":
         return _json_lines(path), digest
     return _numbered(_load(builder, path), str(path)), digest
@@ -127,6 +133,7 @@ def _load(builder: str, path: Path) -> list[Mapping[str, Any]]:
         cause = err.__cause__ or err
         raise InputError(
             f"cannot be read as {path.suffix[1:]}", code="GS-375", file=path,
+            hint="check that the file is what its ending says",
             actual=str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__,
         ) from err  # fmt: skip
 
@@ -138,16 +145,28 @@ def _json_lines(path: Path) -> list[Row]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as err:
         place = err.object[: err.start].count(b"\n") + 1
-        raise InputError("not UTF-8", code="GS-376", file=f"{path}:{place}") from err
+        raise InputError("not UTF-8", code="GS-376", hint="convert the file to UTF-8", file=f"{path}:{place}") from err
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as err:
-            raise InputError("not JSON", code="GS-377", file=f"{path}:{number}", actual=str(err)) from err
+            raise InputError(
+                "not JSON",
+                code="GS-377",
+                hint="correct the line: one JSON object a line",
+                file=f"{path}:{number}",
+                actual=str(err),
+            ) from err
         if not isinstance(value, dict):
-            raise InputError("not a JSON object", code="GS-377", file=f"{path}:{number}", actual=line[:60])
+            raise InputError(
+                "not a JSON object",
+                code="GS-377",
+                hint="correct the line: one JSON object a line",
+                file=f"{path}:{number}",
+                actual=line[:60],
+            )
         rows.append(Row(value, f"{path}:{number}"))
     return rows
 

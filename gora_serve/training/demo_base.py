@@ -42,7 +42,12 @@ def make_smollm2(directory: Path) -> Path:
     try:
         _convert(source, work)
         if not is_complete(work):
-            raise RunError("the converted base is not complete", code="GS-788", file=work)
+            raise RunError(
+                "the converted base is not complete",
+                code="GS-788",
+                hint="run the demo again; report it if it stays so",
+                file=work,
+            )
         _make_readable(work)
         _publish(work, directory)
     finally:
@@ -92,7 +97,9 @@ def _publish(work: Path, directory: Path) -> None:
         os.replace(work, directory)  # noqa: PTH105 - an empty folder may be replaced
     except OSError as err:
         if not is_complete(directory):  # else another process was faster
-            raise MachineError(f"cannot rename: {err.strerror}", code="GS-586", file=directory) from err
+            raise MachineError(
+                f"cannot rename: {err.strerror}", code="GS-586", hint="check permissions and free space", file=directory
+            ) from err
 
 
 def _convert(source: Path, work: Path) -> None:

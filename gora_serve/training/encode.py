@@ -37,7 +37,13 @@ class Row:
     place: str
 
     def refused(self, what: str, expected: str) -> InputError:
-        return InputError(what, code="GS-378", file=self.place, expected=expected)
+        return InputError(
+            what,
+            code="GS-378",
+            hint="give each row prompt and completion, messages, or text",
+            file=self.place,
+            expected=expected,
+        )
 
 
 def encode_row(row: Row, tokenizer: Any, *, template: bool) -> Example:

@@ -55,7 +55,11 @@ def fit(
     config = config or FitConfig()
     config.validate()
     if resume and overwrite:
-        raise UsageError("--resume goes on and --overwrite starts anew: give one of them", code="GS-211")
+        raise UsageError(
+            "--resume goes on and --overwrite starts anew: give one of them",
+            code="GS-211",
+            hint="leave one of them out",
+        )
     started = time.perf_counter()
     check_target(output, overwrite=overwrite, protect=[locate_base(base).path], resume=resume)
     partial = check_partial(output, overwrite=overwrite, resume=resume, mark=RUN)

@@ -67,7 +67,13 @@ def _check_kind(model: nn.Module, base: Base, *, encoder_decoder: bool) -> None:
     if encoder_decoder:
         _check_shifts_labels(model, base)
     elif "logits_to_keep" not in signature(model.forward).parameters:
-        raise InputError("not a causal language model", code="GS-345", file=base.path, actual=type(model).__name__)
+        raise InputError(
+            "not a causal language model",
+            code="GS-345",
+            hint="give a base that is a causal language model",
+            file=base.path,
+            actual=type(model).__name__,
+        )
 
 
 def _check_shifts_labels(model: nn.Module, base: Base) -> None:
@@ -161,5 +167,10 @@ def load_tokenizer(base: Base) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-text token", code="GS-369", file=base.path)
+        raise InputError(
+            "the tokenizer has no end-of-text token",
+            code="GS-369",
+            hint="set eos_token in tokenizer_config.json",
+            file=base.path,
+        )
     return tokenizer

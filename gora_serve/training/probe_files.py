@@ -68,7 +68,13 @@ def read_statistics(folder: Path) -> GradientStatistics:
     names = {f"{path}.{part}" for path in probe["modules"] for part in ("A", "compressed")}
     if names != tensors.keys():
         odd = sorted(names ^ tensors.keys())[0]
-        raise InputError("the files of the probe do not belong together", code="GS-394", file=folder, tensor=odd)
+        raise InputError(
+            "the files of the probe do not belong together",
+            code="GS-394",
+            hint="probe again: gora-serve probe",
+            file=folder,
+            tensor=odd,
+        )
     modules = {
         path: ModuleStatistics(
             shape=(module["shape"][0], module["shape"][1]),

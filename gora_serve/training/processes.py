@@ -30,7 +30,12 @@ def make_accelerator(train: TrainConfig) -> Any:
     try:
         accelerator = Accelerator(mixed_precision=train.mixed_precision)
     except ValueError as err:
-        raise UsageError("Accelerate refuses these settings", code="GS-204", actual=str(err)) from err
+        raise UsageError(
+            "Accelerate refuses these settings",
+            code="GS-204",
+            hint="change --mixed-precision, or Accelerate's configuration",
+            actual=str(err),
+        ) from err
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and accelerator.num_processes == 1:
         raise UsageError(

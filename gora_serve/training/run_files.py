@@ -25,7 +25,14 @@ def read_object(path: Path, schema: str) -> dict[str, Any]:
     value = read_json(path)
     found = value.get("schema") if isinstance(value, dict) else None
     if not isinstance(value, dict) or found != schema:
-        raise InputError("another kind of file", code="GS-379", file=path, expected=schema, actual=found)
+        raise InputError(
+            "another kind of file",
+            code="GS-379",
+            hint="give the file that expected: names",
+            file=path,
+            expected=schema,
+            actual=found,
+        )
     return value
 
 
@@ -36,11 +43,19 @@ def read_probe(folder: Path) -> dict[str, Any]:
     value = read_object(path, PROBE_SCHEMA)
     modules = value.get("modules")
     if not isinstance(modules, dict) or not modules:
-        raise InputError("the probe names no module", code="GS-340", file=path)
+        raise InputError("the probe names no module", code="GS-340", hint="probe again: gora-serve probe", file=path)
     for name, module in modules.items():
         shape = module.get("shape") if isinstance(module, dict) else None
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-            raise InputError("not a shape", code="GS-340", file=path, tensor=name, expected="[out, in]", actual=shape)
+            raise InputError(
+                "not a shape",
+                code="GS-340",
+                hint="probe again: gora-serve probe",
+                file=path,
+                tensor=name,
+                expected="[out, in]",
+                actual=shape,
+            )
     return value
 
 
@@ -87,7 +102,12 @@ def read_ranks(path: Path, shapes: Mapping[str, Shape]) -> RankPlan:
     value = read_object(path, RANKS_SCHEMA)
     ranks = value.get("ranks")
     if not isinstance(ranks, dict):
-        raise InputError("ranks is not an object", code="GS-342", file=path)
+        raise InputError(
+            "ranks is not an object",
+            code="GS-342",
+            hint="correct the value, or make the file anew: gora-serve ranks",
+            file=path,
+        )
     for name, rank in ranks.items():
         if name not in shapes:
             raise BindingError(
@@ -97,11 +117,17 @@ def read_ranks(path: Path, shapes: Mapping[str, Shape]) -> RankPlan:
         if type(rank) is not int or not 0 <= rank <= min(shapes[name]):
             raise InputError(
                 "not a rank", code="GS-342", file=path, tensor=name, expected=f"0 to {min(shapes[name])}",
+                hint="correct the value, or make the file anew: gora-serve ranks",
                 actual=rank,
             )  # fmt: skip
     full = {name: ranks.get(name, 0) for name in shapes}
     if not any(full.values()):
-        raise InputError("every rank is 0: nothing would be trained", code="GS-342", file=path)
+        raise InputError(
+            "every rank is 0: nothing would be trained",
+            code="GS-342",
+            hint="correct the value, or make the file anew: gora-serve ranks",
+            file=path,
+        )
     reference = value.get("rank")
     highest = max(full.values())
     rank = reference if type(reference) is int and reference > 0 else highest

@@ -39,7 +39,10 @@ def _by_pattern(paths: Collection[str], pattern: str) -> set[str]:
         compiled = re.compile(pattern)
     except re.error as err:
         raise UsageError(
-            "--targets is neither names nor a regular expression", code="GS-202", actual=f"{pattern}: {err}"
+            "--targets is neither names nor a regular expression",
+            code="GS-202",
+            hint="quote the expression, and check its brackets",
+            actual=f"{pattern}: {err}",
         ) from err
     return {path for path in paths if compiled.fullmatch(path)}
 

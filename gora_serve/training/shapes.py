@@ -103,7 +103,9 @@ def read_shapes(folder: Path) -> BaseShapes:
     path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError("config.json is not an object", code="GS-380", file=path)
+        raise InputError(
+            "config.json is not an object", code="GS-380", hint="fetch the base's config.json again", file=path
+        )
     settings = _settings(config, path)
     if _has_weights(folder):
         return _from_headers(folder, config, settings)
@@ -137,7 +139,14 @@ def _settings(config: Mapping[str, Any], path: Path) -> Settings:
             if type(value) is int and 0 < value <= LARGEST:
                 return value
             if value is not None:
-                raise InputError(f"{name} is no size", code="GS-380", file=path, expected="a number", actual=value)
+                raise InputError(
+                    f"{name} is no size",
+                    code="GS-380",
+                    hint="fetch the base's config.json again",
+                    file=path,
+                    expected="a number",
+                    actual=value,
+                )
         if default is None:
             raise InputError(
                 f"config.json lacks {names[0]}", code="GS-380", file=path, expected=" or ".join(names),
@@ -153,7 +162,14 @@ def _settings(config: Mapping[str, Any], path: Path) -> Settings:
     head_size = size("head_dim", "d_kv", default=HEAD_SIZES.get(str(kind), hidden // heads))
     layers, kv_heads = size("num_hidden_layers", "n_layer", "num_layers"), size("num_key_value_heads", default=heads)
     if layers > MOST_LAYERS:
-        raise InputError("too many layers", code="GS-380", file=path, expected=f"at most {MOST_LAYERS}", actual=layers)
+        raise InputError(
+            "too many layers",
+            code="GS-380",
+            hint="fetch the base's config.json again",
+            file=path,
+            expected=f"at most {MOST_LAYERS}",
+            actual=layers,
+        )
     decoder = size("num_decoder_layers", default=layers) if kind == "t5" else 0
     gated = kind != "t5" or str(config.get("feed_forward_proj", "relu")).startswith("gated")
     return Settings(

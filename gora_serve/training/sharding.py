@@ -28,6 +28,7 @@ def check_sharding(accelerator: Any, config: ModelConfig) -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError(
             "the first version of FSDP is not supported", code="GS-224", expected="--fsdp_version 2",
+            hint="launch with --fsdp_version 2",
             actual=f"--fsdp_version {os.environ.get('FSDP_VERSION', '1')}",
         )  # fmt: skip
     if config.quantize != "none":
