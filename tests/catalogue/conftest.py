@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent / "cli"))
 from shell import Answer, gora_here, snapshot
 
-Q, K, V, O = (f"model.layers.0.self_attn.{name}_proj" for name in "qkvo")
+Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHAPES = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32)}  # (out, in) in the tiny base
@@ -100,7 +100,9 @@ class Place:
         assert answer.code == 0, answer.err
         return answer
 
-    def refuses(self, words: tuple[object, ...], code: int, gs: str | None, *mentions: object, **fields: object) -> Answer:
+    def refuses(
+        self, words: tuple[object, ...], code: int, gs: str | None, *mentions: object, **fields: object
+    ) -> Answer:
         """Run a command that must be refused so. `fields`: lines of the message, such as file and tensor, as given."""
         answer = self.run(*words)
         assert (answer.code, answer.gs) == (code, gs), answer.err

@@ -135,6 +135,4 @@ def test_a_blob_that_was_replaced(place: Place) -> None:
     raw[-1] ^= 1
     (blobs / promised).write_bytes(raw)
     actual = hashlib.sha256(raw).hexdigest()
-    place.refuses(
-        ("hash", snapshot), 1, "GS-105", "download", file=blobs / promised, expected=promised, actual=actual
-    )
+    place.refuses(("hash", snapshot), 1, "GS-105", "download", file=blobs / promised, expected=promised, actual=actual)

@@ -1,0 +1,165 @@
+"""Faults 33 to 43: a base that is not the one it was, to the last bit, and one that must not become another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from catalogue.conftest import INDEX, SINGLE, Place
+from gora_serve.integrity.headers import read_header
+
+TYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
+    "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+Tensors = dict[str, torch.Tensor]
+
+
+def write(folder: Path, tensors: Tensors, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    return folder
+
+
+def sealed(place: Place, folder: Path) -> Path:
+    """The manifest that `hash` writes, outside of the folder."""
+    manifest = place.folder / f"{folder.name}.manifest.json"
+    place.accepts("hash", folder, "--output", manifest)
+    place.before = None
+    return manifest
+
+
+def of_all_types() -> Tensors:
+    return {name: torch.ones(6).to(kind) for name, kind in TYPES.items()}
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+@pytest.mark.parametrize("name", TYPES)
+def test_one_flipped_bit(place: Place, name: str, end: str) -> None:
+    """33: file and tensor are named, whatever the type."""
+    folder = write(place.folder / "model", of_all_types())
+    manifest, file = sealed(place, folder), folder / SINGLE
+    header = read_header(file)
+    found = header.entries[name]
+    raw = bytearray(file.read_bytes())
+    at = header.data_start + (found.begin if end == "first" else found.end - 1)
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    place.refuses(("verify", folder, "--manifest", manifest), 1, "GS-113", "1 tensors differ", file=file, tensor=name)
+
+
+BITS: dict[str, Callable[[Tensors], None]] = {
+    "34 minus zero": lambda tensors: tensors["z"].copy_(torch.tensor([-0.0, 0.0])),
+    "35 another NaN": lambda tensors: tensors["n"].view(torch.int32).copy_(torch.tensor([0x7FC00001])),
+    "36 swapped": lambda tensors: tensors.update(a=tensors["b"], b=tensors["a"]),
+}
+
+
+@pytest.mark.parametrize("change", BITS)
+def test_values_that_compare_equal_or_sum_to_the_same(place: Place, change: str) -> None:
+    nan = torch.tensor([0x7FC00000], dtype=torch.int32).view(torch.float32)
+    tensors = {"a": torch.ones(3), "b": torch.arange(3.0), "n": nan, "z": torch.zeros(2)}
+    folder = write(place.folder / "model", tensors)
+    manifest = sealed(place, folder)
+    BITS[change](tensors)
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    named = {"34": "z", "35": "n", "36": "a"}[change[:2]]
+    count = "2 tensors differ" if change[:2] == "36" else "1 tensors differ"
+    words = ("verify", folder, "--manifest", manifest)
+    place.refuses(words, 1, "GS-113", count, file=folder / SINGLE, tensor=named)
+
+
+def test_the_same_weights_in_another_layout(place: Place) -> None:
+    """37: other shards, other order, other file names, other metadata: proved."""
+    manifest = sealed(place, place.base)
+    tensors = {name: value for shard in sorted(place.base.glob("model-*")) for name, value in load_file(shard).items()}
+    placed = {}
+    for shard in place.base.glob("model-*"):
+        shard.unlink()
+    for number in range(3):
+        names = sorted(tensors, reverse=True)[number::3]
+        save_file({name: tensors[name] for name in names}, place.base / f"part-{number}.safetensors", {"note": "x"})
+        placed |= dict.fromkeys(names, f"part-{number}.safetensors")
+    (place.base / INDEX).write_text(json.dumps({"weight_map": placed}))
+    place.accepts("verify", place.base, "--manifest", manifest)
+
+
+def test_a_copy_in_another_type(place: Place) -> None:
+    """38: other bytes are other weights, though the values are equal."""
+    folder = write(place.folder / "model", {"a": torch.ones(3, dtype=torch.bfloat16)})
+    manifest = sealed(place, folder)
+    save_file({"a": torch.ones(3)}, folder / SINGLE, {"format": "pt"})
+    place.refuses(("verify", folder, "--manifest", manifest), 1, "GS-113", file=folder / SINGLE, tensor="a")
+
+
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_a_tied_model_with_and_without_its_head(place: Place, first: str) -> None:
+    """39."""
+    embedding = torch.arange(12.0).reshape(4, 3)
+    bare, head = {"model.embed_tokens.weight": embedding}, {"lm_head.weight": embedding.clone()}
+    folders = {
+        "with": write(place.folder / "with", bare | head, tie_word_embeddings=True),
+        "without": write(place.folder / "without", bare, tie_word_embeddings=True),
+    }
+    manifest = sealed(place, folders.pop(first))
+    place.accepts("verify", *folders.values(), "--manifest", manifest)
+
+
+def test_a_base_that_is_edited_while_it_is_hashed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """41: while it is hashed; while fit runs is in training's tests."""
+    from gora_serve.integrity import manifest as module
+
+    file, real = sorted(place.base.glob("model-*"))[0], module.tensor_digest
+    whole = file.read_bytes()
+
+    def editing(buffers: Any) -> str:
+        file.write_bytes(whole)  # the same bytes: the time tells
+        return real(buffers)
+
+    monkeypatch.setattr(module, "tensor_digest", editing)
+    place.refuses(("hash", place.base), 1, "GS-101", "changed while", "nothing writes to it", file=file)
+
+
+def test_a_base_that_cannot_be_written(place: Place) -> None:
+    """42: hashed and served as it is; a process without root's rights is in integrity's tests."""
+    adapter = place.adapter()
+    for path in place.base.iterdir():
+        path.chmod(0o444)
+    place.base.chmod(0o555)
+    try:
+        place.accepts("hash", place.base, "--json")
+        place.accepts(*place.serve(adapter))
+    finally:
+        place.base.chmod(0o755)
+
+
+@pytest.mark.parametrize("where", ["base", "base/out", "link", "link/out", "around"])
+@pytest.mark.parametrize("command", ["convert", "bind"])
+def test_an_output_that_is_the_base_or_in_it(place: Place, command: str, where: str) -> None:
+    """43: refused before anything is written, with --overwrite too. fit is in cli's tests; merge is no command yet."""
+    (place.folder / "link").symlink_to(place.base)
+    output = place.folder if where == "around" else place.folder / where
+    words = (command, place.adapter(), "--base", place.base, "--output", output, "--overwrite")
+    place.refuses(words, 2, "GS-252" if where == "link" else "GS-251", file=output)
+
+
+def test_a_hard_link_to_the_base(place: Place) -> None:
+    """43: `hash --output` on a second name of a shard replaces that name; the shard keeps its bytes."""
+    shard = sorted(place.base.glob("model-*"))[0]
+    second = place.folder / "second"
+    os.link(shard, second)
+    place.leaves = [second]
+    place.run("--version")
+    assert place.before is not None
+    place.before.pop(str(second))
+    place.accepts("hash", place.base, "--output", second, "--overwrite")
+    assert json.loads(second.read_text())["weights_root"].startswith("gb1:")
