@@ -263,7 +263,7 @@ def test_archives(place: Place, kind: str) -> None:
     assert not place.out.exists()
 
 
-LIGHT = """
+LIGHT = r"""
 import json, re, sys, time
 begun = time.process_time()
 from gora_serve.cli.main import main
