@@ -167,7 +167,7 @@ def test_a_base_that_asks_for_code(place: Place, tiny_data: Path, what: str) -> 
         place.serve(adapter),
         fit_words(place.base, tiny_data, place.out),
         ("probe", place.base, "--data", tiny_data, "--output", place.out, "--probe-steps", "2"),
-        ("gap", adapter, "--base", place.base, "--data", tiny_data),
+        ("gap", adapter, "--base", place.base, "--data", tiny_data, "--max-length", "128"),
     ]
     for words in commands:
         place.refuses(tuple(words), 3, "GS-338", "trust", file=file)
