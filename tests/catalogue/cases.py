@@ -1,15 +1,15 @@
 """The 88 faults: what each is, and the tests that assert it. `test_cases` holds this table to the tests that exist.
 
 A test is named as pytest names it, from the repository's root, without its parameters. `waits` is for a case of which a
-part is not built yet: the first member is how that is seen (`command NAME`, `module NAME`, `key NAME`), the second what
-has to be written when it is there.
+part is not built yet: the first member is how that is seen (`command NAME`, `module NAME`, `key NAME` of a manifest, or
+`space`: a disk without any is refused before work), the second what has to be written when it is there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-C, I, T, R = "tests/catalogue/", "tests/integrity/", "tests/training/", "tests/rig/"
+C, INT, TRAIN, RIG = "tests/catalogue/", "tests/integrity/", "tests/training/", "tests/rig/"
 FILES, INDEX, BASE, ADAPTERS = (
     f"{C}test_{name}.py::" for name in ("safetensors_files", "index_and_layout", "base_unmodified", "adapters")
 )
@@ -66,8 +66,8 @@ CASES: dict[int, Case] = {
     29: case("stale index beside a single file", f"{INDEX}test_a_stale_index_beside_a_single_file"),
     30: case(
         "download not whole (exit 1 where bytes differ from the hub's word, 5 where it cannot be asked)",
-        f"{I}test_snapshots.py::test_a_download_that_is_not_what_the_hub_promised",
-        f"{I}test_snapshots.py::test_a_broken_connection_goes_on_where_it_stopped",
+        f"{INT}test_snapshots.py::test_a_download_that_is_not_what_the_hub_promised",
+        f"{INT}test_snapshots.py::test_a_broken_connection_goes_on_where_it_stopped",
         f"{HUB}test_a_damaged_download_ends_with_1",
     ),
     31: case("loop of symlinks", f"{INDEX}test_a_loop_of_symlinks"),
@@ -75,7 +75,7 @@ CASES: dict[int, Case] = {
     33: case(
         "one flipped bit",
         f"{BASE}test_one_flipped_bit",
-        f"{I}test_manifest.py::test_every_flipped_bit_is_found_and_named",
+        f"{INT}test_manifest.py::test_every_flipped_bit_is_found_and_named",
         waits=("key leaves", "a bit flipped in the second chunk of a tensor of 8 MiB: the 4 MiB chunk is named"),
     ),
     34: case("-0.0 for 0.0", f"{BASE}test_values_that_compare_equal_or_sum_to_the_same"),
@@ -88,16 +88,16 @@ CASES: dict[int, Case] = {
         waits=("key value_root", "exit 1, and the message says that the values are equal"),
     ),
     39: case("tied model with and without its head", f"{BASE}test_a_tied_model_with_and_without_its_head"),
-    40: case("a frozen weight moves by an ulp", f"{T}test_fit.py::test_a_weight_changed_by_one_ulp_is_found"),
+    40: case("a frozen weight moves by an ulp", f"{TRAIN}test_fit.py::test_a_weight_changed_by_one_ulp_is_found"),
     41: case(
         "base edited while it is read",
         f"{BASE}test_a_base_that_is_edited_while_it_is_hashed",
-        f"{T}test_fit.py::test_a_base_file_changed_during_the_run_is_found",
+        f"{TRAIN}test_fit.py::test_a_base_file_changed_during_the_run_is_found",
     ),
     42: case(
         "base that cannot be written",
         f"{BASE}test_a_base_that_cannot_be_written",
-        f"{I}test_manifest.py::test_a_read_only_model_can_be_hashed_and_is_left_alone",
+        f"{INT}test_manifest.py::test_a_read_only_model_can_be_hashed_and_is_left_alone",
     ),
     43: case(
         "output is the base, or in it",
@@ -129,7 +129,7 @@ CASES: dict[int, Case] = {
     49: case(
         "another base, same shapes",
         f"{ADAPTERS}test_another_base",
-        f"{I}test_wrong_base.py::test_every_other_base_is_refused_and_the_difference_named",
+        f"{INT}test_wrong_base.py::test_every_other_base_is_refused_and_the_difference_named",
     ),
     50: case("another vocabulary", f"{ADAPTERS}test_another_size"),
     51: case(
@@ -144,7 +144,7 @@ CASES: dict[int, Case] = {
         f"{ADAPTERS}test_refusals_are_cheap",
     ),
     53: case(
-        "features that are no plain LoRA (auto_mapping is taken and never followed: PEFT writes it into sound adapters)",
+        "features that are no plain LoRA (auto_mapping is taken and never followed: PEFT writes it for sound ones)",
         f"{ADAPTERS}test_features_that_are_no_plain_lora",
         f"{ADAPTERS}test_a_module_that_the_configuration_names_is_not_imported",
     ),
@@ -158,18 +158,18 @@ CASES: dict[int, Case] = {
     57: case("archives", f"{ADAPTERS}test_archives"),
     58: case(
         "SIGKILL at every call that writes",
-        f"{I}test_files.py::test_a_kill_at_any_moment_leaves_old_or_new",
-        f"{T}test_resume.py::test_killed_at_a_file_operation",
-        f"{R}test_crash.py::test_killed",
+        f"{INT}test_files.py::test_a_kill_at_any_moment_leaves_old_or_new",
+        f"{TRAIN}test_resume.py::test_killed_at_a_file_operation",
+        f"{RIG}test_crash.py::test_killed",
         waits=("command merge", "merge is one of the rig's commands: killed at every call, old or new"),
     ),
     59: case(
         "no space, quota, limit on files",
         f"{WRITING}test_a_disk_that_takes_no_more",
         f"{WRITING}test_a_limit_on_the_size_of_files",
-        f"{I}test_files.py::test_every_failing_call_leaves_old_or_new",
-        f"{T}test_resume.py::test_a_full_disk_keeps_the_run",
-        f"{R}test_writers.py::test_a_full_disk_at_every_write",
+        f"{INT}test_files.py::test_every_failing_call_leaves_old_or_new",
+        f"{TRAIN}test_resume.py::test_a_full_disk_keeps_the_run",
+        f"{RIG}test_writers.py::test_a_full_disk_at_every_write",
     ),
     60: case(
         "output in a place where it cannot be",
@@ -180,18 +180,18 @@ CASES: dict[int, Case] = {
     61: case(
         "two writers",
         f"{WRITING}test_a_second_writer",
-        f"{I}test_files.py::test_of_two_writers_each_result_is_whole",
-        f"{R}test_writers.py::test_two_writers",
+        f"{INT}test_files.py::test_of_two_writers_each_result_is_whole",
+        f"{RIG}test_writers.py::test_two_writers",
     ),
     62: case(
         "leftovers of a dead process",
         f"{WRITING}test_what_a_dead_process_left",
-        f"{I}test_files.py::test_a_kill_in_the_body_leaves_the_old_and_the_next_run_sweeps",
+        f"{INT}test_files.py::test_a_kill_in_the_body_leaves_the_old_and_the_next_run_sweeps",
     ),
     63: case(
         "fsync fails",
         f"{WRITING}test_a_disk_that_takes_no_more",
-        f"{I}test_files.py::test_every_failing_call_leaves_old_or_new",
+        f"{INT}test_files.py::test_every_failing_call_leaves_old_or_new",
     ),
     64: case(
         "merge of a shard larger than memory",
@@ -199,33 +199,33 @@ CASES: dict[int, Case] = {
     ),
     65: case(
         "no space for the second copy of --overwrite",
-        f"{R}test_writers.py::test_a_small_disk",
-        waits=("function gora_serve.integrity.staging check_space", "refused up front, with needed and free bytes"),
+        f"{RIG}test_writers.py::test_a_small_disk",
+        waits=("space", "refused up front, with needed and free bytes"),
     ),
-    66: case("umask", f"{WRITING}test_modes", f"{I}test_files.py::test_modes_follow_the_umask"),
+    66: case("umask", f"{WRITING}test_modes", f"{INT}test_files.py::test_modes_follow_the_umask"),
     67: case("clock, locale, TMPDIR", f"{WRITING}test_odd_surroundings"),
     68: case(
         "no RENAME_EXCHANGE",
         f"{WRITING}test_a_file_system_without_exchange",
-        f"{I}test_files.py::test_a_death_between_the_two_renames_is_undone",
-        f"{I}test_files.py::test_without_renameat2",
+        f"{INT}test_files.py::test_a_death_between_the_two_renames_is_undone",
+        f"{INT}test_files.py::test_without_renameat2",
     ),
     69: case(
         "signals while it trains",
         f"{BAD}test_signal_during_fit",
-        f"{T}test_resume.py::test_a_signal_during_training",
+        f"{TRAIN}test_resume.py::test_a_signal_during_training",
     ),
     70: case(
         "SIGKILL while a checkpoint is written",
-        f"{T}test_resume.py::test_killed_at_a_file_operation",
-        f"{T}test_resume.py::test_killed_at_twenty_random_moments",
+        f"{TRAIN}test_resume.py::test_killed_at_a_file_operation",
+        f"{TRAIN}test_resume.py::test_killed_at_twenty_random_moments",
     ),
-    71: case("newest checkpoint damaged", f"{T}test_resume.py::test_a_damaged_newest_checkpoint_is_passed_over"),
-    72: case("resume of another run", f"{T}test_resume.py::test_another_run_is_refused_by_what_differs"),
+    71: case("newest checkpoint damaged", f"{TRAIN}test_resume.py::test_a_damaged_newest_checkpoint_is_passed_over"),
+    72: case("resume of another run", f"{TRAIN}test_resume.py::test_another_run_is_refused_by_what_differs"),
     73: case(
         "loss that is not finite",
         f"{BAD}test_loss_that_diverges",
-        f"{T}test_resume.py::test_a_loss_of_nan_keeps_and_names_the_last_checkpoint",
+        f"{TRAIN}test_resume.py::test_a_loss_of_nan_keeps_and_names_the_last_checkpoint",
     ),
     74: case(
         "bad rows",

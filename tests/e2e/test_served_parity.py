@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gora_serve.config import ExportConfig
+from gora_serve.errors import RunError
 from gora_serve.serving.client import ChatRequest, Completion, ask_all, complete, run_all
 from gora_serve.serving.engine import Server, free_port, running_server
 from gora_serve.serving.plan import ServeConfig
@@ -149,3 +150,10 @@ def test_chat_answers_come_in_order(server: Server) -> None:
     assert all(answers)
     assert answers[:4] == answers[4:]
     assert answers[2] == answers[3]  # native and padded are one adapter
+
+
+@pytest.mark.parametrize("name", ["unknown", "../adapters", "/etc/passwd", "unit/../native"])
+def test_names_that_are_no_model_are_404(server: Server, name: str) -> None:
+    """Also those that are paths: nothing turns a model's name into a file."""
+    with pytest.raises(RunError, match="HTTP 404"):
+        complete(server.url, name, [1], 1)
