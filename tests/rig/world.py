@@ -315,19 +315,20 @@ class Bench:
     def faults_of_error(self, ended: Ended, state: str) -> list[str]:
         wrong = []
         removal = ended.hit is not None and ended.hit.name in REMOVALS
+        told = state == "new" and "in place" in ended.stderr
         if ended.hit is None:
             wrong.append("the call was not reached")
         if ended.status == 0:
             if state != "new":
                 wrong.append(f"exit 0 and the output is {state}")
-            elif not removal and "cache" not in (ended.hit.path if ended.hit else ""):
+            elif not removal and not told:
                 wrong.append(f"exit 0 though {ended.hit} failed")
         elif "error[GS-" not in ended.stderr or "file:" not in ended.stderr:
             wrong.append(f"exit {ended.status} without a message: {ended.stderr}")
         elif "kept:" not in ended.stderr and "try:" not in ended.stderr:
             wrong.append(f"the message does not say what is kept: {ended.stderr}")
-        elif state == "new" and "in place" not in ended.stderr:
+        elif state == "new" and not told:
             wrong.append(f"the message does not say that the new output is in place: {ended.stderr}")
-        if self.left() and not removal:
+        if self.left() and not removal and not told:
             wrong.append(f"junk: {self.left()}")
         return wrong
