@@ -35,7 +35,7 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EMFILE, errn
 def totals(points: list[dict[str, Any]]) -> dict[str, Any]:
     states = Counter(point["state"] for point in points)
     return {
-        "points": len(points), **{name: states[name] for name in ("old", "new", "absent", "torn")},
+        "points": len(points), **{name: states[name] for name in ("old", "new", "absent", "set aside", "torn")},
         "left something for the next run to sweep": sum(point["left"] > 0 for point in points),
         "wrong": sum(bool(point["wrong"]) for point in points),
     }  # fmt: skip
@@ -69,9 +69,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         world = build_world(Path(work) / "world")
         for command in commands():
-            for over in (False, True):
+            kinds = [(False, True), (True, True), *([(False, False), (True, False)] if command.name == "export" else [])]
+            for over, exchange in kinds:
                 if not chosen.names or command.name in chosen.names:
-                    bench = Bench(world, command, over=over)
+                    bench = Bench(world, command, over=over, exchange=exchange)
                     found[bench.name] = measure(bench, chosen.every)
                     print(bench.name, json.dumps({k: found[bench.name][k] for k in ("kill", "error")}), flush=True)
     for kind in ("kill", "error"):

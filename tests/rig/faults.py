@@ -42,7 +42,7 @@ class Call:
 
 @dataclass
 class Counter:
-    """The calls so far that concern paths below `folder`, in order; the fault, when its turn comes."""
+    """The calls so far that concern `folder` and paths below it, in order; the fault, when its turn comes."""
 
     folder: Path
     fault: Fault | None = None
@@ -50,7 +50,7 @@ class Counter:
     calls: list[Call] = field(default_factory=list)
 
     def at(self, name: str, path: str) -> None:
-        if not path.startswith(f"{self.folder}/"):
+        if path != str(self.folder) and not path.startswith(f"{self.folder}/"):
             return
         self.calls.append(Call(name, path))
         if self.fault is None or len(self.calls) != self.fault.when:
@@ -119,7 +119,7 @@ def _opening(counter: Counter, real: Callable[..., int]) -> Callable[..., int]:
 
 def _renaming(counter: Counter, real: Callable[..., bool]) -> Callable[..., bool]:
     def call(source: Path, target: Path, flags: int) -> bool:
-        counter.at("renameat2", str(target))
+        counter.at("renameat2", str(source))
         return real(source, target, flags)
 
     return call
