@@ -30,7 +30,8 @@ class _Benches(dict[str, Bench]):
         self.world = world
 
     def __missing__(self, name: str) -> Bench:
-        command, _, how = name.partition(" ")
+        fresh = " fresh" in name
+        command = name.partition(" fresh" if fresh else " --overwrite")[0]
         found: Command = next(one for one in commands() if one.name == command)
-        self[name] = Bench(self.world, found, over=how.startswith("--overwrite"), exchange="without" not in how)
+        self[name] = Bench(self.world, found, over=not fresh, exchange="without" not in name)
         return self[name]
