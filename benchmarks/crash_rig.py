@@ -25,19 +25,22 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / part) for part in ("", "rig", "training")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from faults import Fault
+from faults import KILL, Fault
 from machine import facts, write
+from traced import befall, points, why_not
 from world import Bench, build_world, commands
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EMFILE, errno.EACCES)
+STATES = ("old", "new", "absent", "set aside", "torn")
+TRACED = ("ranks", "hash", "export", "convert", "bind")
 
 
-def totals(points: list[dict[str, Any]]) -> dict[str, Any]:
-    states = Counter(point["state"] for point in points)
+def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
+    states = Counter(point["state"] for point in found)
     return {
-        "points": len(points), **{name: states[name] for name in ("old", "new", "absent", "set aside", "torn")},
-        "left something for the next run to sweep": sum(point["left"] > 0 for point in points),
-        "wrong": sum(bool(point["wrong"]) for point in points),
+        "points": len(found), **{name: states[name] for name in STATES},
+        "left something for the next run to sweep": sum(point["left"] > 0 for point in found),
+        "wrong": sum(bool(point["wrong"]) for point in found),
     }  # fmt: skip
 
 
@@ -58,13 +61,30 @@ def measure(bench: Bench, every: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def measure_traced(bench: Bench) -> dict[str, Any]:
+    """The same at every system call that writes below the command's folder."""
+    found = points(bench)
+    results = []
+    for index, point in enumerate(found):
+        results += [befall(bench, point, KILL), befall(bench, point, ERRORS[index % len(ERRORS)])]
+    for result in results:
+        if result["wrong"]:
+            print("strace", bench.name, result, flush=True)
+    states = Counter(result["state"] for result in results)
+    return {
+        "points": len(results), **{name: states[name] for name in (*STATES, "elsewhere")},
+        "wrong": sum(bool(result["wrong"]) for result in results),
+        "system calls that write": dict(Counter(point.name for point in found)),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*")
     parser.add_argument("--every", type=int, default=1)
     chosen = parser.parse_args()
     result = facts("OMP_NUM_THREADS=1 .venv/bin/python benchmarks/crash_rig.py")
-    began = time.perf_counter()
+    began, blind = time.perf_counter(), why_not()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         world = build_world(Path(work) / "world")
@@ -74,16 +94,18 @@ def main() -> None:
                 if not chosen.names or command.name in chosen.names:
                     bench = Bench(world, command, over=over, exchange=exchange)
                     found[bench.name] = measure(bench, chosen.every)
-                    print(bench.name, json.dumps({k: found[bench.name][k] for k in ("kill", "error")}), flush=True)
-    for kind in ("kill", "error"):
-        result[kind] = {
-            name: sum(one[kind][name] for one in found.values()) for name in next(iter(found.values()))[kind]
-        }
+                    if exchange and not blind and command.name in TRACED:
+                        found[bench.name]["strace"] = measure_traced(bench)
+                    print(bench.name, json.dumps({k: found[bench.name][k] for k in ("kill", "error", "strace") if k in found[bench.name]}), flush=True)
+    for kind in ("kill", "error", "strace"):
+        all_of = [one[kind] for one in found.values() if kind in one]
+        result[kind] = {name: sum(one[name] for one in all_of) for name in (all_of or [{}])[0] if "calls" not in name}
+    result["strace"] = blind or result["strace"]
     result |= {"seconds": round(time.perf_counter() - began), "commands": found}
     if not chosen.names and chosen.every == 1:
         write("crash_rig", result)
     else:
-        print(json.dumps({kind: result[kind] for kind in ("kill", "error")}, indent=2))
+        print(json.dumps({kind: result[kind] for kind in ("kill", "error", "strace")}, indent=2))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ def staged_folder(
         try:
             with _os_errors(target, kept, stage):
                 yield stage
+                if visible:
+                    _sweep(stage)
                 _fsync_tree(stage)
                 old = publish(stage, target, overwrite=overwrite)
         except BaseException as err:

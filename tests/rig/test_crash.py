@@ -9,7 +9,7 @@ import errno
 from collections.abc import Mapping
 
 import pytest
-from faults import KILL, Call, Fault
+from faults import KILL, REMOVALS, Call, Fault
 from world import Bench, commands
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EMFILE)
@@ -64,6 +64,8 @@ def order_faults(calls: tuple[Call, ...], folder: str) -> list[str]:
         beside = call.path.endswith(".lock") or call.path.endswith("metrics.jsonl")  # neither is published by itself
         if call.name in ("open", "write", "pwrite") and not beside:
             dirty.add(call.path)
+        elif call.name in REMOVALS:
+            dirty -= {path for path in dirty if path == call.path or path.startswith(f"{call.path}/")}
         elif call.name == "fsync":
             dirty.discard(call.path)
             waiting.discard(call.path)
