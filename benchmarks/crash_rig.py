@@ -31,6 +31,7 @@ from traced import befall, points, why_not
 from world import Bench, build_world, commands
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EMFILE, errno.EACCES)
+LONG = 100  # calls; of a longer command --every takes each n-th
 STATES = ("old", "new", "absent", "set aside", "torn")
 TRACED = ("ranks", "hash", "export", "convert", "bind")
 
@@ -47,6 +48,7 @@ def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
 def measure(bench: Bench, every: int) -> dict[str, Any]:
     count = len(bench.reference.calls)
     kills, errors = [], []
+    every = every if count > LONG else 1
     for when in range(1, count + 1, every):
         kills.append(bench.point(Fault(when, "kill")))
         errors.append(bench.point(Fault(when, ERRORS[when % len(ERRORS)])))
@@ -54,7 +56,7 @@ def measure(bench: Bench, every: int) -> dict[str, Any]:
             for what in point["wrong"]:
                 print(bench.name, {name: point[name] for name in ("at", "call", "file", "status")}, what, flush=True)
     return {
-        "calls that write": dict(Counter(call.name for call in bench.reference.calls)),
+        "every": every, "calls that write": dict(Counter(call.name for call in bench.reference.calls)),
         "kill": totals(kills), "error": totals(errors),
         "errors": dict(Counter(errno.errorcode[ERRORS[point["at"] % len(ERRORS)]] for point in errors)),
         "faulty points": [point for point in kills + errors if point["wrong"]],
@@ -83,7 +85,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--every", type=int, default=1)
     chosen = parser.parse_args()
-    result = facts("OMP_NUM_THREADS=1 .venv/bin/python benchmarks/crash_rig.py")
+    every = f" --every {chosen.every}" if chosen.every > 1 else ""
+    result = facts(f"OMP_NUM_THREADS=1 .venv/bin/python benchmarks/crash_rig.py{every}")
     began, blind = time.perf_counter(), why_not()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
@@ -102,7 +105,7 @@ def main() -> None:
         result[kind] = {name: sum(one[name] for one in all_of) for name in (all_of or [{}])[0] if "calls" not in name}
     result["strace"] = blind or result["strace"]
     result |= {"seconds": round(time.perf_counter() - began), "commands": found}
-    if not chosen.names and chosen.every == 1:
+    if not chosen.names:
         write("crash_rig", result)
     else:
         print(json.dumps({kind: result[kind] for kind in ("kill", "error", "strace")}, indent=2))
