@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gora_serve.adapter.peft_config import read_scales
+from gora_serve.adapter.peft_config import foreign_scales, read_scales, saved_modules
 from gora_serve.errors import GoraError
 from gora_serve.integrity.binding import check_folder
 from gora_serve.integrity.canonical import read_json
-from gora_serve.integrity.headers import read_header
+from gora_serve.integrity.headers import encode_header, read_header
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Manifest, hash_model
 from gora_serve.integrity.record import bound_roots, read_record, trained_on
 from gora_serve.integrity.roots import config_root
+from gora_serve.serving.adapter_dir import WEIGHTS_FILE, read_adapter_dir
+from gora_serve.serving.preflight import check_adapter, refuse
 
 HANG = 1.0  # seconds
 ODD: tuple[Any, ...] = (
@@ -149,7 +151,7 @@ RECORD = {
 }  # fmt: skip
 PEFT = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"],
-    "rank_pattern": {"layers.0.q_proj": 4}, "alpha_pattern": {"v_proj": 8}, "use_rslora": False, "use_dora": False,
+    "rank_pattern": {"model.layers.0.self_attn.q_proj": 4}, "alpha_pattern": {"model.layers.0.self_attn.v_proj": 8}, "use_rslora": False, "use_dora": False,
     "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "layers_to_transform": None,
     "base_model_name_or_path": "x",
 }  # fmt: skip
@@ -174,10 +176,23 @@ def _read_manifest(path: Path) -> object:
 
 
 def _read_peft(path: Path) -> object:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        return None  # its callers refuse that before
-    return read_scales(config, RANKS, path)
+    """All that reads it without torch: as our own export, as another tool's adapter, and as `serve` looks at it."""
+    refused = []
+    for read in (read_scales, foreign_scales, lambda config, _, *, file: saved_modules(config, file=file), _preflight):
+        config = read_json(path)
+        if not isinstance(config, dict):
+            return None  # its callers refuse that before
+        try:
+            read(config, RANKS, file=path)
+        except GoraError as err:
+            refused.append(err)
+    if refused:
+        raise refused[0]
+    return None
+
+
+def _preflight(_config: Mapping[str, Any], _ranks: Mapping[str, int], *, file: Path) -> None:
+    refuse(check_adapter(read_adapter_dir("x", file.parent)))
 
 
 def targets(manifest: Mapping[str, Any]) -> list[Target]:
@@ -203,6 +218,11 @@ def prepare(target: Target, folder: Path) -> Path:
     place.mkdir()
     if target.name == "seal":
         (place / "f").write_text("x")
+    if target.name == "adapter_config.json":
+        layout = [(f"base_model.model.{module}.lora_{side}.weight", "F32", shape) for module, rank in RANKS.items()
+                  for side, shape in (("A", (rank, 1)), ("B", (1, rank)))]  # fmt: skip
+        size = 4 * sum(a * b for _, _, (a, b) in layout)
+        (place / WEIGHTS_FILE).write_bytes(encode_header(layout, {}) + bytes(size))
     if target.name == "index.json":
         for name in INDEX["weight_map"].values():
             (place / name).write_bytes(b"")
