@@ -27,7 +27,7 @@ from mutations import input_of, judge, make_manifest, prepare, targets
 from tiny_models import build_llama
 
 BAD = ("crashed", "hung", "accepted against the library")
-BATCH = 500
+SLICE = 0.5  # seconds for each reader in turn
 
 
 def main() -> None:
@@ -47,7 +47,8 @@ def main() -> None:
         found = [(target, prepare(target, folder)) for target in targets(make_manifest(folder / "base"))]
         while time.perf_counter() - began < chosen.seconds:
             for target, path in found:
-                for _ in range(BATCH):
+                ends = time.perf_counter() + SLICE
+                while time.perf_counter() < ends:
                     data = input_of(target, chance)
                     verdict = judge(target, path, data)
                     counts.setdefault(target.name, Counter())[verdict.what] += 1
