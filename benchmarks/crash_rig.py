@@ -26,14 +26,14 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / part) for part in (
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from faults import KILL, Fault
-from machine import facts, write
+from machine import RESULTS, facts, write
 from traced import befall, points, why_not
 from world import Bench, build_world, commands
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EMFILE, errno.EACCES)
 LONG = 100  # calls; of a longer command --every takes each n-th
 STATES = ("old", "new", "absent", "set aside", "torn")
-TRACED = ("ranks", "hash", "export", "convert", "bind")
+TRACED = ("ranks", "hash", "export", "bind")
 
 
 def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(bench: Bench, every: int) -> dict[str, Any]:
-    count = len(bench.reference.calls)
+    began, count = time.perf_counter(), len(bench.reference.calls)
     kills, errors = [], []
     every = every if count > LONG else 1
     for when in range(1, count + 1, every):
@@ -56,7 +56,7 @@ def measure(bench: Bench, every: int) -> dict[str, Any]:
             for what in point["wrong"]:
                 print(bench.name, {name: point[name] for name in ("at", "call", "file", "status")}, what, flush=True)
     return {
-        "every": every, "calls that write": dict(Counter(call.name for call in bench.reference.calls)),
+        "seconds": round(time.perf_counter() - began), "every": every, "calls that write": dict(Counter(call.name for call in bench.reference.calls)),
         "kill": totals(kills), "error": totals(errors),
         "errors": dict(Counter(errno.errorcode[ERRORS[point["at"] % len(ERRORS)]] for point in errors)),
         "faulty points": [point for point in kills + errors if point["wrong"]],
@@ -87,7 +87,7 @@ def main() -> None:
     chosen = parser.parse_args()
     every = f" --every {chosen.every}" if chosen.every > 1 else ""
     result = facts(f"OMP_NUM_THREADS=1 .venv/bin/python benchmarks/crash_rig.py{every}")
-    began, blind = time.perf_counter(), why_not()
+    blind = why_not()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         world = build_world(Path(work) / "world")
@@ -100,15 +100,17 @@ def main() -> None:
                     if exchange and not blind and command.name in TRACED:
                         found[bench.name]["strace"] = measure_traced(bench)
                     print(bench.name, json.dumps({k: found[bench.name][k] for k in ("kill", "error", "strace") if k in found[bench.name]}), flush=True)
-    for kind in ("kill", "error", "strace"):
-        all_of = [one[kind] for one in found.values() if kind in one]
-        result[kind] = {name: sum(one[name] for one in all_of) for name in (all_of or [{}])[0] if "calls" not in name}
+    earlier = RESULTS / "crash_rig.json"
+    if chosen.names and earlier.exists():  # the others as they were found then
+        found = json.loads(earlier.read_text(encoding="utf-8"))["commands"] | found
+    result |= {kind: summed(found, kind) for kind in ("kill", "error", "strace")}
     result["strace"] = blind or result["strace"]
-    result |= {"seconds": round(time.perf_counter() - began), "commands": found}
-    if not chosen.names:
-        write("crash_rig", result)
-    else:
-        print(json.dumps({kind: result[kind] for kind in ("kill", "error", "strace")}, indent=2))
+    write("crash_rig", result | {"commands": dict(sorted(found.items()))})
+
+
+def summed(found: dict[str, Any], kind: str) -> dict[str, int]:
+    all_of = [one[kind] for one in found.values() if kind in one]
+    return {name: sum(one[name] for one in all_of) for name in (all_of or [{}])[0] if "calls" not in name}
 
 
 if __name__ == "__main__":
