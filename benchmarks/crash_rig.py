@@ -56,7 +56,8 @@ def measure(bench: Bench, every: int) -> dict[str, Any]:
             for what in point["wrong"]:
                 print(bench.name, {name: point[name] for name in ("at", "call", "file", "status")}, what, flush=True)
     return {
-        "seconds": round(time.perf_counter() - began), "every": every, "calls that write": dict(Counter(call.name for call in bench.reference.calls)),
+        "seconds": round(time.perf_counter() - began), "every": every,
+        "calls that write": dict(Counter(call.name for call in bench.reference.calls)),
         "kill": totals(kills), "error": totals(errors),
         "errors": dict(Counter(errno.errorcode[ERRORS[point["at"] % len(ERRORS)]] for point in errors)),
         "faulty points": [point for point in kills + errors if point["wrong"]],
@@ -92,14 +93,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         world = build_world(Path(work) / "world")
         for command in commands():
-            kinds = [(False, True), (True, True), *([(False, False), (True, False)] if command.name == "export" else [])]
+            kinds = [
+                (False, True),
+                (True, True),
+                *([(False, False), (True, False)] if command.name == "export" else []),
+            ]
             for over, exchange in kinds:
                 if not chosen.names or command.name in chosen.names:
                     bench = Bench(world, command, over=over, exchange=exchange)
                     found[bench.name] = measure(bench, chosen.every)
                     if exchange and not blind and command.name in TRACED:
                         found[bench.name]["strace"] = measure_traced(bench)
-                    print(bench.name, json.dumps({k: found[bench.name][k] for k in ("kill", "error", "strace") if k in found[bench.name]}), flush=True)
+                    print(
+                        bench.name,
+                        json.dumps(
+                            {k: found[bench.name][k] for k in ("kill", "error", "strace") if k in found[bench.name]}
+                        ),
+                        flush=True,
+                    )
     earlier = RESULTS / "crash_rig.json"
     if chosen.names and earlier.exists():  # the others as they were found then
         found = json.loads(earlier.read_text(encoding="utf-8"))["commands"] | found

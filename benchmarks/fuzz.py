@@ -57,7 +57,9 @@ def main() -> None:
                     elif verdict.what in BAD and len(findings) < 50:
                         findings.append(keep(target.name, data, verdict.what, verdict.detail))
     total = sum(sum(one.values()) for one in counts.values())
-    result: dict[str, Any] = facts(f".venv/bin/python benchmarks/fuzz.py --seconds {chosen.seconds:g} --seed {chosen.seed}")
+    result: dict[str, Any] = facts(
+        f".venv/bin/python benchmarks/fuzz.py --seconds {chosen.seconds:g} --seed {chosen.seed}"
+    )
     result |= {
         "seconds": round(time.perf_counter() - began, 1),
         "executions": total,

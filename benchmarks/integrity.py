@@ -39,7 +39,9 @@ MIB = 1 << 20
 ROOT = Path(__file__).parent.parent
 
 
-def write_model(folder: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], files: int = 1, **how: Any) -> None:
+def write_model(
+    folder: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], files: int = 1, **how: Any
+) -> None:
     """Write tensors, in the order given, over so many files; `how`: metadata, config."""
     folder.mkdir(parents=True)
     names = list(tensors)
@@ -79,7 +81,9 @@ def flips(work: Path, count: int) -> dict[str, Any]:
     places = {}
     for file in sorted((work / "flips").glob("*.safetensors")):
         header = read_header(file)
-        places |= {entry.name: (file, header.data_start + entry.begin, entry.nbytes) for entry in header.entries.values()}
+        places |= {
+            entry.name: (file, header.data_start + entry.begin, entry.nbytes) for entry in header.entries.values()
+        }
     large = [name for name in tensors if name.startswith("large")]
     small = [name for name in tensors if name not in large]
     found = {"found": 0, "located to the tensor": 0, "located to the chunk": 0}
@@ -150,7 +154,9 @@ def memory_flips(count: int) -> dict[str, Any]:
         name = chance.choice(list(state))
         bit = chance.randrange(8 * state[name].numel())
         state[name][bit // 8] ^= 1 << bit % 8
-        hits += [key for key, tensor in state.items() if tensor_digest([memoryview(tensor.numpy())]) != digest[key]] == [name]
+        hits += [
+            key for key, tensor in state.items() if tensor_digest([memoryview(tensor.numpy())]) != digest[key]
+        ] == [name]
         state[name][bit // 8] ^= 1 << bit % 8
     return {"flips": count, "found and located to the tensor": hits}
 
@@ -180,10 +186,11 @@ def speed(work: Path, rounds: int = 7) -> dict[str, Any]:
         with file.open("rb") as stream:
             hashlib.file_digest(stream, "sha256")
 
+    memory_rate = "hashlib.sha256 of bytes in memory, CPU"
     one, all_threads = time.thread_time, time.perf_counter  # the first does not count what other processes take
     with open_regular(file) as fd, ThreadPoolExecutor(2) as pool:
         for _ in range(rounds):
-            timed("hashlib.sha256 of bytes in memory, CPU", one, lambda: hashlib.sha256(data).digest())
+            timed(memory_rate, one, lambda: hashlib.sha256(data).digest())
             timed("hashlib.file_digest, CPU", one, whole_file)
             timed("ours from the file, CPU", one, lambda: [ours(span) for span in spans])
             timed("ours in memory, CPU", one, lambda: tensor_digest([data]))
@@ -196,11 +203,11 @@ def speed(work: Path, rounds: int = 7) -> dict[str, Any]:
 
     return {
         "bytes": size, "GB/s": rates,
-        "one core, in memory, over hashlib.sha256": ratio("ours in memory, CPU", "hashlib.sha256 of bytes in memory, CPU"),
-        "one core, from the file, over hashlib.file_digest": ratio("ours from the file, CPU", "hashlib.file_digest, CPU"),
-        "one core, from the file, over hashlib.sha256 in memory": ratio(
-            "ours from the file, CPU", "hashlib.sha256 of bytes in memory, CPU"
+        "one core, in memory, over hashlib.sha256": ratio("ours in memory, CPU", memory_rate),
+        "one core, from the file, over hashlib.file_digest": ratio(
+            "ours from the file, CPU", "hashlib.file_digest, CPU"
         ),
+        "one core, from the file, over hashlib.sha256 in memory": ratio("ours from the file, CPU", memory_rate),
         "two threads over hashlib.file_digest": ratio("ours on two threads, wall", "hashlib.file_digest, wall"),
     }  # fmt: skip
 
@@ -216,7 +223,8 @@ status = main(sys.argv[2:])
 done = time.perf_counter()
 Path(sys.argv[1]).write_text(json.dumps({
     "status": status, "imports": ready - began, "work": done - ready,
-    "peak MiB": int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024, "torch": "torch" in sys.modules}))
+    "peak MiB": int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024,
+    "torch": "torch" in sys.modules}))
 """
 
 
@@ -273,7 +281,9 @@ def memory(work: Path) -> dict[str, Any]:
 
 def layouts(work: Path) -> dict[str, Any]:
     chance = random.Random(2)
-    tensors = {f"model.layers.{i}.w{j}": ("F32", (4, 3 + j), chance.randbytes(16 * (3 + j))) for i in range(5) for j in (0, 1)}
+    tensors = {
+        f"model.layers.{i}.w{j}": ("F32", (4, 3 + j), chance.randbytes(16 * (3 + j))) for i in range(5) for j in (0, 1)
+    }
     write_model(work / "original", tensors)
     root = hash_model(work / "original").roots.weights
     kept = changed = 0
@@ -386,7 +396,8 @@ try:
 except GoraError as err:
     code = err.code
 print(json.dumps({"refused": code is not None, "code": code, "seconds": round(time.perf_counter() - began, 3),
-    "peak MiB": round(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024, 1), "torch": "torch" in sys.modules}))
+    "peak MiB": round(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024, 1),
+    "torch": "torch" in sys.modules}))
 """
 
 

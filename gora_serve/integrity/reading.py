@@ -114,6 +114,6 @@ def read_range(fd: int, begin: int, end: int, *, path: Path) -> bytes:
     try:
         data = os.pread(fd, end - begin, begin) if begin < end else b""
     except OSError as err:
-        raise _unreadable(path, err) from err
+        raise unreadable(path, err) from err
     rest = pieces(fd, begin + len(data), end, path=path) if begin + len(data) < end else ()
     return data + b"".join(bytes(piece) for piece in rest) if rest else data

@@ -29,7 +29,8 @@ HANG = 1.0  # seconds
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, -0.0, 1.5, 1e308, 2**31, 2**53, 2**53 + 1, 2**63, 2**64, 10**40, "", "x", "..",
     "../x", "/etc/passwd", "a\x00b", "\x1b[2J", "é", "e\u0301", "\U0001f600", "x" * 600, "F32", "F7", "(a+)+$",
-    [], [0], [2, 2], [-1], [2**62, 4], [0, 2**60], [[]], {}, {"a": 1}, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    [], [0], [2, 2], [-1], [2**62, 4], [0, 2**60], [[]], {}, {"a": 1},
+    {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
 )  # fmt: skip
 NAMES = ("a", "b", "A", "a.lora_A.weight", "__metadata__", "", "é", "e\u0301", "x\n", "y" * 513, "gora_serve", "format")
 
@@ -143,7 +144,11 @@ def torn(data: bytes, chance: random.Random) -> bytes:
 
 
 DIGEST = "0" * 64
-SEALED = {"schema": "gora-serve/output-manifest/1", "files": {"f": {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}, "status": "complete"}
+SEALED = {
+    "schema": "gora-serve/output-manifest/1",
+    "files": {"f": {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}},
+    "status": "complete",
+}
 RECORD = {
     "schema": "gora-serve/adapter/1", "adapter_root": f"gb1:sha256:{DIGEST}",
     "base": {"repo_id": "x", "revision": None, "weights_root": f"gb1:sha256:{DIGEST}", "config_root": None,
@@ -152,7 +157,8 @@ RECORD = {
 }  # fmt: skip
 PEFT = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"],
-    "rank_pattern": {"model.layers.0.self_attn.q_proj": 4}, "alpha_pattern": {"model.layers.0.self_attn.v_proj": 8}, "use_rslora": False, "use_dora": False,
+    "rank_pattern": {"model.layers.0.self_attn.q_proj": 4}, "alpha_pattern": {"model.layers.0.self_attn.v_proj": 8},
+    "use_rslora": False, "use_dora": False,
     "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "layers_to_transform": None,
     "base_model_name_or_path": "x",
 }  # fmt: skip

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ from world import Bench, start, wait
 ROUNDS = 50
 
 
-@pytest.mark.parametrize(("place", "rounds"), [("export fresh", ROUNDS), ("export --overwrite", 10), ("hash fresh", 10)])
+@pytest.mark.parametrize(
+    ("place", "rounds"), [("export fresh", ROUNDS), ("export --overwrite", 10), ("hash fresh", 10)]
+)
 def test_two_writers(benches: Mapping[str, Bench], place: str, rounds: int) -> None:
     """Exactly one wins; the other is refused with 6 at once, or came after the first had ended."""
     bench = benches[place]
@@ -29,7 +32,9 @@ def test_two_writers(benches: Mapping[str, Bench], place: str, rounds: int) -> N
     for _ in range(rounds):
         bench.reset()
         gate, opened = os.pipe()
-        children = [start(bench.new_argv(), bench.place / f"writer-{n}", before=lambda: os.read(gate, 1)) for n in (0, 1)]
+        children = [
+            start(bench.new_argv(), bench.place / f"writer-{n}", before=partial(os.read, gate, 1)) for n in (0, 1)
+        ]
         time.sleep(0.02)
         os.write(opened, b"go")
         ended = [wait(child) for child in children]
@@ -60,7 +65,9 @@ def test_the_second_writer_is_refused_within_a_second(benches: Mapping[str, Benc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("place", "rounds"), [("export --overwrite", 12), ("convert fresh", 8), ("fit --overwrite", 4)])
+@pytest.mark.parametrize(
+    ("place", "rounds"), [("export --overwrite", 12), ("convert fresh", 8), ("fit --overwrite", 4)]
+)
 def test_a_signal_at_a_random_moment(benches: Mapping[str, Bench], place: str, rounds: int, number: int) -> None:
     bench = benches[place]
     bench.reset()
@@ -71,7 +78,9 @@ def test_a_signal_at_a_random_moment(benches: Mapping[str, Bench], place: str, r
     for _ in range(rounds):
         bench.reset()
         running, said = os.pipe()
-        child = start(bench.new_argv(), bench.place / "scratch", watch=bench.folder, before=lambda: os.write(said, b"1"))
+        child = start(
+            bench.new_argv(), bench.place / "scratch", watch=bench.folder, before=partial(os.write, said, b"1")
+        )
         os.read(running, 1)
         time.sleep(generator.uniform(0.01, usual))
         os.kill(child.pid, number)

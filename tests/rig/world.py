@@ -24,7 +24,7 @@ from faults import REMOVALS, Call, Counter, Fault, install
 from killing import content as run_content
 from tiny_models import build_llama, build_tokenizer, color_rows, write_jsonl
 
-import converters.convert
+import converters.convert  # noqa: F401 - imported once, for all forks, as the three below
 import gora_serve.cli.render_convert
 import gora_serve.training.export
 import gora_serve.training.fit
@@ -118,7 +118,7 @@ def _make_foreign(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a forked command ended: exit code or minus a signal, what it said, the calls counted, the call that failed."""
+    """How a forked command ended (exit code, or minus a signal), what it said, its counted calls, the one that failed."""
 
     status: int
     stderr: str
@@ -172,7 +172,12 @@ def _text(path: Path) -> str:
 
 
 def _child(
-    argv: list[str], scratch: Path, stderr: int, watch: Path | None, fault: Fault | None, before: Callable[[], object] | None
+    argv: list[str],
+    scratch: Path,
+    stderr: int,
+    watch: Path | None,
+    fault: Fault | None,
+    before: Callable[[], object] | None,
 ) -> None:
     """Never returns."""
     status = 70
@@ -181,7 +186,10 @@ def _child(
                 for name in ("calls", "hit")}  # fmt: skip
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(stderr, 2)
-        sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True)  # type: ignore[arg-type, assignment]  # noqa: E501
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(1, "w")),
+            io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True),
+        )  # type: ignore[arg-type, assignment]
         logging.getLogger().handlers = []
         warnings.resetwarnings()
         warnings.simplefilter("ignore")
@@ -331,7 +339,8 @@ class Bench:
         again = self.retry()
         wrong += [again] if again else []
         call = ended.hit or Call("none", "")
-        return {"at": fault.when, "call": call.name, "file": os.path.relpath(call.path, self.folder) if ended.hit else "",
+        file = os.path.relpath(call.path, self.folder) if ended.hit else ""
+        return {"at": fault.when, "call": call.name, "file": file,
                 "status": ended.status, "state": state.split(":")[0], "left": len(left), "wrong": wrong}  # fmt: skip
 
     @staticmethod
