@@ -118,7 +118,7 @@ def _make_foreign(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a forked command ended (exit code, or minus a signal), what it said, its counted calls, the one that failed."""
+    """How a forked command ended (exit code, or minus a signal), what it said, its calls, and the call that failed."""
 
     status: int
     stderr: str
