@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/integrity.py [--base FOLDER] [--flips N] [--only PART ...]
 
 flips: random single bits of a model of every dtype, in its files; each must be found and located to the tensor and the
-4 MiB chunk; a part of them in a loaded model, by the hash that training checks its base with. speed: against
+4 MiB chunk; as many as a tenth of them in torch's tensors in memory. speed: against
 hashlib.sha256 on the same bytes, on one core and on two, in one run. verify: wall clock of fresh processes over BASE
 (SmolLM2-135M in bf16, 269 MB), start-up apart; peak memory by file size. layouts: 50 that keep the root, 50 edits that
 change it. hostile: adapters that must be refused in a second and 100 MB, before torch is imported.
@@ -105,7 +105,7 @@ def flips(work: Path, count: int) -> dict[str, Any]:
         found["located to the chunk"] += changed["chunk"] == bit // 8 // CHUNK
     assert hash_model(work / "flips").roots == expected.roots
     return {"flips": count, **found, "by dtype": by_dtype, "seconds": round(time.perf_counter() - began, 1),
-            "in a loaded model": memory_flips(count // 10)}  # fmt: skip
+            "in memory": memory_flips(count // 10)}  # fmt: skip
 
 
 def flip_in(stream: Any, at: int, bit: int) -> bool:
@@ -140,7 +140,7 @@ def _hash_file(expected: Manifest, file: Path) -> Manifest:
 
 
 def memory_flips(count: int) -> dict[str, Any]:
-    """Bits of parameters in memory, against the digests that training takes of the base before it begins."""
+    """Bits of torch's tensors in memory, by the digest that training takes of a model's parameters."""
     import torch
 
     chance = random.Random(1)
@@ -222,7 +222,7 @@ ready = time.perf_counter()
 status = main(sys.argv[2:])
 done = time.perf_counter()
 Path(sys.argv[1]).write_text(json.dumps({
-    "status": status, "imports": ready - began, "work": done - ready,
+    "status": status, "imports": ready - began, "work": done - ready, "CPU": time.process_time(),
     "peak MiB": int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024,
     "torch": "torch" in sys.modules}))
 """
@@ -249,7 +249,7 @@ def verify(work: Path, base: Path, rounds: int = 9) -> dict[str, Any]:
     runs = [fresh(work, "verify", str(base), "--manifest", str(manifest)) for _ in range(rounds)]
     assert all(run["status"] == 0 and not run["torch"] for run in runs)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    names = ("wall", "start-up", "work", "peak MiB")
+    names = ("wall", "start-up", "work", "CPU", "peak MiB")
     return {"bytes": size, "best": {name: round(min(run[name] for run in runs), 3) for name in names},
             "median": {name: round(statistics.median(run[name] for run in runs), 3) for name in names},
             "runs": rounds}  # fmt: skip
