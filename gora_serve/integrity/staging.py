@@ -76,7 +76,12 @@ def staged_folder(
             elif isinstance(err, MachineError) and err.fields.get("kept") == UNCHANGED:  # said of one file
                 raise err.keeping(kept) from err
             raise
-        sync_published(target)
+        try:
+            sync_published(target)
+        except (KeyboardInterrupt, SystemExit):
+            if old is not None:
+                _delete_old(old, target)
+            raise
         if old is not None:
             _delete_old(old, target)
 
@@ -369,7 +374,11 @@ def _remove(folder: Path, target: Path) -> None:
     """Delete a folder beside `target`, under a name that the next run sweeps: half of it is never taken for a whole."""
     aside = _beside(target, "tmp")
     folder.rename(aside)
-    shutil.rmtree(aside)
+    try:
+        shutil.rmtree(aside)
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def _delete_old(old: Path, target: Path) -> None:
