@@ -104,9 +104,9 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
     if located.revision:
         manifest = replace(manifest, source={"repo_id": located.name, "revision": located.revision})
     if output:
-        write_json(output, manifest.to_json())
+        write_json(output, manifest.to_json(), overwrite=overwrite)
     if oms:
-        write_json(oms, statement)
+        write_json(oms, statement, overwrite=overwrite)
     emit(hash_summary(located, manifest, outputs, cache.level if cache else Level.BYTES), as_json=as_json)
 
 

@@ -179,7 +179,7 @@ def ranks(
     values = probe_importances(measured, importance[0] if importance else None)
     plan = allocate_ranks(values, probe_shapes(measured), _rank_config(options))
     if output:
-        write_json(output, ranks_json(plan))
+        write_json(output, ranks_json(plan), overwrite=options["overwrite"])
     if plot:
         from gora_serve.report import plot_ranks
 

@@ -62,11 +62,13 @@ def main(argv: list[str]) -> int:
     ours = argv[: argv.index("--")] if "--" in argv else argv
     debug = "--debug" in ours
     argv = [word for word in ours if word != "--debug"] + argv[len(ours) :]  # it may stand anywhere
-    signal.signal(signal.SIGTERM, _terminate)
+    noted = _note_signals()
     try:
         result = cli.main(argv, prog_name="gora-serve", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except GoraError as err:
+        if noted:
+            return _interrupted(noted[0])
         with _nobody_may_listen():
             _report(err, as_json="--json" in ours, debug=debug)
         return err.exit_code
@@ -78,12 +80,13 @@ def main(argv: list[str]) -> int:
         err.show()
         return err.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
+        return _interrupted(signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still buffered
         return 0
     except Exception as err:  # the last line of defence: exit 70 says that this is our bug
+        if noted:
+            return _interrupted(noted[0])
         if debug:
             _show_traceback()
         click.echo(without_tokens(f"bug: {type(err).__name__}: {err}"), err=True)
@@ -91,9 +94,26 @@ def main(argv: list[str]) -> int:
         return BUG
 
 
-def _terminate(number: int, _: FrameType | None) -> None:
-    """Leave through the usual clean-up when asked to terminate."""
-    raise SystemExit(128 + number)
+def _note_signals() -> list[int]:
+    """Leave through the usual clean-up when asked to stop; return where the signals that came are listed.
+
+    Libraries in C may swallow the exception and raise one of their own (torch does, while it reads a tensor).
+    """
+    noted: list[int] = []
+
+    def leave(number: int, _: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where we run in the background
+        signal.signal(signal.SIGINT, leave)
+    return noted
+
+
+def _interrupted(number: int) -> int:
+    click.echo("interrupted", err=True)
+    return 128 + number
 
 
 @contextmanager

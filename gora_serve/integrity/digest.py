@@ -35,6 +35,16 @@ def tensor_digest(buffers: Iterable[ReadableBuffer]) -> str:
     leaf_i = SHA256(0x00 | chunk_i) over chunks of 4 MiB, at least one leaf even for no bytes;
     digest = SHA256(0x01 | u64le(nbytes) | leaf_0 | leaf_1 | ...).
     """
+    return digest_of_leaves(*tensor_leaves(buffers))
+
+
+def digest_of_leaves(nbytes: int, leaves: Iterable[bytes]) -> str:
+    """Return the digest of a tensor of so many bytes whose chunks have these leaves."""
+    return hashlib.sha256(b"\1" + nbytes.to_bytes(8, "little") + b"".join(leaves)).hexdigest()
+
+
+def tensor_leaves(buffers: Iterable[ReadableBuffer]) -> tuple[int, list[bytes]]:
+    """Return the number of bytes in `buffers` and the leaf of each chunk of them."""
     leaves: list[bytes] = []
     leaf, room, total = hashlib.sha256(b"\0"), CHUNK, 0
     for buffer in buffers:
@@ -49,7 +59,7 @@ def tensor_digest(buffers: Iterable[ReadableBuffer]) -> str:
             taken = min(room, len(rest))
             room, rest = room - taken, rest[taken:]
     leaves.append(leaf.digest())
-    return hashlib.sha256(b"\1" + total.to_bytes(8, "little") + b"".join(leaves)).hexdigest()
+    return total, leaves
 
 
 def root(kind: str, domain: str, value: object) -> str:

@@ -5,9 +5,11 @@ Folders are written whole in the same sense by `staged_folder`.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +19,7 @@ from typing import BinaryIO, NoReturn
 from gora_serve.errors import MachineError, OutputError
 from gora_serve.integrity.cache import Digests, QuickCache, now
 from gora_serve.integrity.reading import open_regular, pieces
-from gora_serve.integrity.staging import staged_folder, sync_published
+from gora_serve.integrity.staging import publish, staged_folder, sync_published
 
 __all__ = [
     "list_files", "refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_stream",
@@ -75,24 +77,62 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def write_stream(path: Path) -> Iterator[BinaryIO]:
-    """Yield a stream whose content becomes `path`, as `write_bytes`, when the block ends without an exception."""
-    temporary = path.with_name(f".gora-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+def write_stream(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """Yield a stream whose content becomes `path`, as `write_bytes`, when the block ends without an exception.
+
+    Without `overwrite` a file that is there by then is left, and OutputError (GS-601) raised.
+    """
+    temporary, held = path, -1
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as stream:
+        _sweep_temporaries(path)
+        temporary, fd = _open_temporary(path)
+        with os.fdopen(fd, "wb") as stream:
+            held = os.dup(fd)  # keeps the lock until the name is the file's own
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+            os.fsync(fd)
+        if overwrite:
+            temporary.replace(path)
+        else:
+            publish(temporary, path, overwrite=False)
     except OSError as err:
         what = f"this file cannot be written: {err.strerror}"
         hint = "check the folder's permissions, and the space that is left on the disk"
         raise MachineError(what, code="GS-505", file=path, kept="nothing was changed", hint=hint) from err
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        if temporary != path:
+            with suppress(OSError):
+                temporary.unlink()
+        if held >= 0:
+            os.close(held)
     sync_published(path)
+
+
+def _open_temporary(path: Path) -> tuple[Path, int]:
+    """Make a new file beside `path` and hold a lock on it, the mark of a writer that lives."""
+    while True:
+        temporary = path.with_name(f".{path.name[:50]}.gora-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # of a file system without locks; there nothing is swept either
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return temporary, fd
+        os.close(fd)  # another writer swept it before it was locked
+
+
+def _sweep_temporaries(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it: temporary files that nobody holds."""
+    pattern = re.compile(re.escape(f".{path.name[:50]}.gora-") + r"\d+-[0-9a-f]{8}\.tmp")
+    for left in path.parent.iterdir():
+        if not pattern.fullmatch(left.name):
+            continue
+        with suppress(OSError):
+            fd = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(fd)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,6 +140,8 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON for people (2 spaces, keys in their order, no NaN), as `write_bytes`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: object, *, overwrite: bool = True) -> None:
+    """Write `value` as JSON for people (2 spaces, keys in their order, no NaN), as `write_stream`."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with write_stream(path, overwrite=overwrite) as stream:
+        stream.write(text.encode("utf-8"))

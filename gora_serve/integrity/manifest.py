@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,7 +24,9 @@ from gora_serve.integrity.digest import (
     Differences,
     TensorRecord,
     differences,
+    digest_of_leaves,
     tensor_digest,
+    tensor_leaves,
     weights_root,
 )
 from gora_serve.integrity.files import sha256_file
@@ -64,13 +66,17 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model folder held. `aliases` (tied name -> stored name), `files` and `source` stay outside the roots."""
+    """What a model folder held. `aliases` (tied name -> stored name), `files` and `source` stay outside the roots.
+
+    `leaves` has the leaf of each 4 MiB chunk of the larger tensors, where they were computed: they locate damage.
+    """
 
     roots: Roots
     tensors: Mapping[str, TensorRecord]
     aliases: Mapping[str, str] = field(default_factory=dict)
     files: tuple[FileRecord, ...] = ()
     source: Mapping[str, str] = field(default_factory=dict)
+    leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def resolved(self) -> dict[str, TensorRecord]:
         """Return the tensors with aliases added under their own names, to compare a tied model with an untied copy."""
@@ -91,6 +97,7 @@ class Manifest:
             },
             "source": dict(self.source),
             "tensors": tensors_to_json(self.tensors),
+            "leaves": {name: list(leaves) for name, leaves in sorted(self.leaves.items())},
             "aliases": dict(self.aliases),
             "files": [{"path": item.path, "size": item.size, "sha256": item.sha256} for item in self.files],
         }
@@ -136,7 +143,18 @@ def _read_manifest(value: Mapping[str, object]) -> Manifest:
     if not isinstance(files, list):
         raise TypeError("files")
     records = tuple(FileRecord(str(item["path"]), _natural(item["size"]), _hex(item["sha256"])) for item in files)
-    return Manifest(roots, tensors, aliases, records, source)
+    return Manifest(roots, tensors, aliases, records, source, _read_leaves(value.get("leaves", {}), tensors))
+
+
+def _read_leaves(value: object, tensors: Mapping[str, TensorRecord]) -> dict[str, tuple[str, ...]]:
+    """Return the leaves; ValueError unless they give the digest of their tensor."""
+    if not isinstance(value, dict) or not all(isinstance(leaves, list) for leaves in value.values()):
+        raise TypeError("leaves")
+    result = {name: tuple(_hex(leaf) for leaf in leaves) for name, leaves in value.items()}
+    for name, leaves in result.items():
+        if digest_of_leaves(tensors[name].nbytes, map(bytes.fromhex, leaves)) != tensors[name].digest:
+            raise ValueError(f"leaves of {name}")
+    return result
 
 
 def tensors_to_json(tensors: Mapping[str, TensorRecord]) -> dict[str, object]:
@@ -199,7 +217,7 @@ def hash_model(directory: Path, *, listen: Listener = silent, cache: QuickCache 
         _check_placement(directory, headers, model.placed)
         statuses = {name: os.fstat(fd) for name, fd in opened.items()}
         known = {name: _known(cache, statuses[name], headers[name]) for name in opened}
-        digests = _hash_files(directory, model, opened, headers, known, listen)
+        digests, leaves = _hash_files(directory, model, opened, headers, known, listen)
     for name, found in digests.items():
         if cache and known[name] is None:
             cache.keep(statuses[name], found, begun=begun)
@@ -212,7 +230,7 @@ def hash_model(directory: Path, *, listen: Listener = silent, cache: QuickCache 
     names = [name for name in (INDEX, "config.json") if (directory / name).is_file()]
     small = [FileRecord(name, *sha256_file(confined(directory, name))) for name in names + tokenizer_names(directory)]
     roots = Roots(weights_root(tensors), config_root(directory), tokenizer_root(directory))
-    return Manifest(roots, tensors, _tied(directory, tensors), (*weight_files, *small))
+    return Manifest(roots, tensors, _tied(directory, tensors), (*weight_files, *small), leaves=leaves)
 
 
 def _check_placement(directory: Path, headers: Mapping[str, Header], placed: Mapping[str, str] | None) -> None:
@@ -249,7 +267,15 @@ def _known(cache: QuickCache | None, status: os.stat_result, header: Header) -> 
     return Digests(found.sha256, found.tensors or {})
 
 
-Job = tuple[int, Callable[[], str]]  # bytes to hash, the work
+@dataclass(frozen=True)
+class Hashed:
+    """A digest, and of a tensor of more than one chunk its leaves."""
+
+    digest: str
+    leaves: tuple[str, ...] = ()
+
+
+Job = tuple[int, Callable[[], Hashed]]  # bytes to hash, the work
 
 
 def _hash_files(
@@ -259,41 +285,53 @@ def _hash_files(
     headers: Mapping[str, Header],
     known: Mapping[str, Digests | None],
     listen: Listener,
-) -> dict[str, Digests]:
-    """Return the digests of each file and of its tensors."""
+) -> tuple[dict[str, Digests], dict[str, tuple[str, ...]]]:
+    """Return the digests of each file and of its tensors, and the leaves of the larger tensors that were read."""
     # Each file is hashed twice, whole and by tensor, at the same time, so that the second reader finds it cached.
     jobs: list[Job] = []
     for name, path in model.weights.items():
         if known[name] is None:
             jobs.append(_file_job(opened[name], path))
             jobs += _tensor_jobs(opened[name], path, headers[name])
-    digests = iter(_run(jobs, listen))
+    hashed = iter(_run(jobs, listen))
     found: dict[str, Digests] = {}
+    leaves: dict[str, tuple[str, ...]] = {}
     for name, path in model.weights.items():
-        found[name] = known[name] or Digests(next(digests), {entry: next(digests) for entry in headers[name].entries})
-        _check_blob(blob_name(directory, name), path, str(found[name].sha256))
-    return found
+        digests = known[name]
+        if digests is None:
+            whole = next(hashed).digest
+            tensors = {entry: next(hashed) for entry in headers[name].entries}
+            digests = Digests(whole, {entry: one.digest for entry, one in tensors.items()})
+            leaves |= {entry: one.leaves for entry, one in tensors.items() if one.leaves}
+        found[name] = digests
+        _check_blob(blob_name(directory, name), path, str(digests.sha256))
+    return found, leaves
 
 
 def _file_job(fd: int, path: Path) -> Job:
-    def work() -> str:
+    def work() -> Hashed:
         digest = hashlib.sha256()
         for piece in pieces(fd, 0, size_of(fd), path=path):
             digest.update(piece)
-        return digest.hexdigest()
+        return Hashed(digest.hexdigest())
 
     return size_of(fd), work
 
 
 def _tensor_jobs(fd: int, path: Path, header: Header) -> list[Job]:
     def job(begin: int, end: int) -> Job:
-        return end - begin, lambda: tensor_digest(pieces(fd, begin, end, path=path))
+        return end - begin, lambda: _hash_tensor(pieces(fd, begin, end, path=path))
 
     start = header.data_start
     return [job(start + entry.begin, start + entry.end) for entry in header.entries.values()]
 
 
-def _run(jobs: Sequence[Job], listen: Listener) -> list[str]:
+def _hash_tensor(buffers: Iterator[memoryview]) -> Hashed:
+    nbytes, leaves = tensor_leaves(buffers)
+    return Hashed(digest_of_leaves(nbytes, leaves), tuple(leaf.hex() for leaf in leaves) if len(leaves) > 1 else ())
+
+
+def _run(jobs: Sequence[Job], listen: Listener) -> list[Hashed]:
     """Return the results of `jobs` in their order; hashlib leaves the interpreter lock, so threads run in parallel."""
     total, done = sum(size for size, _ in jobs), 0
     with ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2))) as pool:
@@ -337,7 +375,8 @@ def hash_adapter(
         known = cache.find(status).tensors if cache else None
         fresh = known is None or known.keys() != header.entries.keys()
         if fresh:
-            known = dict(zip(header.entries, _run(_tensor_jobs(fd, path, header), listen), strict=True))
+            hashed = _run(_tensor_jobs(fd, path, header), listen)
+            known = {name: one.digest for name, one in zip(header.entries, hashed, strict=True)}
     assert known is not None
     if cache and fresh:
         cache.keep(status, Digests(tensors=known), begun=begun)

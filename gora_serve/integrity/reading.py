@@ -110,5 +110,10 @@ def pieces(fd: int, begin: int, end: int, *, path: Path) -> Iterator[memoryview]
 
 
 def read_range(fd: int, begin: int, end: int, *, path: Path) -> bytes:
-    """Return the bytes [begin, end) of the open file."""
-    return b"".join(bytes(piece) for piece in pieces(fd, begin, end, path=path))
+    """Return the bytes [begin, end) of the open file; no more memory than they have, where they come at one read."""
+    try:
+        data = os.pread(fd, end - begin, begin) if begin < end else b""
+    except OSError as err:
+        raise unreadable(path, err) from err
+    rest = pieces(fd, begin + len(data), end, path=path) if begin + len(data) < end else ()
+    return data + b"".join(bytes(piece) for piece in rest) if rest else data

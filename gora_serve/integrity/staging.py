@@ -66,15 +66,22 @@ def staged_folder(
         try:
             with _os_errors(target, kept, stage):
                 yield stage
+                if visible:
+                    _sweep(stage)
                 _fsync_tree(stage)
-                old = _publish(stage, target, overwrite=overwrite)
+                old = publish(stage, target, overwrite=overwrite)
         except BaseException as err:
             if not visible:
                 shutil.rmtree(stage, ignore_errors=True)
             elif isinstance(err, MachineError) and err.fields.get("kept") == UNCHANGED:  # said of one file
                 raise err.keeping(kept) from err
             raise
-        sync_published(target)
+        try:
+            sync_published(target)
+        except (KeyboardInterrupt, SystemExit):
+            if old is not None:
+                _delete_old(old, target)
+            raise
         if old is not None:
             _delete_old(old, target)
 
@@ -175,7 +182,16 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while still held: who opened it before sees another inode and tries again
+        _unlock(path, fd)
+
+
+def _unlock(path: Path, fd: int) -> None:
+    """Remove the lock while it is still held: who opened it before sees another inode and tries again."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as err:  # the work is done or has its own error; a lock that nobody holds stops nobody
+        log.warning("%s cannot be removed (%s); it holds nothing up, delete it", path, err.strerror)
+    finally:
         os.close(fd)
 
 
@@ -193,8 +209,12 @@ def _lock(path: Path, target: Path) -> int:
             os.close(fd)
             raise
         if _is_open_file(path, fd):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            try:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            except BaseException:
+                _unlock(path, fd)
+                raise
             return fd
         os.close(fd)
 
@@ -307,13 +327,16 @@ def sync_published(target: Path) -> None:
         raise MachineError(what, code="GS-506", file=target, kept=kept) from err
 
 
-def _publish(stage: Path, target: Path, *, overwrite: bool) -> Path | None:
-    """Rename `stage` to `target`; return where the old folder is now, if there was one."""
+def publish(stage: Path, target: Path, *, overwrite: bool) -> Path | None:
+    """Rename `stage`, a folder or a file, to `target`; return where the old one is now, if there was one."""
     exists = os.path.lexists(target)
     if exists and not overwrite:
-        raise OutputError("the output exists", code="GS-601", file=target, kept=UNCHANGED)
-    if _renameat2(stage, target, _EXCHANGE if exists else _NOREPLACE):
-        return stage if exists else None
+        raise _appeared(target)
+    try:
+        if _renameat2(stage, target, _EXCHANGE if exists else _NOREPLACE):
+            return stage if exists else None
+    except FileExistsError as err:
+        raise _appeared(target) from err
     if not exists:
         stage.rename(target)
         return None
@@ -325,6 +348,12 @@ def _publish(stage: Path, target: Path, *, overwrite: bool) -> Path | None:
         old.rename(target)
         raise
     return old
+
+
+def _appeared(target: Path) -> OutputError:
+    what = "the output exists: another process wrote it meanwhile"
+    hint = "choose another output, or pass --overwrite"
+    return OutputError(what, code="GS-601", file=target, kept=UNCHANGED, hint=hint)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
@@ -345,7 +374,11 @@ def _remove(folder: Path, target: Path) -> None:
     """Delete a folder beside `target`, under a name that the next run sweeps: half of it is never taken for a whole."""
     aside = _beside(target, "tmp")
     folder.rename(aside)
-    shutil.rmtree(aside)
+    try:
+        shutil.rmtree(aside)
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def _delete_old(old: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from gora_serve.errors import BindingError, InputError, MachineError, MismatchEr
 from gora_serve.integrity.binding import UNBOUND, check_binding, check_folder
 from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.digest import CHUNK
 from gora_serve.integrity.finite import check_finite
 from gora_serve.integrity.headers import read_header
 from gora_serve.integrity.layout import find_model
@@ -154,13 +155,26 @@ def verify_base(
     if first is not None:
         count = sum(map(len, (changed.changed, changed.missing, changed.extra)))
         raise MismatchError(
-            f"{count} tensors differ from the manifest", code="GS-113", file=_holder(folder, first), tensor=first,
+            f"{count} tensors differ from the manifest{damaged_chunk(expected, actual, first)}", code="GS-113",
+            file=_holder(folder, first), tensor=first,
             expected=expected.roots.weights, actual=actual.roots.weights,
             hint="restore the base, or hash it again if the change was meant",
         )  # fmt: skip
     _check_settings(folder, {"configuration": (expected.roots.config, actual.roots.config)})
     _check_settings(folder, {"tokenizer": (expected.roots.tokenizer, actual.roots.tokenizer)})
     return Verified(folder, actual.roots.weights, None, None, (), level=cache.level if cache else Level.BYTES)
+
+
+def damaged_chunk(expected: Manifest, actual: Manifest, name: str) -> str:
+    """Say in which 4 MiB of a tensor the first damage lies, where both manifests have its leaves."""
+    ours, theirs = expected.leaves.get(name, ()), actual.leaves.get(name, ())
+    if not ours or len(ours) != len(theirs):
+        return ""
+    chunk = next((index for index, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1), None)
+    if chunk is None:
+        return ""
+    end = min((chunk + 1) * CHUNK, expected.tensors[name].nbytes)
+    return f", the first from chunk {chunk + 1} of {len(ours)} on: bytes {chunk * CHUNK} to {end - 1} of the tensor"
 
 
 def _holder(folder: Path, tensor: str) -> Path:

@@ -7,7 +7,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from shell import SMALL, TIMEOUT, Answer, command, environment, gora, gora_here, snapshot
 from tiny_models import color_rows, write_jsonl
+
+from gora_serve.cli.main import cli, main
+from gora_serve.errors import InputError
 
 BASE, DATA = "[bold]base", "[red]colors.jsonl"
 FORMS = ("unit", "padded", "native")
@@ -502,3 +507,25 @@ def test_an_encoder_decoder(tiny_t5: Path, tmp_path: Path) -> None:
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "The apple is red."}])
     refused = gora_here("fit", tiny_t5, "--data", texts, "--output", tmp_path / "other")
     assert (refused.code, refused.gs, refused.field("file")) == (3, "GS-378", f"{texts}:1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("swallowed_as", [ValueError("could not determine the shape"), InputError("x", code="GS-301")])
+def test_a_signal_that_a_library_swallows_is_no_fault_of_the_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, swallowed_as: Exception
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        except BaseException:
+            raise swallowed_as from None
+
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(cli, "main", interrupted)
+    try:
+        assert main([]) == 128 + number
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert capsys.readouterr().err == "interrupted\n"

@@ -16,7 +16,7 @@ import pytest
 
 from gora_serve.errors import GoraError, MachineError, OutputError, UsageError
 from gora_serve.integrity import staging
-from gora_serve.integrity.files import sha256_file, staged_folder, write_bytes, write_json
+from gora_serve.integrity.files import sha256_file, staged_folder, write_bytes, write_json, write_stream
 from gora_serve.integrity.staging import SEAL
 
 
@@ -454,6 +454,70 @@ def test_a_failed_write_in_a_visible_stage_names_the_stage(tmp_path: Path) -> No
     kept = str(caught.value.fields["kept"])
     assert str(tmp_path / "out.partial") in kept
     assert "--resume" in kept
+
+
+def test_a_lock_that_cannot_be_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = os.unlink
+
+    def unlink(path: str | Path, **options: int) -> None:
+        if str(path).endswith(".lock"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        with staged_folder(tmp_path / "out") as stage:
+            fill(stage, "new")
+    assert content(tmp_path / "out") == NEW
+    assert "delete it" in caplog.text
+    with staged_folder(tmp_path / "out", overwrite=True) as stage:
+        fill(stage, "new")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_a_lock_that_cannot_be_signed_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    monkeypatch.setattr(os, call, Failing(getattr(os, call), 1, errno.ENOSPC))
+    with pytest.raises(MachineError, match="GS-505"), staged_folder(tmp_path / "out"):
+        pytest.fail("the body must not run")
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_writer_of_a_file_left_is_swept(tmp_path: Path) -> None:
+    left = tmp_path / ".ranks.json.gora-7-0123abcd.tmp"
+    others = [tmp_path / name for name in (".gora-7-0123abcd.tmp", ".probe.json.gora-7-0123abcd.tmp")]
+    for path in (left, *others):
+        path.write_text("torn")
+    write_bytes(tmp_path / "ranks.json", b"{}")
+    assert names(tmp_path) == sorted(["ranks.json", *(path.name for path in others)])
+
+
+def test_the_temporary_of_a_living_writer_is_left(tmp_path: Path) -> None:
+    with write_stream(tmp_path / "file") as slow:
+        slow.write(b"slow")
+        write_bytes(tmp_path / "file", b"quick")
+        assert (tmp_path / "file").read_bytes() == b"quick"
+    assert content(tmp_path) == {"file": "slow"}
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def body() -> None:
+        with write_stream(tmp_path / "file", overwrite=False) as stream:
+            stream.write(b"new")
+            (tmp_path / "file").write_text("theirs")
+
+    with pytest.raises(OutputError, match="GS-601"):
+        body()
+    assert content(tmp_path) == {"file": "theirs"}
+
+
+def test_a_lock_left_inside_a_run_is_not_published(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "out", visible=True) as stage:
+        fill(stage, "new")
+        (stage / ".adapter.lock").write_text("7")
+    assert content(tmp_path / "out") == NEW
 
 
 def test_a_complete_folder_has_nothing_to_resume(tmp_path: Path) -> None:

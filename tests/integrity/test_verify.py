@@ -11,11 +11,13 @@ import torch
 
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
-from gora_serve.errors import BindingError, MismatchError
+from gora_serve.errors import BindingError, InputError, MismatchError
 from gora_serve.integrity.binding import seal_folder
-from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.files import write_json
+from gora_serve.integrity.headers import encode_header
+from gora_serve.integrity.manifest import Manifest, hash_model
 from gora_serve.integrity.record import binding_json
-from gora_serve.integrity.verify import verify_adapter, verify_unsealed
+from gora_serve.integrity.verify import verify_adapter, verify_base, verify_unsealed
 
 PATH = "model.layers.0.self_attn.q_proj"
 
@@ -64,3 +66,43 @@ def test_a_seal_that_names_another_base_than_the_file_is_refused(bound: Path, ti
     with pytest.raises(MismatchError) as caught:
         verify_adapter(bound, base=tiny_base)
     assert caught.value.code == "GS-112"
+
+
+def test_damage_is_told_by_file_tensor_and_chunk(tmp_path: Path) -> None:
+    base, manifest = tmp_path / "base", tmp_path / "manifest.json"
+    base.mkdir()
+    sizes = {"a": 9 << 20, "b": 100}
+    header = encode_header([(name, "U8", (size,)) for name, size in sizes.items()], {})
+    weights = base / "model.safetensors"
+    weights.write_bytes(header + bytes(sum(sizes.values())))
+    (base / "config.json").write_text("{}")
+    write_json(manifest, hash_model(base).to_json())
+    for at, tensor, words in [
+        (0, "a", "chunk 1 of 3 on: bytes 0 to 4194303 "),
+        ((4 << 20) - 1, "a", "chunk 1 of 3 on: bytes 0 to 4194303 "),
+        (4 << 20, "a", "chunk 2 of 3 on: bytes 4194304 to 8388607 "),
+        ((9 << 20) - 1, "a", "chunk 3 of 3 on: bytes 8388608 to 9437183 "),
+        (9 << 20, "b", "1 tensors differ from the manifest"),
+    ]:
+        data = bytearray(weights.read_bytes())
+        data[len(header) + at] ^= 1
+        weights.write_bytes(data)
+        with pytest.raises(MismatchError, match="GS-113") as caught:
+            verify_base(base, manifest)
+        assert (caught.value.fields["file"], caught.value.fields["tensor"]) == (weights, tensor)
+        assert words in str(caught.value)
+        data[len(header) + at] ^= 1
+        weights.write_bytes(data)
+    verify_base(base, manifest)
+
+
+def test_leaves_must_give_the_digest_of_their_tensor(tmp_path: Path) -> None:
+    header = encode_header([("a", "U8", (5 << 20,))], {})
+    (tmp_path / "model.safetensors").write_bytes(header + bytes(5 << 20))
+    value = hash_model(tmp_path).to_json()
+    assert Manifest.from_json(value).leaves.keys() == {"a"}
+    without = {key: item for key, item in value.items() if key != "leaves"}
+    assert Manifest.from_json(without).leaves == {}  # those of before had none
+    for leaves in ([], ["0" * 64] * 2, ["x"], 1):
+        with pytest.raises(InputError, match="GS-329"):
+            Manifest.from_json({**value, "leaves": {"a": leaves}})

@@ -1,0 +1,47 @@
+"""What test_crash.py does, by strace: at system calls, whoever makes them. All points in benchmarks/crash_rig.py."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+
+import pytest
+from faults import KILL
+from test_crash import order_faults
+from traced import befall, order_of, points, why_not
+from world import Bench, commands
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE)
+PLACES = [f"{command.name} {how}" for command in commands() for how in ("fresh", "--overwrite")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strace() -> None:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("place", ["hash fresh", "ranks --overwrite", "export --overwrite", "convert fresh"])
+def test_killed_or_failing_at_a_system_call(benches: Mapping[str, Bench], place: str) -> None:
+    bench = benches[place]
+    found = points(bench)
+    step = max(1, len(found) // 5)
+    results = [befall(bench, point, KILL) for point in found[::step]]
+    results += [befall(bench, point, ERRORS[i % len(ERRORS)]) for i, point in enumerate(found[1::step])]
+    assert [result for result in results if result["wrong"]] == []
+    assert sum(result["state"] != "elsewhere" for result in results) > len(results) // 2
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_order_of_system_calls(benches: Mapping[str, Bench], place: str) -> None:
+    bench = benches[place]
+    calls = order_of(points(bench), bench.folder)
+    assert order_faults(calls, str(bench.folder)) == []
+    assert sum(call.name == "fsync" for call in calls) >= 2
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_system_call_writes_to_an_input(benches: Mapping[str, Bench], place: str) -> None:
+    bench = benches[place]
+    assert points(bench, bench.world.inputs) == []
