@@ -19,18 +19,22 @@ from gora_serve.errors import BindingError
 
 EXACT = 1e-3  # relative; float32 is at 1e-5 and below
 ROUNDED = 0.02  # relative; bfloat16 is at 0.005
+SIXTEEN = (torch.bfloat16, torch.float16)
 HINT = "give the initial adapter of the same run, saved before any step, and the base it was made on"
 
 
-def is_rounded(base: BaseWeights, path: str) -> bool:
-    """Tell whether the base's weight has 16 bits: what an initialisation made of it was rounded to them too."""
-    return base.dtype(path) in ("BF16", "F16")
+def is_rounded(initial: LoraFactors) -> bool:
+    """Tell whether all values are those of a 16-bit type, whatever they are stored in.
+
+    PEFT makes A0 and B0 in the type of the base's weights, and keeps them in float32 from then on.
+    """
+    factors = (initial.A, initial.B)
+    return any(all(torch.equal(one.to(dtype).to(one.dtype), one) for one in factors) for dtype in SIXTEEN)
 
 
-def allowed(base: BaseWeights, path: str, initial: LoraFactors) -> float:
+def allowed(initial: LoraFactors) -> float:
     """Return how far an initial adapter may be off, relatively."""
-    rounded = is_rounded(base, path) or min(torch.finfo(one.dtype).bits for one in (initial.A, initial.B)) < 32
-    return ROUNDED if rounded else EXACT
+    return ROUNDED if is_rounded(initial) else EXACT
 
 
 def check_projection(base: BaseWeights, path: str, initial: LoraFactors, file: Path, *, exact: float = EXACT) -> None:
@@ -45,7 +49,7 @@ def check_projection(base: BaseWeights, path: str, initial: LoraFactors, file: P
 
 def _allowed_part(base: BaseWeights, path: str, initial: LoraFactors) -> float:
     """Return how far a part of W0 may be off: what rounding W0 does to a small part (MiLoRA's) comes on top."""
-    limit = allowed(base, path, initial)
+    limit = allowed(initial)
     roundoff = 1e-6 if limit == EXACT else 2**-8
     return limit + roundoff * float(base.weight(path).double().norm()) / max(norm(initial), 1e-300)
 
@@ -53,7 +57,7 @@ def _allowed_part(base: BaseWeights, path: str, initial: LoraFactors) -> float:
 def check_orthogonal(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
     """Raise BindingError (GS-433) unless A0's rows and B0's columns are orthogonal, as singular vectors are."""
     off = off_orthogonal(initial)
-    if off > allowed(base, path, initial):
+    if off > allowed(initial):
         raise BindingError(
             "the initial adapter does not hold singular vectors", code="GS-433", file=file, tensor=path,
             expected="rows of A and columns of B with cosines near 0", actual=f"a cosine of {off:.2g}", hint=HINT,
@@ -66,7 +70,7 @@ def check_either(base: BaseWeights, path: str, initial: LoraFactors, file: Path)
     LoftQ's is of singular vectors too, with √S on both sides, and is made without the scale: GS-441.
     """
     is_near = off_projection(base.weight(path), initial) < max(5 * ROUNDED, _allowed_part(base, path, initial))
-    if is_near or off_orthogonal(initial) > allowed(base, path, initial):
+    if is_near or off_orthogonal(initial) > allowed(initial):
         check_projection(base, path, initial, file)
     elif _is_balanced(initial):
         raise BindingError(

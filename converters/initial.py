@@ -28,6 +28,7 @@ from gora_serve.adapter.linalg import norm, subtract
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError, UsageError
 
+ROUNDED_NOTE = "The edited base was rounded to 16 bits: that has full rank, and no adapter can hold it."
 GROWN = 0.03  # cosine of the trained update with P0: 0.06 after 150 large steps at rank 1, below 0 where swapped
 KINSHIP = 0.25  # mean cosine of trained and initial factors: another run's is near 0, one's own above 0.5
 OTHERS = re.compile(r"\.lora_(magnitude_vector|E|diag)(\.|$)")
@@ -123,7 +124,7 @@ def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules, s
         )  # fmt: skip
     compute = rules.compute
     modules = _one_kept(paths, lambda path: compute(path, plain.adapter.modules[path].rank))
-    return Initial(modules, f"trained less initial; {rules.computed}", rules.files, _rounding_note(base, paths))
+    return Initial(modules, f"trained less initial; {rules.computed}", rules.files, _if_rounded(base, paths))
 
 
 def _one_kept(paths: Iterable[str], factors: Callable[[str], LoraFactors]) -> LazyModules:
@@ -214,20 +215,24 @@ def _from_adapter(
         if pair:
             pair.check_initial(path, factors, origin.weights)
             return factors if rules.quantized else pair.initial(path, factors.rank)
-        return rules.refine(path, factors) if rules.refine and is_rounded(base, path) else factors
+        return rules.refine(path, factors) if rules.refine and is_rounded(factors) else factors
 
     modules = _one_kept(paths, initial)
     method = f"trained less initial; initial is the adapter as it was saved, {folder}"
     if not pair:
-        return Initial(modules, method, (folder,), _rounding_note(base, paths))
+        was_rounded = any(is_rounded(stored[path]) for path in paths[:1])
+        return Initial(modules, method, (folder,), (ROUNDED_NOTE,) if was_rounded else ())
     agreed = f"{method}; it agrees with W0 - W_res of {pair.mutated.folder}"
     return Initial(modules, agreed, (folder, pair.mutated.folder), _remainder_note(pair), pair.mutated)
 
 
-def _rounding_note(base: BaseWeights, paths: Iterable[str]) -> tuple[str, ...]:
-    if not any(is_rounded(base, path) for path in paths):
-        return ()
-    return ("The edited base was rounded to the 16 bits of the base: that has full rank, and no adapter can hold it.",)
+def _if_rounded(base: BaseWeights, paths: Iterable[str]) -> tuple[str, ...]:
+    """Nothing in the files says in which type the base lay in training."""
+    return (f"If the base lay in its 16 bits in training: {ROUNDED_NOTE}",) if _has_16_bits(base, paths) else ()
+
+
+def _has_16_bits(base: BaseWeights, paths: Iterable[str]) -> bool:
+    return any(base.dtype(path) in ("BF16", "F16") for path in paths)
 
 
 def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:
@@ -236,7 +241,7 @@ def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:
     dtypes = {pair.mutated.tensors.entries[name].dtype for name in pair.mutated.tensors}
     if dtypes <= {"F32", "F64"}:
         return ()
-    return ("The edited base is rounded to 16 bits: that rounding has full rank, and no adapter can hold it.",)
+    return (ROUNDED_NOTE,)
 
 
 def initial_folder(source: Source, inputs: Inputs, mutated: Path | None) -> Path | None:

@@ -35,7 +35,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     def check(path: str, initial: LoraFactors, file: Path) -> None:
         expected = compute(path, initial.rank)
         off = distance(initial, expected) / norm(expected)
-        if off > allowed(base, path, initial):
+        if off > allowed(initial):
             raise BindingError(
                 "the initial adapter is not the QR decomposition of this base", code="GS-433", file=file, tensor=path,
                 expected="B0 A0 = W0 projected on its first r columns", actual=f"{off:.1%} of it is off",

@@ -56,7 +56,7 @@ def refuse(faults: Sequence[Fault]) -> None:
     if not faults:
         return
     first = faults[0]
-    hint = first.hint or "have the tool that wrote it save plain LoRA on the untouched base"
+    hint = first.hint or "gora-serve convert writes plain LoRA on the untouched base, where there is one"
     if len(faults) == 1:
         raise InputError(
             f"{first.key}: {first.what}" if first.key else first.what,
