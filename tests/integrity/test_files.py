@@ -429,8 +429,8 @@ def test_a_partial_folder_half_deleted_is_swept(tmp_path: Path, monkeypatch: pyt
     for name in ("first", "second"):
         (partial / name).write_text("old")
 
-    def dying(folder: Path) -> None:
-        (Path(folder) / "first").unlink()
+    def dying(folder: Path, **_: bool) -> None:
+        (Path(folder) / "first").unlink(missing_ok=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

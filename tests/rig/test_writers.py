@@ -66,7 +66,7 @@ def test_the_second_writer_is_refused_within_a_second(benches: Mapping[str, Benc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("place", "rounds"), [("export --overwrite", 12), ("convert fresh", 8), ("fit --overwrite", 4)]
+    ("place", "rounds"), [("export --overwrite", 10), ("convert fresh", 4), ("fit --overwrite", 2)]
 )
 def test_a_signal_at_a_random_moment(benches: Mapping[str, Bench], place: str, rounds: int, number: int) -> None:
     bench = benches[place]
@@ -108,7 +108,7 @@ def limit(size: int) -> Callable[[], None]:
 def test_no_file_may_grow(benches: Mapping[str, Bench], place: str) -> None:
     """RLIMIT_FSIZE, as a quota on single files."""
     bench = benches[place]
-    for size in (0, 1, 700, 3000):
+    for size in (0, 700):
         bench.reset()
         ended = bench.run(before=limit(size))
         assert ended.status == 5, ended.stderr
@@ -159,7 +159,7 @@ def test_a_small_disk(benches: Mapping[str, Bench], place: str, small_disk: Call
     bench = benches[place]
     usual, seen = bench.folder, set()
     try:
-        for kib in (4, 16, 32, 64, 256, 2048):
+        for kib in (4, 32, 64, 2048):
             bench.folder = small_disk(kib) / "outputs"
             try:
                 bench.reset()
