@@ -57,6 +57,18 @@ def test_one_flipped_bit(place: Place, name: str, end: str) -> None:
     place.refuses(("verify", folder, "--manifest", manifest), 1, "GS-113", "1 tensors differ", file=file, tensor=name)
 
 
+def test_the_chunk_of_a_flipped_bit(place: Place) -> None:
+    """33: of a large tensor the 4 MiB are named."""
+    folder = write(place.folder / "model", {"large": torch.zeros(9 << 20, dtype=torch.uint8)})
+    manifest, file = sealed(place, folder), folder / SINGLE
+    at = read_header(file).data_start + (5 << 20)
+    with file.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(b"\x01")
+    said = "chunk 2 of 3 on: bytes 4194304 to 8388607"
+    place.refuses(("verify", folder, "--manifest", manifest), 1, "GS-113", said, file=file, tensor="large")
+
+
 BITS: dict[str, Callable[[Tensors], None]] = {
     "34 minus zero": lambda tensors: tensors["z"].copy_(torch.tensor([-0.0, 0.0])),
     "35 another NaN": lambda tensors: tensors["n"].view(torch.int32).copy_(torch.tensor([0x7FC00001])),
@@ -118,14 +130,14 @@ def test_a_base_that_is_edited_while_it_is_hashed(place: Place, monkeypatch: pyt
     """41: while it is hashed; while fit runs is in training's tests."""
     from gora_serve.integrity import manifest as module
 
-    file, real = sorted(place.base.glob("model-*"))[0], module.tensor_digest
+    file, real = sorted(place.base.glob("model-*"))[0], module.tensor_leaves
     whole = file.read_bytes()
 
-    def editing(buffers: Any) -> str:
+    def editing(buffers: Any) -> Any:
         file.write_bytes(whole)  # the same bytes: the time tells
         return real(buffers)
 
-    monkeypatch.setattr(module, "tensor_digest", editing)
+    monkeypatch.setattr(module, "tensor_leaves", editing)
     place.refuses(("hash", place.base), 1, "GS-101", "changed while", "nothing writes to it", file=file)
 
 
