@@ -62,7 +62,11 @@ def main(argv: list[str]) -> int:
     ours = argv[: argv.index("--")] if "--" in argv else argv
     debug = "--debug" in ours
     argv = [word for word in ours if word != "--debug"] + argv[len(ours) :]  # it may stand anywhere
-    noted = _note_signals()
+    with _noted_signals() as noted:
+        return _answer(argv, noted, as_json="--json" in ours, debug=debug)
+
+
+def _answer(argv: list[str], noted: list[int], *, as_json: bool, debug: bool) -> int:
     try:
         result = cli.main(argv, prog_name="gora-serve", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -70,7 +74,7 @@ def main(argv: list[str]) -> int:
         if noted:
             return _interrupted(noted[0])
         with _nobody_may_listen():
-            _report(err, as_json="--json" in ours, debug=debug)
+            _report(err, as_json=as_json, debug=debug)
         return err.exit_code
     except Stopped as err:
         if os.environ.get("RANK", "0") == "0":
@@ -94,8 +98,9 @@ def main(argv: list[str]) -> int:
         return BUG
 
 
-def _note_signals() -> list[int]:
-    """Leave through the usual clean-up when asked to stop; return where the signals that came are listed.
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Leave through the usual clean-up when asked to stop; yield where the signals that came are listed.
 
     Libraries in C may swallow the exception and raise one of their own (torch does, while it reads a tensor).
     """
@@ -105,10 +110,15 @@ def _note_signals() -> list[int]:
         noted.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, leave)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where we run in the background
+    if before[signal.SIGINT] is signal.default_int_handler:  # not where we run in the background
         signal.signal(signal.SIGINT, leave)
-    return noted
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupted(number: int) -> int:
