@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,11 +108,19 @@ def train(family: str, base: Path, folder: Path) -> Trained:
 
 @pytest.fixture(scope="module")
 def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    with two_threads():
+        return {family: train(family, smollm2, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@contextmanager
+def two_threads() -> Iterator[None]:
+    """The float32 SVD and QR of an initialisation round otherwise with another number of threads: 1e-5 of the logits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    found = {family: train(family, smollm2, tmp_path_factory.mktemp(family)) for family in FAMILIES}
-    torch.set_num_threads(threads)
-    return found
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +129,13 @@ def converted(
 ) -> dict[str, Converted]:
     """LoRA-GA with its initial adapter; the others from their files and the base alone."""
     base, folder = locate_base(str(smollm2)), tmp_path_factory.mktemp("converted")
-    return {
-        family: convert(
-            one.folder, base, folder / family, inputs=Inputs(init_adapter=one.initial if family == "lora_ga" else None)
-        )
-        for family, one in trained.items()
+    given = {
+        family: Inputs(init_adapter=one.initial if family == "lora_ga" else None) for family, one in trained.items()
     }
+    with two_threads():
+        return {
+            family: convert(one.folder, base, folder / family, inputs=given[family]) for family, one in trained.items()
+        }
 
 
 def loaded(base: Path, adapter: Path) -> Tensor:
