@@ -114,7 +114,7 @@ def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @contextmanager
 def two_threads() -> Iterator[None]:
-    """The float32 SVD and QR of an initialisation round otherwise with another number of threads: 1e-5 of the logits."""
+    """The float32 SVD and QR of an initialisation round otherwise with other threads: 1e-5 of the logits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
