@@ -39,19 +39,20 @@ def allowed(initial: LoraFactors) -> float:
 
 def check_projection(base: BaseWeights, path: str, initial: LoraFactors, file: Path, *, exact: float = EXACT) -> None:
     """Raise BindingError (GS-433) unless P0 is W0 projected on P0's own columns, or on its own rows."""
-    off = off_projection(base.weight(path), initial)
-    if off > max(_allowed_part(base, path, initial), exact):
+    W = base.weight(path)
+    off = off_projection(W, initial)
+    if off > max(_allowed_part(W, initial), exact):
         raise BindingError(
             "the initial adapter is no part of this base", code="GS-433", file=file, tensor=path,
             expected="s B0 A0 = W0 projected on its own columns", actual=f"{off:.1%} of it is off", hint=HINT,
         )  # fmt: skip
 
 
-def _allowed_part(base: BaseWeights, path: str, initial: LoraFactors) -> float:
+def _allowed_part(W: Tensor, initial: LoraFactors) -> float:
     """Return how far a part of W0 may be off: what rounding W0 does to a small part (MiLoRA's) comes on top."""
     limit = allowed(initial)
     roundoff = 1e-6 if limit == EXACT else 2**-8
-    return limit + roundoff * float(base.weight(path).double().norm()) / max(norm(initial), 1e-300)
+    return limit + roundoff * float(W.double().norm()) / max(norm(initial), 1e-300)
 
 
 def check_orthogonal(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
@@ -69,7 +70,8 @@ def check_either(base: BaseWeights, path: str, initial: LoraFactors, file: Path)
 
     LoftQ's is of singular vectors too, with √S on both sides, and is made without the scale: GS-441.
     """
-    is_near = off_projection(base.weight(path), initial) < max(5 * ROUNDED, _allowed_part(base, path, initial))
+    W = base.weight(path)
+    is_near = off_projection(W, initial) < max(5 * ROUNDED, _allowed_part(W, initial))
     if is_near or off_orthogonal(initial) > allowed(initial):
         check_projection(base, path, initial, file)
     elif _is_balanced(initial):

@@ -228,11 +228,8 @@ def _from_adapter(
 
 def _if_rounded(base: BaseWeights, paths: Iterable[str]) -> tuple[str, ...]:
     """Nothing in the files says in which type the base lay in training."""
-    return (f"If the base lay in its 16 bits in training: {ROUNDED_NOTE}",) if _has_16_bits(base, paths) else ()
-
-
-def _has_16_bits(base: BaseWeights, paths: Iterable[str]) -> bool:
-    return any(base.dtype(path) in ("BF16", "F16") for path in paths)
+    has_16_bits = any(base.dtype(path) in ("BF16", "F16") for path in paths)
+    return (f"If the base lay in its 16 bits in training: {ROUNDED_NOTE}",) if has_16_bits else ()
 
 
 def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:

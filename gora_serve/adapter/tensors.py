@@ -56,6 +56,8 @@ class TensorFiles(Mapping[str, Tensor]):
                 tensor: Tensor = file.get_tensor(name)
         except OSError as err:
             raise unreadable(path, err) from err
+        except MemoryError:
+            raise
         except Exception as err:  # SafetensorError; of the types that torch does not have, AttributeError and others
             raise InputError(
                 "this tensor cannot be read", code="GS-3145", file=path, tensor=name,
