@@ -11,10 +11,11 @@ demo: $(READY)
 	$(BIN)/gora-serve demo --output gora-demo --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n logical --maxprocesses 8
+	$(BIN)/python -m pytest -m "e2e and not slow"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
 lint: $(READY)
 	$(BIN)/ruff check .

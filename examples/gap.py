@@ -87,7 +87,7 @@ class Answers:
         """
         kl = (trained.logs.exp() * (trained.logs - self.logs)).sum(dim=1).double().mean()
         same = trained.logs.argmax(dim=1) == self.logs.argmax(dim=1)  # (tokens,)
-        spoiled = self.rows[~same].unique().numel() / self.rows.unique().numel()
+        spoiled = len(set(self.rows[~same].tolist())) / len(set(self.rows.tolist()))
         return {"loss": self.loss, "kl": float(kl), "agreement": float(same.double().mean()), "answers": 1 - spoiled}
 
 
@@ -116,14 +116,14 @@ def with_peft(method: str, task: Task, folder: Path, options: Any) -> Trained:
         r=options.rank,
         lora_alpha=ALPHAS[method] * options.rank,
         target_modules=list(linear_modules(model)),
-        init_lora_weights=method,  # type: ignore[arg-type]
+        init_lora_weights=method,
         lora_ga_config=LoraGAConfig() if method == "lora_ga" else None,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(options.seed)
     if method == "lora_ga":
-        preprocess_loraga(model, config, lambda: backward(model, task.train[: options.probe_steps]))  # type: ignore[arg-type]
-    model = get_peft_model(model, config)  # type: ignore[arg-type, assignment]
+        preprocess_loraga(model, config, lambda: backward(model, task.train[: options.probe_steps]))
+    model = get_peft_model(model, config)
     save(model, folder / "initial")
     learn(model, task.train, TrainConfig(method="lora", lr=RATES[method]))
     save(model, folder / "adapter")
@@ -136,7 +136,7 @@ def save(model: Any, folder: Path) -> None:
 
 def backward(model: nn.Module, batches: Iterable[Batch]) -> None:
     for batch in batches:
-        mean_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(mean_loss(model, batch))
 
 
 def learn(model: nn.Module, batches: Sequence[Batch], config: TrainConfig) -> None:
@@ -171,7 +171,7 @@ def with_gora(task: Task, folder: Path, options: Any) -> Trained:
 
 def load(task: Task, adapter: Path) -> Any:
     """What a user of the adapter does: PEFT, on a fresh copy of the base."""
-    return PeftModel.from_pretrained(load_model(task.base, FLOAT32), adapter)  # type: ignore[arg-type]
+    return PeftModel.from_pretrained(load_model(task.base, FLOAT32), adapter)
 
 
 def as_plain_lora(adapter: Path, copy: Path) -> Path:

@@ -31,11 +31,11 @@ from gora_serve.training import inject
 from gora_serve.training.data import check_ids, collate, load_data, schedule
 from gora_serve.training.encode import Example
 from gora_serve.training.export import export_adapter
+from gora_serve.training.lengths import check_length
 from gora_serve.training.loop import make_optimizer
 from gora_serve.training.loss import mean_loss
 from gora_serve.training.models import check_causal, load_model, load_settings, load_tokenizer, vocabulary
 from gora_serve.training.probe import probe
-from gora_serve.training.session import check_length
 from gora_serve.training.weights import is_transposed, memory_root
 
 DATA = Path(__file__).parent / "data" / "requests" / "train.jsonl"
@@ -79,8 +79,8 @@ def train(model: nn.Module, examples: Sequence[Example], collated: Collate, opti
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=list(examples),  # type: ignore[arg-type]
-        data_collator=collated,  # type: ignore[arg-type]
+        train_dataset=list(examples),
+        data_collator=collated,
         optimizers=(make_optimizer(model, TrainConfig(lr=options.lr)), None),
     )
     trainer.train()
@@ -124,7 +124,7 @@ def load(options: Any) -> tuple[Base, nn.Module, Any, tuple[Example, ...]]:
     tokenizer = load_tokenizer(located)
     data = load_data(options.data, tokenizer, rows)
     base = load_model(located, ModelConfig(dtype="float32"))
-    check_length(base, rows)
+    check_length(getattr(base.config, "max_position_embeddings", None), rows)
     check_ids(data, vocabulary(base), padding=tokenizer.pad_token_id)
     check_causal(base, located, device=torch.device("cpu"))
     return located, base, tokenizer, data.examples
