@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
@@ -74,19 +74,12 @@ def gap(
 
     Exit status: 0 the adapter may be served as it is; 1 it is off by more than --threshold, or no engine loads it.
     """
-    from converters.read import held_to_base, read
+    from converters.gap import find_gap
     from converters.reading import Inputs
-    from gora_serve.adapter.linalg import NUMERICAL
     from gora_serve.cli.render import emit, say, watching
-    from gora_serve.cli.render_gap import GapReport, gap_summary, refusal
-    from gora_serve.deploy.base import BaseWeights
-    from gora_serve.deploy.cost import deployments
-    from gora_serve.deploy.gap import STORED, Parts, measure_gap
-    from gora_serve.deploy.trained_on import quantization
+    from gora_serve.cli.render_gap import gap_summary, refusal
     from gora_serve.integrity.bases import locate_adapter, locate_base
-    from gora_serve.integrity.manifest import hash_model
     from gora_serve.integrity.reading import naming_inputs
-    from gora_serve.training.lengths import check_length, positions
 
     config = GapConfig(family, dtype, threshold, trained_on, tasks, max_rows)
     config.validate()
@@ -97,54 +90,19 @@ def gap(
 
         check_picture(plot)
     with watching() as listen, naming_inputs():
+        inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen)
         located = locate_base(base)
-        weights = BaseWeights(located.path)
-        if data is not None:
-            check_length(positions(weights.config), rows)
-        inputs = Inputs(weights, init_adapter, mutated_base, cache, allow_pickle, listen)
-        source, detection, reading = read(locate_adapter(adapter), inputs, family)
-        warnings = held_to_base(source, lambda: hash_model(located.path, listen=listen), located.path, inputs)
-        lay_in = quantization(source.tensors.metadata, reading.adapter.base.name, source.weights)
-        if trained_on != "auto":
-            lay_in = None if trained_on == "stored" else (trained_on, "--trained-on says so")
-        parts = Parts(
-            weights, reading.adapter.modules, reading.served, reading.initial, reading.edited, _rounder(lay_in),
-            STORED.get(lay_in[0]) if lay_in else None, reading.full_rank, source.weights,
-        )  # fmt: skip
-        stored, tolerance = STORED[dtype], NUMERICAL[dtype]
-        measured = measure_gap(parts, stored, tolerance=tolerance, listen=listen)
-        comparison = None
-        if data is not None:
-            from gora_serve.training.compare import compare, variants_of
-
-            variants = variants_of(parts, reading.adapter.carried, stored, tolerance)
-            comparison = compare(located, data, parts, variants, rows=rows, max_rows=max_rows, listen=listen)
-    base_bytes = sum(entry.nbytes for entry in weights.tensors.entries.values())
-    sizes = [math.prod(source.tensors.shape(name)) for name in reading.applied]
-    trained = 0 if reading.full_rank else sum(sizes)
-    costs = deployments(measured.modules, trained=trained, base_bytes=base_bytes, itemsize=stored.itemsize, tasks=tasks)
-    report = GapReport(
-        str(adapter), located.name, detection.family, detection.evidence, reading.method, reading.notes,
-        reading.full_rank, config, lay_in, measured, costs, comparison, plot, warnings,
-    )  # fmt: skip
+        report = find_gap(locate_adapter(adapter), located, config, inputs, data=data, rows=rows)
+    report = replace(report, adapter=str(adapter))  # as it was given: a hub id, not its folder
     if plot:
         from gora_serve.report import plot_gap
 
-        plot_gap(measured, plot, dtype=dtype, title=f"{adapter.name} ({detection.family}) on {located.name}")
-    for warning in warnings:
+        plot_gap(report.gap, plot, dtype=dtype, title=f"{adapter.name} ({report.detection.family}) on {located.name}")
+    for warning in report.warnings:
         say(f"warning: {warning}")
-    emit(gap_summary(report), as_json=as_json)
-    if measured.within(threshold):
+    emit(gap_summary(report, plot), as_json=as_json)
+    if report.gap.within(threshold):
         return 0
     for line in str(refusal(report)).splitlines():
         say(line)
     return 1
-
-
-def _rounder(lay_in: tuple[str, str] | None) -> Any:
-    """What rounds a weight to 4 bits, where the base lay in them; None elsewhere."""
-    if lay_in is None or lay_in[0] != "nf4":
-        return None
-    from gora_serve.training.quantize import nf4_rounder
-
-    return nf4_rounder()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,42 +12,19 @@ from rich.text import Text
 
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.cli.render import Summary
-from gora_serve.config import GapConfig
 from gora_serve.errors import MismatchError, printable
 
 if TYPE_CHECKING:
-    from gora_serve.deploy.cost import Deployment
-    from gora_serve.deploy.gap import Gap
+    from converters.gap import GapReport
     from gora_serve.training.compare import Comparison
 
 SCHEMA = "gora-serve/gap/1"
 NOBODY = "no engine loads it as LoRA"
 
 
-@dataclass(frozen=True)
-class GapReport:
-    """Everything that `gap` found. lay_in: what the base's weights lay in during training, and how one knows; None: as
-    they are stored."""
-
-    adapter: str
-    base: str
-    family: str
-    evidence: Sequence[str]
-    method: str
-    notes: Sequence[str]
-    full_rank: bool
-    config: GapConfig
-    lay_in: tuple[str, str] | None
-    gap: Gap
-    costs: Sequence[Deployment]
-    comparison: Comparison | None
-    plot: Path | None
-    warnings: Sequence[str] = ()
-
-
 def refusal(report: GapReport) -> MismatchError:
     """Return the answer "no" as an error. It is printed, not raised: standard output keeps the whole report."""
-    hint = "gora-serve convert" + (" with --rank or --tolerance, or merge" if report.full_rank else "")
+    hint = "gora-serve convert" + (" with --rank or --tolerance, or merge" if report.reading.full_rank else "")
     if not report.gap.loads:
         return MismatchError(NOBODY, code="GS-122", file=report.adapter, hint=hint)
     share = report.gap.shares()["unconverted_of_update"]
@@ -58,12 +35,13 @@ def refusal(report: GapReport) -> MismatchError:
     )  # fmt: skip
 
 
-def gap_summary(report: GapReport) -> Summary:
+def gap_summary(report: GapReport, plot: Path | None) -> Summary:
     """The gap: as JSON each module, for people the kinds of modules and the total."""
     tables = [_table(report), _costs(report)]
     if report.comparison:
         tables.insert(1, _outcomes(report.comparison))
-    return Summary(_value(report), _lines(report), tables)
+    lines = _lines(report) + ([f"wrote {plot}"] if plot else [])
+    return Summary(_value(report) | {"plot": str(plot) if plot else None}, lines, tables)
 
 
 def _value(report: GapReport) -> dict[str, Any]:
@@ -72,12 +50,12 @@ def _value(report: GapReport) -> dict[str, Any]:
         "schema": SCHEMA,
         "adapter": report.adapter,
         "base": report.base,
-        "family": report.family,
-        "evidence": list(report.evidence),
-        "method": report.method,
-        "notes": list(report.notes),
+        "family": report.detection.family,
+        "evidence": list(report.detection.evidence),
+        "method": report.reading.method,
+        "notes": list(report.reading.notes),
         "warnings": list(report.warnings),
-        "full_rank": report.full_rank,
+        "full_rank": report.reading.full_rank,
         "settings": asdict(report.config),
         "engine_loads_it": gap.loads,
         "within_threshold": gap.within(report.config.threshold),
@@ -87,18 +65,17 @@ def _value(report: GapReport) -> dict[str, Any]:
         "modules": {path: asdict(module) | gap.shares([path]) for path, module in gap.modules.items()},
         "deployment": [asdict(cost) for cost in report.costs],
         "comparison": asdict(comparison) if comparison else None,
-        "plot": str(report.plot) if report.plot else None,
     }
 
 
 def _lines(report: GapReport) -> list[str]:
     shares = report.gap.shares()
-    lines = [f"family {report.family}: {'; '.join(report.evidence)}"]
-    lines += [f"how: {report.method}"] if report.method else []
-    lines += [f"note: {note}" for note in report.notes]
+    lines = [f"family {report.detection.family}: {'; '.join(report.detection.evidence)}"]
+    lines += [f"how: {report.reading.method}"] if report.reading.method else []
+    lines += [f"note: {note}" for note in report.reading.notes]
     lines.append(f"served as it is: {_verdict(report)}")
     lines += _rounding(report)
-    if report.full_rank:
+    if report.reading.full_rank:
         lines.append("its update has full rank: as LoRA it can only be stored truncated (convert --rank, --tolerance)")
     else:
         stored, plain = (_percent(shares[name]) for name in ("stored_of_update", "stored_plain_of_update"))
@@ -106,7 +83,6 @@ def _lines(report: GapReport) -> list[str]:
     if report.lay_in and shares["quantized_of_weight"] is not None:
         (name, how), error = report.lay_in, _percent(shares["quantized_of_weight"])
         lines.append(f"trained on the base in {name} ({how}): {error} of |W0| off the real one")
-    lines += [f"wrote {report.plot}"] if report.plot else []
     return lines
 
 
