@@ -18,6 +18,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["none", "nf4"]
 Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
+ServeDevice = Literal["auto", "cpu", "cuda"]
 Form = Literal["unit", "padded", "native"]
 TrainedOn = Literal["auto", "stored", "float32", "bfloat16", "float16", "nf4"]
 
@@ -318,3 +319,18 @@ class GapConfig:
         _require(fits, "--threshold must be finite and not negative", actual=self.threshold)
         _require(self.tasks >= 1, "--tasks must be at least 1", actual=self.tasks)
         _require(self.max_rows >= 1, "--max-rows must be at least 1", actual=self.max_rows)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How to serve. `device` "auto" is decided by the installed engine; `kv_cache_gib` counts on CPU only."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    device: ServeDevice = "auto"
+    kv_cache_gib: int = 1
+    ready_timeout: float = 600.0
+    shutdown_timeout: int = 10
+    served_name: str | None = None

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from gora_serve.cli.options import FILE
-from gora_serve.serving.plan import ServeConfig
+from gora_serve.config import ServeConfig
 
 
 @click.command(context_settings={"ignore_unknown_options": False})

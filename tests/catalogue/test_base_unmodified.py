@@ -128,7 +128,7 @@ def test_a_tied_model_with_and_without_its_head(place: Place, first: str) -> Non
 
 def test_a_base_that_is_edited_while_it_is_hashed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """41: while it is hashed; while fit runs is in training's tests."""
-    from gora_serve.integrity import manifest as module
+    from gora_serve.integrity import hashing as module
 
     file, real = sorted(place.base.glob("model-*"))[0], module.tensor_leaves
     whole = file.read_bytes()
