@@ -105,12 +105,25 @@ def test_the_same_weights_in_another_layout(place: Place) -> None:
     place.accepts("verify", place.base, "--manifest", manifest)
 
 
-def test_a_copy_in_another_type(place: Place) -> None:
-    """38: other bytes are other weights, though the values are equal."""
-    folder = write(place.folder / "model", {"a": torch.ones(3, dtype=torch.bfloat16)})
+@pytest.mark.parametrize("copy", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("original", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_copy_in_another_type(place: Place, original: torch.dtype, copy: torch.dtype) -> None:
+    """38: other bytes are other weights; that the values are equal is said, where they are, and nowhere else."""
+    tensors = {"a": torch.tensor([[1.0, -0.0, 2.0**-14], [0.5, float("inf"), -3.0]]), "b": torch.ones(300_000)}
+    folder = write(place.folder / "model", {name: value.to(original) for name, value in tensors.items()})
     manifest = sealed(place, folder)
-    save_file({"a": torch.ones(3)}, folder / SINGLE, {"format": "pt"})
-    place.refuses(("verify", folder, "--manifest", manifest), 1, "GS-113", file=folder / SINGLE, tensor="a")
+    words = ("verify", folder, "--manifest", manifest)
+    save_file({name: value.to(copy) for name, value in tensors.items()}, folder / SINGLE, {"format": "pt"})
+    if copy == original:
+        place.accepts(*words)
+        return
+    kinds = {original, copy} == {torch.bfloat16, torch.float16}
+    said = ("GS-113", "2 tensors differ") if kinds else ("GS-150", "all values are equal")
+    place.refuses(words, 1, *said, file=folder / SINGLE, tensor="a")
+    tensors["b"][-1] += 2.0**-7  # of which each type knows: the last value, after more than one reading
+    save_file({name: value.to(copy) for name, value in tensors.items()}, folder / SINGLE, {"format": "pt"})
+    place.before = None
+    place.refuses(words, 1, "GS-113", "2 tensors differ", file=folder / SINGLE, tensor="a")
 
 
 @pytest.mark.parametrize("first", ["with", "without"])
