@@ -77,7 +77,8 @@ def convert(
         _check_carried(source, reading, inputs)
         manifest = _hash_base(base, inputs)
         warnings = held_to_base(source, lambda: manifest, base.path, inputs)
-        bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=is_asserted(source))
+        asserted = is_asserted(source, manifest.roots.weights)
+        bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=asserted)
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
             check_update(inputs.need_base("convert"), name, factors, file=source.weights)

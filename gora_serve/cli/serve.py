@@ -61,7 +61,8 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
         say(f"warning: {warning}")
     for adapter in plan.adapters:
         if adapter.claim == ASSERTED:
-            say(f"note: {adapter.name}: its base was asserted (gora-serve bind), not recorded by the tool that made it")
+            who = "was asserted (gora-serve bind or convert), not recorded by the tool that made it"
+            say(f"note: {adapter.name}: its base {who}")
     if options["dry_run"]:
         emit(plan_summary(plan, warnings), as_json=options["as_json"])
         return 0
