@@ -13,7 +13,7 @@ import pytest
 from shell import command, environment, gora
 
 from catalogue.conftest import Place
-from gora_serve.integrity import staging
+from gora_serve.integrity import publishing, staging
 
 
 def bind_words(place: Place, *more: object) -> tuple[object, ...]:
@@ -130,7 +130,7 @@ def test_a_file_system_without_exchange(place: Place, monkeypatch: pytest.Monkey
     words = bind_words(place)
     place.accepts(*words)
     first = contents(place.out)
-    monkeypatch.setattr(staging, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(publishing, "renameat2", lambda *_: False)
     place.accepts(*words, "--overwrite")
     assert contents(place.out) == first
     place.leaves = [place.out]
