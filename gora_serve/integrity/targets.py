@@ -27,6 +27,9 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
             hint = "choose an output folder outside the inputs"
             what = f"the output {relation} an input, {path}"
             raise UsageError(what, code="GS-251", file=target, kept=UNCHANGED, hint=hint)
+    for folder in Path(os.path.realpath(target)).parents:
+        if _is_model(folder):
+            raise _model(target, f"the output lies in a model folder, {folder}")
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -37,8 +40,7 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
             hint = "it is complete, there is nothing to resume; to start anew: --overwrite without --resume"
         raise OutputError("the output exists", code="GS-601", file=target, kept=UNCHANGED, hint=hint)
     if (target / "config.json").exists() and not (target / SEAL).exists():
-        hint = "choose another output; a model folder is not overwritten"
-        raise UsageError("the output is a model folder", code="GS-256", file=target, kept=UNCHANGED, hint=hint)
+        raise _model(target, "the output is a model folder")
     for place in (Path.cwd(), Path.home()):
         if _relation(target, place) in ("is", "contains"):
             what = f"the output to be replaced is or contains {place}"
@@ -48,6 +50,21 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
         raise UsageError(
             "the folder to be replaced holds other things", code="GS-257", file=target, kept=UNCHANGED, hint=hint
         )
+    for parent, folders, _ in os.walk(target):
+        for name in folders:
+            if _is_model(Path(parent, name)):
+                raise _model(target, f"the folder to be replaced holds a model, {Path(parent, name)}")
+
+
+def _model(target: Path, what: str) -> UsageError:
+    hint = "choose another output; nothing is written into a model folder, and none is replaced"
+    return UsageError(what, code="GS-256", file=target, kept=UNCHANGED, hint=hint)
+
+
+def _is_model(folder: Path) -> bool:
+    """Return whether a model lies in the folder: whatever the inputs are, it may be somebody's base."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    return os.path.lexists(folder / "config.json") and any(os.path.lexists(folder / name) for name in names)
 
 
 def _relation(target: Path, other: Path) -> str | None:

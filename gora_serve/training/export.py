@@ -40,7 +40,8 @@ def export(source: Path, output: Path, config: ExportConfig | None = None, *, ov
     check_folder(folder)
     trained = read_adapter(folder)
     base = Path(trained.base.name)
-    protected = [source, *([base] if base.exists() else [])]
+    links = [path for path in folder.iterdir() if path.is_symlink()]
+    protected = [source, *links, *([base] if base.exists() else [])]
     return export_adapter(trained, output, config, overwrite=overwrite, protect=protected)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,35 @@ def test_an_output_that_is_the_base_or_in_it(place: Place, command: str, where: 
     output = place.folder if where == "around" else place.folder / where
     words = (command, place.adapter(), "--base", place.base, "--output", output, "--overwrite")
     place.refuses(words, 2, "GS-252" if where == "link" else "GS-251", file=output)
+
+
+@pytest.mark.parametrize("where", ["base", "base/out", "link/out", "input", "input/out", "around"])
+@pytest.mark.parametrize("named", ["base", "org/name", "moved/away"])
+def test_an_export_into_a_base_or_its_input(place: Place, where: str, named: str) -> None:
+    """43: whatever the adapter calls its base."""
+    adapter = place.adapter()
+    place.accepts("bind", adapter, "--base", place.base, "--output", place.folder / "input")
+    rename_base(place.folder / "input", str(place.base) if named == "base" else named)
+    place.before = None
+    (place.folder / "link").symlink_to(place.base)
+    output = place.folder / where
+    if where == "around":
+        shutil.copytree(place.folder / "input", output)
+        shutil.copytree(place.base, output / "base")
+    words = ("export", place.folder / "input", "--output", output, "--overwrite")
+    code = "GS-251" if where.startswith("input") or (named == "base" and where != "around") else "GS-256"
+    place.refuses(words, 2, code, file=output)
+
+
+def rename_base(adapter: Path, name: str) -> None:
+    """As of an adapter whose base was given by that name, when it was made."""
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+    seal = adapter / "gora_manifest.json"
+    value = json.loads(seal.read_text())
+    raw = config.read_bytes()
+    value["files"]["adapter_config.json"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    seal.write_text(json.dumps(value))
 
 
 def test_a_hard_link_to_the_base(place: Place) -> None:
