@@ -25,7 +25,7 @@ from converters.stacks import level, levelled_factors
 from converters.whole import counterpart
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
+from gora_serve.adapter.format import read_adapter, seal_record, write_adapter, written_bytes
 from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, distance, leading
 from gora_serve.adapter.truncate import ranks_of_budget, ranks_of_tolerance
 from gora_serve.config import ConvertConfig, ExportConfig
@@ -39,6 +39,7 @@ from gora_serve.integrity.files import staged_folder, write_json, write_text
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.manifest import Manifest, hash_model
 from gora_serve.integrity.reading import check_unchanged, stamps
+from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Progress
 
@@ -68,6 +69,7 @@ def convert(
         )  # fmt: skip
     inputs = replace(inputs or Inputs(), base=BaseWeights(base.path))
     others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
+    require_space(output, 0)
     with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:
         source, detection, reading = read(path, inputs, config.family)
         read_from = files_read(source, reading)
@@ -88,6 +90,7 @@ def convert(
         _check_something_is_left(source, reading, ranks)
         ranks = level(ranks, inputs.need_base("convert"))
         adapter = _adapter(reading, detection, bound_to, spill, ranks, inputs)
+        require_space(stage, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
         root = _write(stage, adapter, source, config)
         write_text(stage / "README.md", model_card(adapter, config.form))
         errors = _measure(stage, spill, ranks)

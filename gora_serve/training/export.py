@@ -10,11 +10,12 @@ import torch
 
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter
-from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
+from gora_serve.adapter.format import read_adapter, seal_record, write_adapter, written_bytes
 from gora_serve.config import ExportConfig
 from gora_serve.errors import InputError
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_text
+from gora_serve.integrity.space import require_space
 from gora_serve.integrity.verify import find_adapter
 
 
@@ -55,9 +56,11 @@ def export_adapter(
 ) -> Exported:
     """Write an adapter, whoever trained it, as `export` does: tensors, configuration, model card and seal.
 
-    `output` must not lie in or above a folder of `protect`. Raises OutputError for an existing output.
+    `output` must not lie in or above a folder of `protect`. Raises OutputError for an existing output, MachineError (GS-560)
+    where the disk has no room for it.
     """
     config = config or ExportConfig()
+    require_space(output, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))

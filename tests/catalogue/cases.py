@@ -1,8 +1,8 @@
 """The 88 faults: what each is, and the tests that assert it. `test_cases` holds this table to the tests that exist.
 
 A test is named as pytest names it, from the repository's root, without its parameters. `waits` is for a case of which a
-part is not built yet: the first member is how that is seen (`command NAME`, `module NAME`, `key NAME` of a manifest, or
-`space`: a disk without any is refused before work), the second what has to be written when it is there.
+part is not built yet: the first member is how that is seen (`command NAME`, `module NAME` or `key NAME` of a manifest),
+the second what has to be written when it is there.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ CASES: dict[int, Case] = {
     65: case(
         "no space for the second copy of --overwrite",
         f"{RIG}test_writers.py::test_a_small_disk",
-        waits=("space", "refused up front, with needed and free bytes"),
+        f"{RIG}test_writers.py::test_no_room_is_told_before_work",
+        f"{WRITING}test_no_room_for_the_second_copy",
     ),
     66: case("umask", f"{WRITING}test_modes", f"{INT}test_files.py::test_modes_follow_the_umask"),
     67: case("clock, locale, TMPDIR", f"{WRITING}test_odd_surroundings"),
