@@ -17,9 +17,9 @@ def require_space(target: Path, needed: int) -> None:
     What an output to be replaced takes is not counted: it stays until the new one is whole. Where the system does not
     say what is free nothing is refused.
     """
-    place = next(
-        path for path in (target.absolute(), *target.absolute().parents) if path.exists() or path == path.parent
-    )
+    place = target.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
     try:
         status = os.statvfs(place)
     except OSError:

@@ -56,8 +56,8 @@ def export_adapter(
 ) -> Exported:
     """Write an adapter, whoever trained it, as `export` does: tensors, configuration, model card and seal.
 
-    `output` must not lie in or above a folder of `protect`. Raises OutputError for an existing output, MachineError (GS-560)
-    where the disk has no room for it.
+    `output` must not lie in or above a folder of `protect`. Raises OutputError for an existing output,
+    MachineError (GS-560) where the disk has no room for it.
     """
     config = config or ExportConfig()
     require_space(output, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
