@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from gora_serve.errors import UsageError
@@ -334,3 +335,10 @@ class ServeConfig:
     ready_timeout: float = 600.0
     shutdown_timeout: int = 10
     served_name: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Where the page of `report` goes where no place is given."""
+
+    output: Path = Path("report.html")

@@ -22,6 +22,7 @@ from gora_serve.cli.doctor import doctor
 from gora_serve.cli.fitting import fit, probe, ranks
 from gora_serve.cli.gap import gap
 from gora_serve.cli.plan import plan
+from gora_serve.cli.report import report
 from gora_serve.cli.serve import serve
 from gora_serve.errors import GoraError, Stopped
 from gora_serve.integrity.hub import without_tokens
@@ -44,11 +45,12 @@ def cli(debug: bool) -> None:
     bind ADAPTER --base BASE --output DIR      another tool's adapter, with the base that you say it has
     verify DIR --base BASE               prove files, tensors and base
     serve BASE -a NAME=DIR ...           serve many adapters over the one base
+    report RUN ...                       one HTML page about runs: losses, ranks, cost, proof
     doctor                               versions, advisories, what this machine can do
     """
 
 
-for command in (plan, fit, probe, ranks, export, gap, convert, bind, hash_, verify, serve, demo, doctor):
+for command in (plan, fit, probe, ranks, export, gap, convert, bind, hash_, verify, serve, report, demo, doctor):
     cli.add_command(command)
 
 
