@@ -13,7 +13,12 @@ from gora_serve.config import ReportConfig
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=FOLDER, metavar="RUN...")
 @click.option(
-    "--output", default=ReportConfig.output, show_default=True, type=FILE, metavar="FILE.html", help="The page to write."
+    "--output",
+    default=ReportConfig.output,
+    show_default=True,
+    type=FILE,
+    metavar="FILE.html",
+    help="The page to write.",
 )
 @click.option("--gap", "gaps", multiple=True, type=FILE, metavar="GAP.json",
               help="Also show what gap --json printed; may be given several times.")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Drawing: a frame with axes, and lines, points and bars in it. Numbers in, SVG out; colours are classes of style.css."""
+"""Drawing: a frame with axes, and lines, points and bars in it. Numbers in, SVG out; style.css has the colors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gora_serve.report.markup import Html, join, tag
-from gora_serve.report.numbers import Point, log_ticks, short, ticks
+from gora_serve.report.numbers import Point, log_ticks, tick, ticks
 
-WIDTH, HEIGHT = 440.0, 270.0
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 26.0, 38.0
+WIDTH, HEIGHT = 380.0, 250.0
+LEFT, RIGHT, TOP, BOTTOM = 48.0, 10.0, 28.0, 40.0
 DASHES = (None, "7 3", "2 3", "9 3 2 3")
 COLORS = 8
 
@@ -60,15 +60,21 @@ class Frame:
         parts = []
         for value in self.y.ticks():
             y = self.y(value)
-            parts.append(tag("line", x1=f"{LEFT:g}", x2=f"{WIDTH - RIGHT:g}", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
-            parts.append(words(short(value, 3), LEFT - 6, y + 4, "end"))
+            parts.append(
+                tag("line", x1=f"{LEFT:g}", x2=f"{WIDTH - RIGHT:g}", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid")
+            )
+            parts.append(words(tick(value), LEFT - 6, y + 4, "end"))
         for value in self.x.ticks():
             x = self.x(value)
-            parts.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=f"{bottom:g}", y2=f"{bottom + 4:g}", class_="tick"))
-            parts.append(words(short(value, 3), x, bottom + 17, "middle"))
-        parts.append(tag("line", x1=f"{LEFT:g}", x2=f"{WIDTH - RIGHT:g}", y1=f"{bottom:g}", y2=f"{bottom:g}", class_="axis"))
+            parts.append(
+                tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=f"{bottom:g}", y2=f"{bottom + 4:g}", class_="tick")
+            )
+            parts.append(words(tick(value), x, bottom + 17, "middle"))
+        parts.append(
+            tag("line", x1=f"{LEFT:g}", x2=f"{WIDTH - RIGHT:g}", y1=f"{bottom:g}", y2=f"{bottom:g}", class_="axis")
+        )
         parts.append(words(y_name, 4, 13, "start", "name"))
-        parts.append(words(x_name, WIDTH - RIGHT, self.height - 4, "end", "name"))
+        parts.append(words(x_name, WIDTH - RIGHT, self.height - 5, "end", "name"))
         return join(parts)
 
     def line(self, points: Sequence[Point], index: int, kind: str = "line") -> Html:
@@ -79,7 +85,9 @@ class Frame:
                 path.append(f"{'L' if open_ else 'M'}{self.x(x):.1f} {self.y(y):.1f}")
             open_ = y is not None
         dash = DASHES[mark_of(index)] if kind == "line" else None
-        return tag("path", d="".join(path), class_=f"{kind} {color_of(index)}", stroke_dasharray=dash) if path else Html()
+        return (
+            tag("path", d="".join(path), class_=f"{kind} {color_of(index)}", stroke_dasharray=dash) if path else Html()
+        )
 
     def level(self, value: float, index: int, says: str) -> Html:
         """Draw a level across the whole frame."""
@@ -92,8 +100,11 @@ class Frame:
         return join(mark(index, self.x(x), self.y(y), size, says) for x, y, says in points)
 
     def missing(self, x: float, index: int, says: str) -> Html:
-        """Mark at the upper edge that there is no finite number at x."""
-        return words("×", self.x(x), TOP + 6, "middle", f"missing {color_of(index)}", says)
+        """Draw a cross at the upper edge: there is no finite number at x."""
+        at, top, arm = self.x(x), TOP - 2.0, 3.5
+        left, right = f"{at - arm:.1f}", f"{at + arm:.1f}"
+        strokes = f"M{left} {top - arm}L{right} {top + arm}M{right} {top - arm}L{left} {top + arm}"
+        return tag("path", tag("title", says), d=strokes, class_=f"line {color_of(index)}")
 
 
 def color_of(index: int) -> str:
@@ -138,7 +149,8 @@ def swatch(index: int, *, line: bool = True) -> Html:
     """The sign of a series in legends and tables: its colour, dash and mark."""
     stroke = tag("path", d="M1 7H27", class_=f"line {color_of(index)}", stroke_dasharray=DASHES[mark_of(index)])
     parts = (stroke if line else "", mark(index, 14, 7, 4.2))
-    return tag("svg", *parts, viewBox="0 0 28 14", class_="swatch", aria_hidden="true")
+    view = "0 0 28 14" if line else "7 0 14 14"
+    return tag("svg", *parts, viewBox=view, class_="swatch" if line else "swatch dot", aria_hidden="true")
 
 
 def legend(names: Sequence[tuple[int, str]], *, line: bool = True) -> Html:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gora_serve.report.chart import HEIGHT, LEFT, RIGHT, TOP, WIDTH, BOTTOM, Frame, legend, scale_of
+from gora_serve.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Frame, legend, scale_of
 from gora_serve.report.markup import Figure, Html, Table, exact, join
 from gora_serve.report.numbers import Point, short, smooth, spread, thin
 from gora_serve.report.record import Record
@@ -71,7 +71,10 @@ def gamma_figure(run: Run, index: int, name: str) -> Figure | None:
     y = scale_of([base, *_capped([loss for _, loss in positive], base)], HEIGHT - BOTTOM, TOP)
     frame = Frame(x, y)
     shown = [(gamma, min(loss, y.high)) for gamma, loss in positive]
-    marks = [(gamma, at, f"gamma {short(gamma)}: loss {short(loss)}") for (gamma, at), (_, loss) in zip(shown, positive, strict=True)]
+    marks = [
+        (gamma, at, f"gamma {short(gamma)}: loss {short(loss)}")
+        for (gamma, at), (_, loss) in zip(shown, positive, strict=True)
+    ]
     parts = [frame.axes("gamma, logarithmic", "loss"), frame.level(base, index, f"gamma 0: loss {short(base)}")]
     parts += [frame.line(shown, index), frame.marks(marks, index)]
     parts += [frame.marks([one for one in marks if one[0] == chosen], index, 6.0)]
@@ -110,7 +113,9 @@ def _labelled(run: Run, points: Sequence[Point]) -> list[tuple[float, float, str
 
 def _missing(frame: Frame, points: Sequence[Point], index: int, label: str) -> Html:
     lost = [x for x, y in points if y is None]
-    return join(frame.missing(lost[at], index, f"{label}, step {lost[at]:g}: {NOT_FINITE}") for at in spread(len(lost), 20))
+    return join(
+        frame.missing(lost[at], index, f"{label}, step {lost[at]:g}: {NOT_FINITE}") for at in spread(len(lost), 20)
+    )
 
 
 def _legend(drawn: Sequence[tuple[int, Run]]) -> Html:
@@ -133,7 +138,11 @@ def _ends(drawn: Sequence[tuple[int, Run]], points: Callable[[Run], Sequence[Poi
         if not found:
             continue
         (first, start), (last, end) = found[0], found[-1]
-        where = f"at step {last:g}" if first == last else f"from {_or_not(start)} at step {first:g} to {_or_not(end)} at step {last:g}"
+        where = (
+            f"at step {last:g}"
+            if first == last
+            else f"from {_or_not(start)} at step {first:g} to {_or_not(end)} at step {last:g}"
+        )
         said.append(f"{run.label}: {_or_not(end) + ' ' if first == last else ''}{where}.")
     return " ".join(said)
 

@@ -71,10 +71,29 @@ def gap_figure(one: GapFile, name: str) -> Figure | None:
     for row, (key, value) in enumerate(zip(known, values, strict=True)):
         y = 8 + row * 42.0
         parts.append(words(NAMES[key], 6, y + 9))
-        parts.append(box(6, y + 14, x(value) - 6, 14, "bar s1" if key == "unconverted_of_update" else "bar s0", f"{NAMES[key]}: {short(value)}"))
+        parts.append(
+            box(
+                6,
+                y + 14,
+                x(value) - 6,
+                14,
+                "bar s1" if key == "unconverted_of_update" else "bar s0",
+                f"{NAMES[key]}: {short(value)}",
+            )
+        )
         parts.append(words(_share(value), x(value) + 6, y + 26))
     bottom = 8 + 42.0 * len(values)
-    parts.append(tag("line", tag("title", "as large as the update"), x1=f"{x(1.0):.1f}", x2=f"{x(1.0):.1f}", y1="4", y2=f"{bottom:g}", class_="level"))
+    parts.append(
+        tag(
+            "line",
+            tag("title", "as large as the update"),
+            x1=f"{x(1.0):.1f}",
+            x2=f"{x(1.0):.1f}",
+            y1="4",
+            y2=f"{bottom:g}",
+            class_="level",
+        )
+    )
     parts.append(words("as large as the update", x(1.0), bottom + 12, "end" if x(1.0) > WIDTH / 2 else "start", "name"))
     says = "Error of the whole update as a share of it, |error| / |dW|, on a logarithmic scale. " + " ".join(
         f"{NAMES[key]}: {_share(value)}." for key, value in known.items()
@@ -106,7 +125,10 @@ def gap_tables(one: GapFile) -> Html:
     tables = [_kinds_table(one)]
     outcomes = list(one.record.part("comparison").parts("outcomes"))
     if outcomes:
-        rows = [[name, *(exact(it.number(key), show(it.number(key))) for key, show in _OUTCOMES.values())] for name, it in outcomes]
+        rows = [
+            [name, *(exact(it.number(key), show(it.number(key))) for key, show in _OUTCOMES.values())]
+            for name, it in outcomes
+        ]
         comparison = one.record.part("comparison")
         data = comparison.part("data").text("name") or "the data"
         caption = f"What the models answer on {comparison.whole('rows')} rows of {data}"
@@ -147,5 +169,3 @@ def _kinds_table(one: GapFile) -> Table:
     foot = ["all", str(len(one.gap.modules)), *(exact(total[name], _share(total[name])) for name in columns)]
     heads = ("kind of module", "modules", *(NAMES.get(name, "4-bit base") for name in columns))
     return Table("Errors as shares of the update, by kind of module", heads, rows, foot=foot)
-
-

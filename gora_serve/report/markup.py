@@ -1,4 +1,4 @@
-"""HTML and SVG as values. Every string that is not `Html` already is escaped: names out of files cannot become markup."""
+"""HTML and SVG as values. Every string that is not `Html` already is escaped: no name out of a file becomes markup."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from gora_serve.errors import printable
 
 VOID = frozenset({"meta", "col", "br", "link"})
-MISSING = "–"
+MISSING = "-"
 
 
 class Html(str):
     """Text that is markup already."""
 
     __slots__ = ()
+
+
+EMPTY = Html("")
 
 
 def escape(value: object) -> Html:
@@ -28,7 +31,7 @@ def join(parts: Iterable[object]) -> Html:
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-    """Return an element. An attribute `class_` is spelled class, `aria_label` aria-label; None and False leave it out."""
+    """Return an element. Attributes: `class_` is class, `aria_label` aria-label; None and False leave one out."""
     spelled = [
         Html(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"')
         for key, value in attributes.items()
@@ -78,7 +81,7 @@ def folded(summary: object, *children: object) -> Html:
 class Figure:
     """A picture with its text alternative: a sentence, and a table with the numbers of it.
 
-    size: of the drawing, in its own units; text in it is set for about 440 of them across.
+    size: of the drawing, in its own units; text in it is set for about 380 of them across.
     """
 
     name: str
@@ -87,7 +90,7 @@ class Figure:
     size: tuple[float, float]
     drawing: Html
     table: Table
-    legend: Html = Html("")
+    legend: Html = EMPTY
 
     def html(self) -> Html:
         width, height = self.size

@@ -9,14 +9,27 @@ from dataclasses import dataclass
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import printable
 from gora_serve.gora.ranks import RankPlan
-from gora_serve.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Frame, box, legend, scale_of, words
+from gora_serve.report.chart import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Frame,
+    box,
+    color_of,
+    legend,
+    scale_of,
+    words,
+)
 from gora_serve.report.markup import Figure, Html, Table, exact, join
 from gora_serve.report.numbers import percent, rank_correlation, short
 from gora_serve.report.runs import Run
 
 SHADES = 7
-LABELS = 96.0  # units left of a map or of bars, for the names of kinds
-LONGEST = 16  # characters of such a name
+LABELS = 84.0  # units left of a map or of bars, for the names of kinds
+LONGEST = 12  # characters of such a name
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,9 @@ def grid_of(paths: Sequence[str]) -> Grid:
         place = named[path]
         cells[place if place not in cells else (path, place[1])] = path
     kinds = dict.fromkeys(kind for kind, _ in cells)
-    layers = sorted({layer for _, layer in cells}, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
+    layers = sorted(
+        {layer for _, layer in cells}, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0)
+    )
     return Grid(tuple(kinds), tuple(layers), cells)
 
 
@@ -67,7 +82,7 @@ def clipped(name: str) -> str:
 def ranks_figure(run: Run, name: str) -> Figure | None:
     """The paper's figure 3a: layers from left to right, one line for each kind of module, the darker the higher."""
     ranks = run.module_ranks
-    if not ranks:
+    if not ranks or has_one_rank(run):
         return None
     grid = grid_of(list(ranks))
     lowest, highest = min(filter(None, ranks.values()), default=1), max(ranks.values())
@@ -118,7 +133,11 @@ def _shades(lowest: int, highest: int, y: float) -> list[Html]:
     parts = [words("rank", LABELS - 6, y + 10, "end", "name")]
     if highest == lowest:
         shade = shade_of(highest, lowest, highest)
-        return [*parts, box(LABELS, y, width, 12, shade, f"rank {highest}"), words(str(highest), LABELS + width + 6, y + 10)]
+        return [
+            *parts,
+            box(LABELS, y, width, 12, shade, f"rank {highest}"),
+            words(str(highest), LABELS + width + 6, y + 10),
+        ]
     parts.append(words(str(lowest), LABELS, y + 10))
     start = LABELS + 8 * len(str(lowest)) + 4
     parts += [box(start + index * width, y, width - 1, 12, f"h{index + 1}", "") for index in range(SHADES)]
@@ -129,7 +148,7 @@ def _ranks_say(run: Run, grid: Grid) -> str:
     ranks = run.module_ranks
     means = {kind: _mean([ranks[path] for path in grid.paths_of(kind)]) for kind in grid.kinds}
     most, least = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
-    count = f"{len(ranks)} module{'s' if len(ranks) != 1 else ''}, rank {min(ranks.values())} to {max(ranks.values())}"
+    count = f"{len(ranks)} modules, rank {min(ranks.values())} to {max(ranks.values())}"
     if means[most] == means[least]:
         return f"{count}. Every kind of module has the same mean rank, {means[most]:.3g}."
     return (
@@ -148,49 +167,91 @@ def _ranks_table(run: Run, grid: Grid) -> Table:
     return Table(f"Ranks by layer and kind of module, {run.label}", ("layer", *names), rows)
 
 
+def has_one_rank(run: Run) -> bool:
+    """Return whether every module has the same rank, so that there is no map to draw."""
+    return len(set(run.module_ranks.values())) == 1
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A module of a scatter: its rank, the value drawn over it, and the norms that the value is made of."""
+
+    rank: int
+    value: float
+    norms: tuple[float, ...]
+
+
 def updates_figure(run: Run, name: str) -> Figure | None:
-    """The size of each module's update against its rank, after figures 3b and 3c: |dW|, Frobenius."""
-    if not run.updates:
+    """The size of each module's update against its rank: the root mean square over the entries of dW.
+
+    After the paper's figures 3b and 3c, without the base's weights. |dW| alone grows with the size of the module.
+    """
+    found = {}
+    for path, rank in run.module_ranks.items():
+        if rank and path in run.updates:
+            found[path] = Sized(rank, run.updates[path] / math.sqrt(math.prod(run.shapes[path])), (run.updates[path],))
+    if not found or has_one_rank(run):
         return None
-    ranks = run.module_ranks
-    sized = {path: size for path, size in run.updates.items() if ranks.get(path)}
-    if not sized:
+    says = "Every mark is a module: the root mean square of the entries of its update after training. "
+    heads = ("|dW|", "rms of dW")
+    return _scatter(found, name, f"Size of the update against rank: {run.label}", says, "rms of dW", heads)
+
+
+def against_lora(run: Run, lora: Run, name: str) -> Figure | None:
+    """The size of each module's update, as a multiple of the one that LoRA gave the same module, against rank."""
+    found = {}
+    for path, rank in run.module_ranks.items():
+        other = lora.updates.get(path)
+        if rank and other and path in run.updates:
+            found[path] = Sized(rank, run.updates[path] / other, (run.updates[path], other))
+    if not found:
         return None
-    grid = grid_of(list(sized))
-    log = min(sized.values()) > 0 and max(sized.values()) > 20 * min(sized.values())
-    x = scale_of([float(ranks[path]) for path in sized], LEFT, WIDTH - RIGHT, zero=True)
-    frame = Frame(x, scale_of(list(sized.values()), HEIGHT - BOTTOM, TOP, log=log, zero=not log))
-    parts = [frame.axes("rank", f"|dW|{', logarithmic' if log else ''}")]
+    says = f"Every mark is a module: |dW| of {run.label} over |dW| of {lora.label}. "
+    heads = (f"|dW| of {run.label}", f"|dW| of {lora.label}", "ratio")
+    return _scatter(found, name, f"Update beside LoRA's: {run.label} / {lora.label}", says, "ratio of |dW|", heads)
+
+
+def _scatter(
+    found: Mapping[str, Sized], name: str, title: str, says: str, y_name: str, heads: tuple[str, ...]
+) -> Figure:
+    grid = grid_of(list(found))
+    ranks, values = [float(one.rank) for one in found.values()], [one.value for one in found.values()]
+    log = min(values) > 0 and max(values) > 20 * min(values)
+    x = scale_of(ranks, LEFT, WIDTH - RIGHT, zero=True)
+    frame = Frame(x, scale_of(values, HEIGHT - BOTTOM, TOP, log=log, zero=not log))
+    parts = [frame.axes("rank", f"{y_name}{', logarithmic' if log else ''}")]
     for index, kind in enumerate(grid.kinds):
-        marks = [(float(ranks[path]), sized[path], f"{path}: rank {ranks[path]}, |dW| {short(sized[path])}")
-                 for path in grid.paths_of(kind)]  # fmt: skip
+        chosen = [(path, found[path]) for path in grid.paths_of(kind)]
+        marks = [(float(one.rank), one.value, f"{path}: rank {one.rank}, {short(one.value)}") for path, one in chosen]
         parts.append(frame.marks(marks, index, 3.2))
-    rho = rank_correlation([float(ranks[path]) for path in sized], list(sized.values()))
-    says = "Every mark is a module: the Frobenius norm of its update after training. " + (
-        f"Spearman's correlation of rank and size: {rho:.2f}." if rho is not None else "All have one rank."
-    )
+    rho = rank_correlation(ranks, values)
+    says += f"Spearman's correlation with rank: {rho:.2f}." if rho is not None else "There is no correlation to tell."
     rows = [
-        [path, exact(ranks[path], str(ranks[path])), exact(size, short(size)), exact(size / ranks[path] ** 0.5, short(size / ranks[path] ** 0.5))]
-        for path, size in sized.items()
-    ]  # fmt: skip
-    table = Table(f"Size of the update by module, {run.label}", ("module", "rank", "|dW|", "|dW| / √rank"), rows)
+        [path, exact(one.rank, str(one.rank)), *(exact(value, short(value)) for value in (*one.norms, one.value))]
+        for path, one in found.items()
+    ]
     names = legend([(index, grid.names[kind]) for index, kind in enumerate(grid.kinds)], line=False)
-    return Figure(name, f"Size of the update against rank: {run.label}", says, (WIDTH, HEIGHT), join(parts), table, names)
+    table = Table(title, ("module", "rank", *heads), rows)
+    return Figure(name, title, says, (WIDTH, HEIGHT), join(parts), table, names)
 
 
-def parameters_figure(run: Run, name: str) -> Figure | None:
+def parameters_figure(run: Run, index: int, name: str) -> Figure | None:
     """Parameters of each kind of module, beside what LoRA would give it at the reference rank."""
     counts = kind_counts(run)
     if not counts:
         return None
     names = dict(zip(counts, shortest(list(counts)), strict=True))
     reference = run.ranks.whole("rank") if run.ranks else None
-    x = scale_of([0.0, *(float(max(one.parameters, one.lora)) for one in counts.values())], LABELS, WIDTH - 62, zero=True)
+    x = scale_of(
+        [0.0, *(float(max(one.parameters, one.lora)) for one in counts.values())], LABELS, WIDTH - 62, zero=True
+    )
     parts = []
     for row, (kind, one) in enumerate(counts.items()):
         y = 6 + row * 32.0
         parts.append(words(clipped(names[kind]), LABELS - 6, y + 16, "end", None, kind))
-        parts.append(box(LABELS, y, x(one.parameters) - LABELS, 12, "bar s0", f"{kind}: {one.parameters:,}"))
+        parts.append(
+            box(LABELS, y, x(one.parameters) - LABELS, 12, f"bar {color_of(index)}", f"{kind}: {one.parameters:,}")
+        )
         parts.append(box(LABELS, y + 13, x(one.lora) - LABELS, 8, "bar pale", f"{kind}, LoRA: {one.lora:,}"))
         longest = max(x(one.parameters), x(one.lora))
         parts.append(words(percent(one.parameters / one.lora if one.lora else None, 0), longest + 5, y + 15))

@@ -34,7 +34,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def thin(points: Sequence[Point], most: int) -> list[Point]:
-    """Return at most about `most` points: means over equal stretches. What is not finite stays, as a point of its own."""
+    """Return at most about `most` points, means over equal stretches; a stretch with a None also keeps one."""
     width = -(-len(points) // most) if points else 1
     if width <= 1:
         return list(points)
@@ -99,6 +99,11 @@ def short(value: float | None, digits: int = 4) -> str:
         text = f"{value:,.{places}f}"
         return text.rstrip("0").rstrip(".") if "." in text and value == int(value) else text
     return f"{value:.{digits - 1}e}"
+
+
+def tick(value: float) -> str:
+    """Write a round number of an axis."""
+    return f"{value:,.10g}" if 1e-4 <= abs(value) < 1e7 else f"{value:g}"
 
 
 def percent(value: float | None, places: int = 1) -> str:

@@ -22,7 +22,9 @@ def named(index: int, run: Run) -> Html:
 
 def results_table(runs: Sequence[Run]) -> Table:
     heads = ("run", "loss, end", "loss, base", "parameters", "of LoRA's", "method", "gamma", "steps", "time", "status")
-    return Table("Losses are per token, on the evaluation rows", heads, [_result(index, run) for index, run in enumerate(runs)])
+    return Table(
+        "Losses are per token, on the evaluation rows", heads, [_result(index, run) for index, run in enumerate(runs)]
+    )
 
 
 def _result(index: int, run: Run) -> list[object]:
@@ -39,7 +41,9 @@ def _result(index: int, run: Run) -> list[object]:
 
 
 def status(run: Run) -> Html:
-    return tag("span", run.status, class_=f"badge {'good' if run.is_complete else 'bad' if run.status == 'failed' else 'open'}")
+    return tag(
+        "span", run.status, class_=f"badge {'good' if run.is_complete else 'bad' if run.status == 'failed' else 'open'}"
+    )
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -50,7 +54,9 @@ def headline(runs: Sequence[Run]) -> str:
     best = min(measured, key=lambda run: run.final_loss or 0.0)
     start = f", from the base's {short(best.base_loss)}" if best.base_loss is not None else ""
     lead = "Loss on the evaluation rows" if len(runs) == 1 else f"Lowest loss on the evaluation rows: {best.label}"
-    return f"{lead}: {short(best.final_loss)}{start}." if len(runs) == 1 else f"{lead}, {short(best.final_loss)}{start}."
+    return (
+        f"{lead}: {short(best.final_loss)}{start}." if len(runs) == 1 else f"{lead}, {short(best.final_loss)}{start}."
+    )
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
@@ -59,7 +65,11 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     found += [f"{run.label}: no evaluation rows, so there is no loss on unseen data." for run in runs
               if run.is_complete and not run.evaluations]  # fmt: skip
     lost = [(run, sum(y is None for _, y in (*run.losses, *run.evaluations))) for run in runs]
-    found += [f"{run.label}: {count} losses are not finite; the curves mark them with ×." for run, count in lost if count]
+    found += [
+        f"{run.label}: {count} losses are not finite; the curves mark them with a cross."
+        for run, count in lost
+        if count
+    ]
     if len(runs) < 2:
         return found
     if len({_root(run) for run in runs}) > 1:
@@ -69,7 +79,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     if len({run.record.part("eval_data").text("sha256") for run in runs if run.evaluations}) > 1:
         found.append("The runs were evaluated on different rows: their evaluation losses cannot be compared.")
     if len({settings_of(run).get("train.seed") for run in runs}) == 1:
-        found.append("All runs have one seed: differences of this size can be chance.")
+        found.append("All runs have the same seed: small differences can be chance.")
     return found
 
 
@@ -87,7 +97,10 @@ def _root(run: Run) -> str | None:
 def settings_table(runs: Sequence[Run]) -> Table | None:
     """The settings in which the runs differ, a column a run; of one run, None."""
     by_run = [settings_of(run) for run in runs]
-    by_run = [{"base": run.base, "data": run.record.part("data").text("name"), **found} for run, found in zip(runs, by_run, strict=True)]
+    by_run = [
+        {"base": run.base, "data": run.record.part("data").text("name"), **found}
+        for run, found in zip(runs, by_run, strict=True)
+    ]
     names = list(dict.fromkeys(name for found in by_run for name in found))
     rows = [
         [name, *(_setting(found.get(name)) for found in by_run)]
@@ -96,7 +109,9 @@ def settings_table(runs: Sequence[Run]) -> Table | None:
     ]
     if not rows:
         return None
-    return Table("Settings that are not the same in all runs", ("setting", *(run.label for run in runs)), rows, numeric=False)
+    return Table(
+        "Settings that are not the same in all runs", ("setting", *(run.label for run in runs)), rows, numeric=False
+    )
 
 
 def _setting(value: object) -> str:
@@ -117,13 +132,23 @@ def time_figure(runs: Sequence[Run]) -> Figure | None:
         y, start = row * 40.0, 0.0
         parts.append(words(clipped(run.label), 0, y + 12))
         for index, (stage, seconds) in enumerate(stages.items()):
-            parts.append(box(x(start), y + 17, x(start + seconds) - x(start), 14, f"bar s{index}", f"{run.label}, {stage}: {duration(seconds)}"))
+            parts.append(
+                box(
+                    x(start),
+                    y + 17,
+                    x(start + seconds) - x(start),
+                    14,
+                    f"bar s{index}",
+                    f"{run.label}, {stage}: {duration(seconds)}",
+                )
+            )
             start += seconds
         parts.append(words(duration(start), x(start) + 5, y + 28))
     names = [*STAGES, "rest"]
     shown = [(index, name) for index, name in enumerate(names) if any(stages[name] for _, stages in timed)]
     says = "The whole run by stage; rest: loading the model, hashing the base, writing. " + " ".join(
-        f"{run.label}: {duration(sum(stages.values()))}, of it training {duration(stages['train'])}." for run, stages in timed
+        f"{run.label}: {duration(sum(stages.values()))}, of it training {duration(stages['train'])}."
+        for run, stages in timed
     )
     rows = [[run.label, *(exact(stages[name], duration(stages[name])) for name in names)] for run, stages in timed]
     table = Table("Seconds by stage", ("run", *names), rows)
@@ -144,7 +169,16 @@ def stages_of(run: Run) -> dict[str, float]:
 
 
 def cost_table(runs: Sequence[Run]) -> Table:
-    heads = ("run", "time", "tokens trained on", "tokens/s", "most memory, host", "most memory, device", "device", "processes")
+    heads = (
+        "run",
+        "time",
+        "tokens trained on",
+        "tokens/s",
+        "most memory, host",
+        "most memory, device",
+        "device",
+        "processes",
+    )
     return Table("Time and memory", heads, [_cost(index, run) for index, run in enumerate(runs)])
 
 
@@ -177,11 +211,19 @@ def roots_of(run: Run) -> list[tuple[str, str | None, str | None]]:
     return [*found, ("weights in memory", run.record.text("memory_root"), after.text("memory_root"))]
 
 
-def roots_table(run: Run) -> Table:
+def roots_table(runs: Sequence[Run]) -> Table:
+    """The roots of the base of these runs, which all have the same ones."""
     rows = []
-    for name, before, after in roots_of(run):
+    for name, before, after in roots_of(runs[0]):
         same = "the same" if before is not None and before == after else code(after) if after else MISSING
         rows.append([name, code(before) if before else MISSING, same])
-    if run.adapter_root:
-        rows.append(["adapter, as trained", MISSING, code(run.adapter_root)])
-    return Table(f"Roots of {run.base}, {run.label}", ("part", "before", "after"), rows, numeric=False)
+    caption = f"Roots of {runs[0].base}: {', '.join(run.label for run in runs)}"
+    return Table(caption, ("part", "before", "after"), rows, numeric=False)
+
+
+def adapters_table(runs: Sequence[Run]) -> Table | None:
+    """The roots of the trained adapters, each of which agrees with its seal."""
+    rows = [[named(index, run), code(run.adapter_root)] for index, run in enumerate(runs) if run.adapter_root]
+    return (
+        Table("Roots of the trained adapters; their seals hold", ("run", "root"), rows, numeric=False) if rows else None
+    )

@@ -51,10 +51,15 @@ def check_output(output: Path, folders: Iterable[Path], gaps: Iterable[Path]) ->
     place = output.resolve()
     for folder in folders:
         if folder.resolve() in (place, *place.parents):
-            raise UsageError("the page would lie in a run", code="GS-243", file=output, hint="choose a place outside of it")
+            raise UsageError(
+                "the page would lie in a run", code="GS-243", file=output, hint="choose a place outside of it"
+            )
     if place in [file.resolve() for file in gaps] or output.is_dir():
         raise UsageError(
-            "the page would replace another thing than a page", code="GS-243", file=output, hint="name a file, page.html"
+            "the page would replace another thing than a page",
+            code="GS-243",
+            file=output,
+            hint="name a file, page.html",
         )
 
 
@@ -68,7 +73,7 @@ def render(runs: Sequence[Run], gaps: Sequence[GapFile] = ()) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=Html(POLICY)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{title} – gora-serve"),
+        tag("title", f"{title} - gora-serve"),
         Html(f"<style>{_style()}</style>"),
     )
     body = tag(
@@ -106,9 +111,11 @@ def _sections(runs: Sequence[Run], gaps: Sequence[GapFile]) -> list[Section]:
         Section("ranks", "Ranks and updates", _modules(runs)),
         Section("gamma", "First step", _gamma(runs)),
         Section("parameters", "Parameters", _grid(
-            modules.parameters_figure(run, f"parameters-{index}") for index, run in enumerate(runs)
+            modules.parameters_figure(run, index, f"parameters-{index}") for index, run in enumerate(runs)
         )),
-        Section("cost", "Time and memory", join([overview.cost_table(runs).html(), _grid([overview.time_figure(runs)])])),
+        Section("cost", "Time and memory", join([
+            overview.cost_table(runs).html(), _grid([overview.time_figure(runs)])
+        ])),
         Section("gap", "Training/inference gap", _gaps(gaps)),
         Section("base", "The base", _base(runs)),
         Section("repeat", "Repeat it", _repeat(runs)),
@@ -118,7 +125,11 @@ def _sections(runs: Sequence[Run], gaps: Sequence[GapFile]) -> list[Section]:
 def _results(runs: Sequence[Run]) -> Html:
     cautions = overview.cautions(runs)
     listed = tag("ul", *(tag("li", one) for one in cautions))
-    noted = tag("aside", tag("h3", "To mind"), listed, class_="mind") if cautions else Html()
+    noted = (
+        tag("aside", tag("h3", "Before you compare" if len(runs) > 1 else "To know"), listed, class_="mind")
+        if cautions
+        else Html()
+    )
     settings = overview.settings_table(runs) if len(runs) > 1 else None
     differ = folded("Settings that differ", settings.html()) if settings else Html()
     return join([overview.results_table(runs).html(), noted, differ])
@@ -130,10 +141,19 @@ def _grid(figures: Iterable[Figure | None]) -> Html:
 
 
 def _modules(runs: Sequence[Run]) -> Html:
-    figures = []
+    lora = [run for run in runs if run.method == "lora" and run.updates]
+    figures: list[Figure | None] = []
     for index, run in enumerate(runs):
         figures += [modules.ranks_figure(run, f"ranks-{index}"), modules.updates_figure(run, f"updates-{index}")]
-    return _grid(figures)
+        if len(lora) == 1 and run.method == "gora":
+            figures.append(modules.against_lora(run, lora[0], f"beside-lora-{index}"))
+    return join([*map(_one_rank, runs), _grid(figures)])
+
+
+def _one_rank(run: Run) -> Html:
+    if not modules.has_one_rank(run):
+        return Html()
+    return tag("p", f"{run.label}: every module has rank {next(iter(run.module_ranks.values()))}.")
 
 
 def _gamma(runs: Sequence[Run]) -> Html:
@@ -146,19 +166,27 @@ def _gaps(gaps: Sequence[GapFile]) -> Html:
     parts = []
     for index, one in enumerate(gaps):
         base = one.record.text("base") or "the base"
-        says = tag("p", tag("strong", verdict(one)), f" {one.adapter} ({one.record.text('family') or 'unknown'}) on {base}.")
+        says = tag(
+            "p", tag("strong", verdict(one)), f" {one.adapter} ({one.record.text('family') or 'unknown'}) on {base}."
+        )
         parts.append(tag("article", says, _grid([gap_figure(one, f"gap-{index}")]), gap_tables(one)))
     return join(parts)
 
 
 def _base(runs: Sequence[Run]) -> Html:
-    parts = []
+    """Runs whose roots are the same share a table."""
+    groups: dict[object, list[tuple[int, Run]]] = {}
     for index, run in enumerate(runs):
-        kind, says = overview.base_verdict(run)
-        title = tag("h3", overview.named(index, run))
+        key = (run.base, tuple(overview.roots_of(run)), overview.base_verdict(run))
+        groups.setdefault(key, []).append((index, run))
+    parts = []
+    for group in groups.values():
+        kind, says = overview.base_verdict(group[0][1])
+        title = tag("h3", *(overview.named(index, run) for index, run in group), class_="several")
         verdict = tag("p", tag("span", says, class_=f"badge {kind}"))
-        parts.append(tag("article", title, verdict, overview.roots_table(run).html()))
-    return join(parts)
+        parts.append(tag("article", title, verdict, overview.roots_table([run for _, run in group]).html()))
+    adapters = overview.adapters_table(runs)
+    return join([*parts, adapters.html() if adapters else ""])
 
 
 def _repeat(runs: Sequence[Run]) -> Html:
@@ -167,7 +195,11 @@ def _repeat(runs: Sequence[Run]) -> Html:
 
 def _command(index: int, run: Run) -> Html:
     rest = repeat.without_option(run)
-    said = [f"Set from Python, without an option: {', '.join(f'{name} = {value}' for name, value in rest.items())}."] if rest else []
+    said = (
+        [f"Set from Python, without an option: {', '.join(f'{name} = {value}' for name, value in rest.items())}."]
+        if rest
+        else []
+    )
     if run.record.whole("resumed_from") is not None:
         said.append(f"Resumed from step {run.record.whole('resumed_from')}; an unbroken run gives the same adapter.")
     data = [_data_row(name, run) for name in ("data", "eval_data") if run.record.part(name).value]
@@ -192,4 +224,8 @@ def _code(lines: Sequence[str], says: str) -> Html:
 def _data_row(name: str, run: Run) -> list[object]:
     data = run.record.part(name)
     used, rows = data.whole("used"), data.whole("rows")
-    return [data.text("given") or data.text("name") or name, f"{used} of {rows}", tag("code", data.text("sha256") or "")]
+    return [
+        data.text("given") or data.text("name") or name,
+        f"{used} of {rows}",
+        tag("code", data.text("sha256") or ""),
+    ]

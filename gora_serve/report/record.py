@@ -1,4 +1,4 @@
-"""JSON that another version, a hand or an enemy may have written, asked for value by value; errors name file and key."""
+"""JSON that another version, a hand or an enemy may have written, asked value by value; errors name file and key."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Record:
     def items(self, name: str) -> list[Record]:
         """Return the objects of the list under that key."""
         found = self._find(name, list, "a list") or []
-        return [Record({"": one}, self.file, f"{self._name(name)}[{index}]").part("") for index, one in enumerate(found)]
+        return [
+            Record({"": one}, self.file, f"{self._name(name)}[{index}]").part("") for index, one in enumerate(found)
+        ]
 
     def text(self, name: str) -> str | None:
         found: str | None = self._find(name, str, "a text")

@@ -12,7 +12,8 @@ from gora_serve.report.runs import Run
 
 # Setting -> option. A test runs the words through the command itself and compares what comes out.
 OPTIONS: Mapping[str, str] = {
-    "model.targets": "--targets", "model.dtype": "--dtype", "model.quantize": "--quantize", "model.offload": "--offload",
+    "model.targets": "--targets", "model.dtype": "--dtype", "model.quantize": "--quantize",
+    "model.offload": "--offload",
     "data.max_length": "--max-length", "data.batch_size": "--batch-size",
     "probe.steps": "--probe-steps", "probe.mode": "--probe", "probe.memory": "--probe-memory",
     "probe.error": "--probe-error", "probe.lr": "--probe-lr", "probe.importance": "--importance",
@@ -34,7 +35,7 @@ DEFAULTS = {
 
 def settings_of(run: Run) -> dict[str, Any]:
     """Return every setting of the run, as "stage.name"."""
-    found = {}
+    found: dict[str, Any] = {}
     for stage, part in run.record.parts("config"):
         found |= {f"{stage}.{name}": value for name, value in part.value.items()}
     return found
@@ -47,7 +48,11 @@ def lines_of(run: Run, *, whole: bool) -> list[str]:
         chosen = {name: value for name, value in chosen.items() if _plain(DEFAULTS.get(name)) != _plain(value)}
     processes = run.record.whole("processes") or 1
     start = "gora-serve" if processes == 1 else f"accelerate launch --num_processes {processes} -m gora_serve"
-    return [f"{start} fit {_quoted(_base(run))}", *_files(run), *(line for one in chosen for line in _option(one, chosen[one]))]
+    return [
+        f"{start} fit {_quoted(_base(run))}",
+        *_files(run),
+        *(line for one in chosen for line in _option(one, chosen[one])),
+    ]
 
 
 def without_option(run: Run) -> dict[str, Any]:

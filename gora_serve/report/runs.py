@@ -83,7 +83,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the runs in this order. Raises UsageError for none, too many (GS-242) or one twice (GS-241), and as `read_run`."""
+    """Read the runs in this order. Raises UsageError for one twice (GS-241) or too many (GS-242), and as `read_run`."""
     if not 1 <= len(folders) <= MOST_RUNS:
         raise UsageError(
             "a page holds at most so many runs", code="GS-242", expected=f"1 to {MOST_RUNS}", actual=len(folders),

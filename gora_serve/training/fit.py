@@ -24,7 +24,7 @@ from gora_serve.training.resume import RUN, check_settings
 from gora_serve.training.run import FitResult, Run
 from gora_serve.training.run_files import read_ranks
 from gora_serve.training.run_folder import RunFolder
-from gora_serve.training.session import Session, naming_memory, open_session
+from gora_serve.training.session import Session, naming_memory, open_session, peak_bytes
 from gora_serve.training.train_stage import NEXT, Stop
 from gora_serve.training.weights import weight_shape
 
@@ -88,7 +88,7 @@ def fit(
             _note_end(run, err, time.perf_counter() - started)
             raise
         seconds = time.perf_counter() - started
-        run.note(status="complete", seconds=seconds, result=_summary(result), base_after=result.base_after)
+        run.note(status="complete", seconds=seconds, result=_summary(result, session), base_after=result.base_after)
     if folder.writes:
         discard_all(output)
     return result
@@ -145,10 +145,11 @@ def _error_json(err: BaseException) -> object:
     return {"what": "interrupted" if isinstance(err, KeyboardInterrupt | SystemExit) else type(err).__name__}
 
 
-def _summary(result: FitResult) -> dict[str, Any]:
+def _summary(result: FitResult, session: Session) -> dict[str, Any]:
     return {
         "gamma": result.gamma,
         "parameters": result.adapter.parameters,
         "losses": dict(result.losses),
         "seconds_by_stage": dict(result.seconds),
+        "peak_bytes": peak_bytes(session.accelerator.device),
     }

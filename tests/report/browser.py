@@ -90,7 +90,11 @@ class Page:
         file.write_bytes(base64.b64decode(data))
 
     def pdf(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"]))
+        """Print the page as it is for the colour scheme that it was opened in."""
+        self.call("Emulation.setEmulatedMedia", media="print")
+        file.write_bytes(
+            base64.b64decode(self.call("Page.printToPDF", printBackground=False, preferCSSPageSize=True)["data"])
+        )
 
 
 @contextmanager
