@@ -17,7 +17,19 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("gora_serve", "converters")
 
 # From the top down. The package's own __init__ holds the version and nothing else.
-ROOMS = ("root", "integrity", "adapter", "gora", "deploy", "training", "serving", "vllm_plugin", "flow", "report", "cli")
+ROOMS = (
+    "root",
+    "integrity",
+    "adapter",
+    "gora",
+    "deploy",
+    "training",
+    "serving",
+    "vllm_plugin",
+    "flow",
+    "report",
+    "cli",
+)
 ROOT_FILES = ("gora_serve/__init__.py", "gora_serve/errors.py", "gora_serve/config.py", "gora_serve/progress.py")
 FLOW_FILES = (
     "gora_serve/pictures.py",
@@ -74,7 +86,15 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/demo.py": frozenset({"torch"}),  # asks for a GPU
 }
 # Modules that never bring torch with them, through whatever they import.
-LIGHT = ("root", "integrity", "serving", "flow", "report", "cli", *(name for name in MODULE_LEVEL if name.endswith(".py")))
+LIGHT = (
+    "root",
+    "integrity",
+    "serving",
+    "flow",
+    "report",
+    "cli",
+    *(name for name in MODULE_LEVEL if name.endswith(".py")),
+)
 CLOSED_TO_GORA = {"os", "io", "pathlib", "json", "shutil", "tempfile"}  # the maths knows no disk
 ASKS_CONVERTERS = {"convert", "gap"}  # the commands whose bodies may import converters
 

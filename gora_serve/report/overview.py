@@ -66,7 +66,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
               if run.is_complete and not run.evaluations]  # fmt: skip
     lost = [(run, sum(y is None for _, y in (*run.losses, *run.evaluations))) for run in runs]
     found += [
-        f"{run.label}: {count} losses are not finite; the curves mark them with a cross."
+        f"{run.label}: {count} of the losses {'is' if count == 1 else 'are'} not finite; the curves have a cross there."
         for run, count in lost
         if count
     ]
@@ -217,7 +217,7 @@ def roots_table(runs: Sequence[Run]) -> Table:
     for name, before, after in roots_of(runs[0]):
         same = "the same" if before is not None and before == after else code(after) if after else MISSING
         rows.append([name, code(before) if before else MISSING, same])
-    caption = f"Roots of {runs[0].base}: {', '.join(run.label for run in runs)}"
+    caption = f"Roots of {runs[0].base}, as {' and '.join(run.label for run in runs)} used it"
     return Table(caption, ("part", "before", "after"), rows, numeric=False)
 
 

@@ -218,7 +218,7 @@ def _command(index: int, run: Run) -> Html:
 
 def _code(lines: Sequence[str], says: str) -> Html:
     text = Html(" \\\n    ").join(escape(line) for line in lines)
-    return tag("pre", tag("code", Html(text)), tabindex="0", role="region", aria_label=says)
+    return tag("pre", tag("code", Html(text)), role="region", aria_label=says)
 
 
 def _data_row(name: str, run: Run) -> list[object]:

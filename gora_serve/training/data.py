@@ -43,7 +43,7 @@ class Dataset:
     given: str = ""
 
     def summary(self) -> dict[str, Any]:
-        """Return what run.json records: name, the name as given, sha256 of the file, and how many rows were used, cut, left out."""
+        """Return what run.json records: names, sha256 of the file, and how many rows were used, cut, left out."""
         return {
             "name": self.name,
             "given": self.given,

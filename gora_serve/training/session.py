@@ -119,7 +119,7 @@ def roots_json(roots: Roots) -> dict[str, str | None]:
 
 
 def peak_bytes(device: torch.device) -> dict[str, int | None]:
-    """Return the most memory so far, in bytes: of this process on the host, and of torch on the device (None: a CPU)."""
+    """Return the most bytes so far: of this process on the host, of torch on its device (None on a CPU)."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
 

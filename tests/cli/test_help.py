@@ -24,6 +24,7 @@ from gora_serve.config import (
     PlanConfig,
     ProbeConfig,
     RankConfig,
+    ReportConfig,
     TrainConfig,
 )
 from gora_serve.serving.plan import ServeConfig
@@ -60,6 +61,7 @@ OF_THE_CALL = {
     "init_adapter", "mutated_base", "cache", "allow_pickle", "leave_out", "carry",
     "quick", "oms", "engine",
     "push", "public", "against", "repo",
+    "gaps",
 }  # fmt: skip
 
 
@@ -139,6 +141,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "demo": ((), [DemoConfig()]),
     "convert": (("adapter", "--base", "b", "--output", "o"), [ConvertConfig()]),
     "gap": (("adapter", "--base", "b"), [GapConfig()]),
+    "report": (("run",), [ReportConfig()]),
     "bind": (("adapter", "--base", "b", "--output", "o"), []),
     "doctor": ((), []),
     "hash": (("base",), []),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reading import HOSTILE
 from tiny_models import color_rows, write_jsonl
 
 from gora_serve.config import DataConfig, FitConfig, InitConfig, ModelConfig, ProbeConfig, RankConfig, TrainConfig
@@ -84,9 +85,6 @@ def deep(runs: Path, tmp_path: Path) -> Path:
     rows = [json.dumps({"step": n, "loss": 9 / n, "tokens": 64 * n, "seconds": 0.5 * n}) for n in range(1, 5001)]
     (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     return folder
-
-
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\u202e\x1b[31m&amp;"
 
 
 @pytest.fixture

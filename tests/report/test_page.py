@@ -7,12 +7,12 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOSTILE  # type: ignore[attr-defined]
-from reading import Element, read_page, tables
+from reading import HOSTILE, Element, read_page, tables
 from safetensors.torch import load_file
 
 from gora_serve.cli.fitting import _fit_config
@@ -140,7 +140,7 @@ def test_time_and_memory(page: Element, runs: Path) -> None:
 def test_the_base(page: Element, runs: Path) -> None:
     run = content(runs / "gora" / "run.json")
     base = run["base"]["name"]
-    rows = tables(page)[f"Roots of {base}: gora, lora, short"]
+    rows = tables(page)[f"Roots of {base}, as gora and lora and short used it"]
     roots = [*run["base"]["roots"].values(), run["memory_root"]]
     assert [row[1:] for row in rows] == [[root, "the same"] for root in roots]
     assert "Unchanged" in page.text
@@ -205,7 +205,7 @@ def test_structure(page: Element) -> None:
     assert page.one("html").attributes["lang"] == "en"
     assert [element.name for element in page.all("h1")] == ["h1"]
     levels = [int(element.name[1]) for element in page.all("h1", "h2", "h3")]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     first = next(page.one("body").all("a"))
     assert (first.attributes["href"], first.attributes["class"]) == ("#main", "skip")
 
@@ -257,7 +257,7 @@ def test_an_unfinished_run(unfinished: Path, runs: Path) -> None:
     """It is found under the name that the run would have; the torn line is passed over, lost losses are told."""
     page = page_of(unfinished.with_name("failed"), runs / "lora")
     assert "failed.partial is failed: GS-701, the loss is not finite" in page.text
-    assert "1 losses are not finite" in page.text
+    assert "1 of the losses is not finite" in page.text
     assert "Not proved" in page.text
     assert tables(page)["Training loss by step"][-1][:2] == ["7", "not finite"]
     assert "Size of the update against rank: failed.partial" not in tables(page)
