@@ -41,9 +41,8 @@ def _result(index: int, run: Run) -> list[object]:
 
 
 def status(run: Run) -> Html:
-    return tag(
-        "span", run.status, class_=f"badge {'good' if run.is_complete else 'bad' if run.status == 'failed' else 'open'}"
-    )
+    kind = "good" if run.is_complete else "bad" if run.status == "failed" else "open"
+    return tag("span", run.status, class_=f"badge {kind}")
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -53,10 +52,8 @@ def headline(runs: Sequence[Run]) -> str:
         return "No complete run with evaluation rows: there is no final loss to tell."
     best = min(measured, key=lambda run: run.final_loss or 0.0)
     start = f", from the base's {short(best.base_loss)}" if best.base_loss is not None else ""
-    lead = "Loss on the evaluation rows" if len(runs) == 1 else f"Lowest loss on the evaluation rows: {best.label}"
-    return (
-        f"{lead}: {short(best.final_loss)}{start}." if len(runs) == 1 else f"{lead}, {short(best.final_loss)}{start}."
-    )
+    lead = "Loss on the evaluation rows:" if len(runs) == 1 else f"Lowest loss on the evaluation rows: {best.label},"
+    return f"{lead} {short(best.final_loss)}{start}."
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
