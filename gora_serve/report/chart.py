@@ -48,11 +48,12 @@ def scale_of(values: Sequence[float], first: float, last: float, *, log: bool = 
 
 @dataclass(frozen=True)
 class Frame:
-    """A plot: its two scales, and how high the drawing is."""
+    """A plot: its two scales, how high the drawing is, and whether x counts something, steps or ranks."""
 
     x: Scale
     y: Scale
     height: float = HEIGHT
+    counts: bool = True
 
     def axes(self, x_name: str, y_name: str) -> Html:
         """Draw grid, numbers and names; the y axis is named above itself, where phones have room for it."""
@@ -64,7 +65,7 @@ class Frame:
                 tag("line", x1=f"{LEFT:g}", x2=f"{WIDTH - RIGHT:g}", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid")
             )
             parts.append(words(tick(value), LEFT - 6, y + 4, "end"))
-        for value in self.x.ticks():
+        for value in (value for value in self.x.ticks() if not self.counts or value == int(value)):
             x = self.x(value)
             parts.append(
                 tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=f"{bottom:g}", y2=f"{bottom + 4:g}", class_="tick")

@@ -69,7 +69,7 @@ def gamma_figure(run: Run, index: int, name: str) -> Figure | None:
         return None
     x = scale_of([gamma for gamma, _ in positive], LEFT, WIDTH - RIGHT, log=True)
     y = scale_of([base, *_capped([loss for _, loss in positive], base)], HEIGHT - BOTTOM, TOP)
-    frame = Frame(x, y)
+    frame = Frame(x, y, counts=False)
     shown = [(gamma, min(loss, y.high)) for gamma, loss in positive]
     marks = [
         (gamma, at, f"gamma {short(gamma)}: loss {short(loss)}")

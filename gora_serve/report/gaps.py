@@ -96,7 +96,7 @@ def gap_figure(one: GapFile, name: str) -> Figure | None:
     )
     parts.append(words("as large as the update", x(1.0), bottom + 12, "end" if x(1.0) > WIDTH / 2 else "start", "name"))
     says = "Error of the whole update as a share of it, |error| / |dW|, on a logarithmic scale. " + " ".join(
-        f"{NAMES[key]}: {_share(value)}." for key, value in known.items()
+        f"{NAMES[key].capitalize()}: {_share(value)}." for key, value in known.items()
     )
     rows = [[NAMES[key], exact(value, _share(value))] for key, value in known.items()]
     table = Table(f"Errors by cause, {one.adapter}", ("cause", "share of the update"), rows)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from edited_base import train_pissa
 from shell import environment, fit_words, gora, gora_here, snapshot
 
 
@@ -56,6 +57,35 @@ def test_with_a_gap(run: Path, gap: Path, tmp_path: Path) -> None:
     assert "Right as it is: plain LoRA on this base." in page
     assert f'<data value="{told["total"]["stored_of_update"]!r}">' in page
     assert f'<data value="{told["deployment"][0]["stored"]}">' in page
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_data: Path) -> Path:
+    """What gap says of an adapter of PiSSA, which is wrong on the base, with the models' answers."""
+    folder = tmp_path_factory.mktemp("pissa")
+    edited = train_pissa(folder, tiny_base)
+    words = ("--data", tiny_data, "--max-rows", "5", "--max-length", "96", "--json")
+    answer = gora_here("gap", edited.adapter, "--base", tiny_base, *words)
+    assert answer.code == 1
+    file = folder / "gap.json"
+    file.write_text(answer.out)
+    return file
+
+
+def test_with_a_gap_that_is_one(run: Path, wrong: Path, tmp_path: Path) -> None:
+    answer = gora_here("report", run, "--gap", wrong, "--output", tmp_path / "page.html")
+    assert answer.code == 0
+    page, told = (tmp_path / "page.html").read_text(), json.loads(wrong.read_text())
+    assert 'id="gap-0"' in page
+    for name in ("unconverted_of_update", "base_rounding_of_update", "stored_of_update", "stored_plain_of_update"):
+        assert page.count(f'<data value="{told["total"][name]!r}">') == 2, "in the figure's table, and in the total"
+    for outcome in told["comparison"]["outcomes"].values():
+        assert all(f'<data value="{outcome[key]!r}">' in page for key in ("loss", "kl", "agreement"))
+    for kind in ("self_attn.q_proj", "mlp.down_proj"):
+        parts = [one for path, one in told["modules"].items() if path.endswith(kind)]
+        error, whole = (sum(one[key] ** 2 for one in parts) ** 0.5 for key in ("unconverted", "update"))
+        row = page.split(f'<th scope="row">{kind}</th><td>2</td>')[-1]
+        assert float(row.split('<data value="')[1].split('"')[0]) == pytest.approx(error / whole)
 
 
 def test_several_runs(run: Path, tmp_path: Path) -> None:
