@@ -23,7 +23,11 @@ ServeDevice = Literal["auto", "cpu", "cuda"]
 Form = Literal["unit", "padded", "native"]
 TrainedOn = Literal["auto", "stored", "float32", "bfloat16", "float16", "nf4"]
 
-FREE_SETTINGS = frozenset({"model.offload", "train.save_every"})  # decide no number: a run may be resumed with others
+Track = Literal["none", "tensorboard", "wandb"]
+
+FREE_SETTINGS = frozenset(
+    {"model.offload", "train.save_every", "train.track"}
+)  # decide no number: a run may be resumed with others
 MOST_STEPS = 10**7  # an order of batches is drawn for all steps at once
 IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
 
@@ -153,7 +157,7 @@ class TrainConfig:
 
     `lr` is that of A; B learns `lr_ratio` times faster (16 for GoRA, 1 for LoRA where it is None). One of
     `steps` (optimiser steps) and `epochs` is given; both None means one epoch. `save_every`: optimiser steps between
-    two checkpoints; None means a tenth of the run.
+    two checkpoints; None means a tenth of the run. `track`: where the lines of metrics.jsonl go as well.
     """
 
     method: Method = "gora"
@@ -171,6 +175,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     eval_every: int | None = None
     save_every: int | None = None
+    track: Track = "none"
     seed: int = 42
 
     @property

@@ -80,7 +80,7 @@ def _fit_config(options: dict[str, Any]) -> FitConfig:
     """Sort the options of `fit` into its dataclasses. Fields without an option keep their default."""
     train = ("method", "steps", "epochs", "grad_accum", "lr", "lr_ratio", "warmup", "weight_decay", "max_grad_norm",
              "mixed_precision", "gradient_checkpointing", "eval_every", "save_every",
-             "seed")  # fmt: skip
+             "track", "seed")  # fmt: skip
     return FitConfig(
         model=_model_config(options),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),

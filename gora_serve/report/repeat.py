@@ -22,7 +22,7 @@ OPTIONS: Mapping[str, str] = {
     "train.epochs": "--epochs", "train.grad_accum": "--grad-accum", "train.lr": "--lr", "train.lr_ratio": "--lr-ratio",
     "train.warmup": "--warmup", "train.weight_decay": "--weight-decay", "train.max_grad_norm": "--max-grad-norm",
     "train.mixed_precision": "--mixed-precision", "train.eval_every": "--eval-every",
-    "train.save_every": "--save-every", "train.seed": "--seed",
+    "train.save_every": "--save-every", "train.track": "--track", "train.seed": "--seed",
 }  # fmt: skip
 SWITCHES: Mapping[str, tuple[str, str]] = {  # setting -> option when true, when false
     "data.chat_template": ("--chat-template", "--no-chat-template"),
