@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gora_serve.report.markup import Html, join, tag
-from gora_serve.report.numbers import Point, log_ticks, tick, ticks
+from gora_serve.report.numbers import SMALLEST, Point, log_ticks, tick, ticks
 
 WIDTH, HEIGHT = 380.0, 250.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 10.0, 28.0, 40.0
@@ -30,7 +30,7 @@ class Scale:
         return self.first + (self._on(value) - low) / ((high - low) or 1.0) * (self.last - self.first)
 
     def _on(self, value: float) -> float:
-        return math.log10(value) if self.log else value
+        return math.log10(max(value, SMALLEST)) if self.log else value
 
     def ticks(self) -> list[float]:
         return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
@@ -40,6 +40,7 @@ def scale_of(values: Sequence[float], first: float, last: float, *, log: bool = 
     """Return a scale with a little air around these values; zero: from zero on."""
     low, high = min(values), max(values)
     if log:
+        low, high = max(low, SMALLEST), max(high, SMALLEST)
         air = (high / low) ** 0.06 if high > low else 2.0
         return Scale(low / air, high * air, first, last, log=True)
     air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0

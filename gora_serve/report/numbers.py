@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 from gora_serve.report.markup import MISSING
 
+SMALLEST = 1e-200  # what an axis tells from zero
 Point = tuple[float, float | None]  # None: the file has no finite number there
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return about `count` round numbers between low and high: multiples of 1, 2 or 5 times a power of ten."""
-    if not high > low:
-        return [low]
     rough = (high - low) / count
+    if not rough > SMALLEST:
+        return [low]
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    step = next((power * factor for factor in (1, 2, 5) if power * factor >= rough * 0.999), power * 10)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
