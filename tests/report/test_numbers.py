@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gora_serve.report.chart import scale_of
@@ -17,6 +17,7 @@ NUMBERS = st.floats(-(2.0**53), 2.0**53)
 POSITIVE = st.floats(5e-324, 2.0**53)
 
 
+@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=9))
 def test_any_numbers_have_an_axis(values: list[float]) -> None:
     scale = scale_of(values, 0.0, 300.0)
@@ -27,6 +28,7 @@ def test_any_numbers_have_an_axis(values: list[float]) -> None:
     assert len({tick(value) for value in found}) <= len(found)
 
 
+@settings(deadline=None)
 @given(st.lists(POSITIVE, min_size=1, max_size=9))
 def test_any_positive_numbers_have_a_logarithmic_axis(values: list[float]) -> None:
     scale = scale_of(values, 0.0, 300.0, log=True)
@@ -40,6 +42,7 @@ def test_ticks_are_round() -> None:
     assert ticks(3, 3) == [3]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=30))
 def test_correlation_of_ranks(pairs: list[tuple[int, int]]) -> None:
     xs, ys = ([float(value) for value in column] for column in zip(*pairs, strict=True))
@@ -65,6 +68,7 @@ def test_smoothing_is_a_moving_mean() -> None:
     assert smooth([(0, 1.0), (1, 2.0), (2, None), (3, 4.0)], 3) == [(0, 1.5), (1, 1.5), (2, None), (3, 4.0)]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.integers(2, 40))
 def test_spread_has_both_ends(count: int, most: int) -> None:
     found = spread(count, most)
