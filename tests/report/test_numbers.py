@@ -82,7 +82,8 @@ def test_spread_has_both_ends(count: int, most: int) -> None:
     [
         (short(0.123456), "0.1235"), (short(6.32), "6.320"), (short(1234567.0), "1.235e+06"), (short(0.0), "0"),
         (short(None), "-"), (short(2e-5), "2.000e-05"), (duration(0.419), "0.42 s"), (duration(12.34), "12.3 s"),
-        (duration(158.2), "2 min 38 s"), (duration(7380), "2 h 03 min"), (tick(1.5), "1.5"), (tick(100000.0), "100,000"),
+        (duration(158.2), "2 min 38 s"), (duration(7380), "2 h 03 min"), (tick(1.5), "1.5"),
+        (tick(100000.0), "100,000"),
     ],
 )  # fmt: skip
 def test_how_numbers_are_written(text: str, wanted: str) -> None:
