@@ -21,6 +21,7 @@ Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 ServeDevice = Literal["auto", "cpu", "cuda"]
 Form = Literal["unit", "padded", "native"]
+Canary = Literal["auto", "always", "none"]
 TrainedOn = Literal["auto", "stored", "float32", "bfloat16", "float16", "nf4"]
 
 Track = Literal["none", "tensorboard", "wandb"]
@@ -272,10 +273,11 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The form of the exported adapter and the dtype of its tensors."""
+    """The form of the exported adapter, the dtype of its tensors, and whether it gets a fingerprint of its answers."""
 
     form: Form = "unit"
     dtype: ExportDtype = "float32"
+    canary: Canary = "auto"
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,9 @@ class ServeConfig:
     ready_timeout: float = 600.0
     shutdown_timeout: int = 10
     served_name: str | None = None
+    store: Path | None = None  # of the verified copies; None is the user's cache
+    key_file: Path | None = None
+    open_routes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

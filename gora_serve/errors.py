@@ -15,7 +15,7 @@ docs/errors.md; its first digit is the class's exit code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -29,6 +29,7 @@ class GoraError(Exception):
     """What happened, where, what was expected, what to do next.
 
     `code` is the stable "GS-nnn"; `hint` is printed as the `try:` line. `kept` says what state the output is in.
+    `faults`: where one error stands for several, each of them in a line of its own.
     """
 
     exit_code = 70
@@ -44,9 +45,11 @@ class GoraError(Exception):
         actual: object = None,
         kept: str | None = None,
         hint: str | None = None,
+        faults: Sequence[str] = (),
     ) -> None:
         super().__init__(what)
         self.what = what
+        self.faults = tuple(faults)
         self.code = code
         self.fields: Mapping[str, object] = {
             name: value
@@ -58,6 +61,7 @@ class GoraError(Exception):
 
     def __str__(self) -> str:
         lines = [f"error[{self.code}] {printable(self.what)}"]
+        lines += [f"  fault: {printable(fault)}" for fault in self.faults]
         lines += [f"  {name}: {printable(value)}" for name, value in self.fields.items()]
         return "\n".join(lines)
 
@@ -65,22 +69,23 @@ class GoraError(Exception):
         """Return the same error with another `kept`, and `hint` if given, for a caller that knows what is left."""
         fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
         fields |= {"kept": kept} | ({"hint": hint} if hint else {})
-        return type(self)(self.what, code=self.code, **fields)  # type: ignore[arg-type]
+        return type(self)(self.what, code=self.code, faults=self.faults, **fields)  # type: ignore[arg-type]
 
     def naming(self, file: Path) -> Self:
         """Return the same error with the file, where it has none, for a caller that knows it."""
         fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
-        return type(self)(self.what, code=self.code, **({"file": file} | fields))  # type: ignore[arg-type]
+        return type(self)(self.what, code=self.code, faults=self.faults, **({"file": file} | fields))  # type: ignore[arg-type]
 
     def advising(self, hint: str) -> Self:
         """Return the same error with another next step, for a caller that knows a better one."""
         fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
-        return type(self)(self.what, code=self.code, **(fields | {"hint": hint}))  # type: ignore[arg-type]
+        return type(self)(self.what, code=self.code, faults=self.faults, **(fields | {"hint": hint}))  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, object]:
         """Return the same fields for `--json`."""
         fields = {name: printable(value) for name, value in self.fields.items()}
-        return {"error": {"code": self.code, "what": self.what, **fields}, "exit_code": self.exit_code}
+        several = {"faults": [printable(fault) for fault in self.faults]} if self.faults else {}
+        return {"error": {"code": self.code, "what": self.what, **several, **fields}, "exit_code": self.exit_code}
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong

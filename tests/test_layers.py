@@ -36,6 +36,7 @@ FLOW_FILES = (
     "gora_serve/demo.py",
     "gora_serve/bind.py",
     "gora_serve/doctor.py",
+    "gora_serve/parity.py",
 )  # whole flows, which commands call
 
 # What a room may import at module level beside the standard library; a file's own line replaces that of its room.
@@ -84,6 +85,7 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render.py": frozenset({"rich"}),  # 30 ms, of what shows tables alone
     "gora_serve/pictures.py": frozenset({"matplotlib"}),
     "gora_serve/demo.py": frozenset({"torch"}),  # asks for a GPU
+    "gora_serve/parity.py": frozenset({"torch"}),  # names a dtype
 }
 # Modules that never bring torch with them, through whatever they import.
 LIGHT = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from gora_serve.cli.options import FILE, FOLDER, json_option, overwrite_option, quick_option
-from gora_serve.config import ExportConfig, ExportDtype, Form
+from gora_serve.config import Canary, ExportConfig, ExportDtype, Form
 from gora_serve.errors import UsageError
 
 
@@ -23,6 +23,11 @@ from gora_serve.errors import UsageError
     "--dtype", default=ExportConfig.dtype, show_default=True, type=click.Choice(["float32", "bfloat16", "float16"])
 )
 @click.option(
+    "--canary", default=ExportConfig.canary, show_default=True, type=click.Choice(["auto", "always", "none"]),
+    help="Put a fingerprint of its answers into the manifest, which serve holds the engine to. auto: where the base is"
+    " a folder here, of up to 2^30 parameters.",
+)  # fmt: skip
+@click.option(
     "--push", metavar="ORG/NAME", help="Then upload it to this repository of the Hugging Face hub, in one commit."
 )
 @click.option("--public", is_flag=True, help="With --push: a repository that is made is public.  [default: private]")
@@ -33,6 +38,7 @@ def export(
     output: Path,
     form: Form,
     dtype: ExportDtype,
+    canary: Canary,
     push: str | None,
     public: bool,
     overwrite: bool,
@@ -57,7 +63,8 @@ def export(
             hint="gora-serve COMMAND --help tells what goes together",
         )
     target = push_target(push) if push is not None else None
-    done = export_adapter(run, output, ExportConfig(form, dtype), overwrite=overwrite)
+    with watching():
+        done = export_adapter(run, output, ExportConfig(form, dtype, canary), overwrite=overwrite)
     summary = export_summary(done, form, dtype)
     if target:
         with watching():

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gora_serve.integrity.bases import Base
     from gora_serve.integrity.manifest import Manifest
     from gora_serve.integrity.verify import Verified
-    from gora_serve.serving.plan import ServePlan
+    from gora_serve.serving.plan import ServedAdapter, ServePlan
     from gora_serve.training.export import Exported
     from gora_serve.training.run import FitResult
 
@@ -265,12 +265,13 @@ def export_summary(done: Exported, form: str, dtype: str) -> Summary:
     ranks = list(adapter.ranks.values())
     value = {
         "adapter": str(done.folder), "adapter_root": done.root, "form": form, "dtype": dtype,
-        "modules": len(ranks), "parameters": adapter.parameters, "max_rank": max(ranks),
+        "modules": len(ranks), "parameters": adapter.parameters, "max_rank": max(ranks), "canary": done.canary,
     }  # fmt: skip
     lines = [
         f"wrote {done.folder}",
         f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters, form {form}",
         f"adapter root {done.root}",
+        f"fingerprint of its answers: {done.canary}",
     ]
     return Summary(value, lines)
 
@@ -324,6 +325,7 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
         "url": plan.url, "models": list(plan.models),
         "trained_on": {adapter.name: adapter.trained_on for adapter in plan.adapters if adapter.trained_on},
         "bound": {adapter.name: adapter.claim or "unbound" for adapter in plan.adapters}, "warnings": list(warnings),
+        "adapters": [_served_adapter(adapter) for adapter in plan.adapters],
     }  # fmt: skip
     words = [f"-u {name}" for name in plan.removed if "*" not in name]
     words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
@@ -331,6 +333,14 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
     lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
     lines += [f"# {name}: {trained_on_text(record)}" for name, record in value["trained_on"].items()]
     return Summary(value, [*lines, " ".join(["env", *words, shlex.join(plan.argv)])])
+
+
+def _served_adapter(adapter: ServedAdapter) -> dict[str, Any]:
+    return {
+        "name": adapter.name, "source": str(adapter.source), "path": str(adapter.path), "max_rank": adapter.max_rank,
+        "scales": list(adapter.scales) if adapter.scales else None,
+        "canary": "fingerprint" if adapter.canary else "differs from the base",
+    }  # fmt: skip
 
 
 def demo_summary(result: DemoResult) -> Summary:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gora_serve.cli.options import FILE
+from gora_serve.cli.options import FILE, FOLDER
 from gora_serve.config import ServeConfig
 
 
@@ -21,7 +21,7 @@ from gora_serve.config import ServeConfig
     metavar="NAME=DIR",
     help="An adapter and the name it is served by. DIR may be a hub id with its revision.",
 )
-@click.option("--host", default=ServeConfig.host, show_default=True, help="Elsewhere than loopback needs VLLM_API_KEY.")
+@click.option("--host", default=ServeConfig.host, show_default=True, help="Elsewhere than loopback needs a key.")
 @click.option("--port", default=ServeConfig.port, show_default=True)
 @click.option(
     "--served-name", default=ServeConfig.served_name, help="The base's name.  [default: its folder's or id's]"
@@ -31,6 +31,28 @@ from gora_serve.config import ServeConfig
 )
 @click.option("--max-model-len", type=int, default=ServeConfig.max_model_len, help="Longest request in tokens.")
 @click.option("--kv-cache-gib", default=ServeConfig.kv_cache_gib, show_default=True, help="On CPU only.")
+@click.option(
+    "--store",
+    type=FOLDER,
+    default=ServeConfig.store,
+    help="Folder of the verified copies that are served.  [default: in the user's cache]",
+)
+@click.option(
+    "--api-key-file",
+    "key_file",
+    type=FILE,
+    default=ServeConfig.key_file,
+    help="Keys of clients, one a line, in a file that only you can read. VLLM_API_KEY holds another one.",
+)
+@click.option(
+    "--open-route",
+    "open_routes",
+    multiple=True,
+    default=ServeConfig.open_routes,
+    metavar="PATH",
+    help="Answer /health, /ping, /metrics, /version or /load without a key. Repeatable.",
+)
+@click.option("--verify", is_flag=True, help="Before it is ready, compare every adapter with PEFT, on the CPU.")
 @click.option("--log", type=FILE, help="Write the engine's output here.  [default: standard error]")
 @click.option("--strict", is_flag=True, help="Refuse what otherwise is a warning.")
 @click.option("--dry-run", is_flag=True, help="Print command and environment of the engine, and stop.")
@@ -38,6 +60,11 @@ from gora_serve.config import ServeConfig
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], **options: Any) -> int:
     """Serve one base and many adapters through vLLM's OpenAI API, after verifying every adapter.
+
+    All faults of all adapters are listed at once, before the engine starts. What is served are read-only copies in the
+    store. It is ready when each adapter is listed, answers otherwise than the base, and as its fingerprint says.
+
+    Where there is a key, every route wants it: Authorization: Bearer KEY.
 
     Everything after -- goes to `vllm serve`. The first SIGINT or SIGTERM drains and stops; no process stays behind.
 
@@ -52,11 +79,14 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
 
     config = ServeConfig(
         host=options["host"], port=options["port"], dtype=options["dtype"], max_model_len=options["max_model_len"],
-        kv_cache_gib=options["kv_cache_gib"], served_name=options["served_name"],
+        kv_cache_gib=options["kv_cache_gib"], served_name=options["served_name"], store=options["store"],
+        key_file=options["key_file"], open_routes=options["open_routes"],
     )  # fmt: skip
     named = [parse_adapter(text) for text in adapters]
     with watching() as listen:
-        plan, warnings = prepare(base, named, config, vllm_options, strict=options["strict"], listen=listen)
+        plan, warnings = prepare(
+            base, named, config, vllm_options, strict=options["strict"], dry=options["dry_run"], listen=listen
+        )
     for warning in warnings:
         say(f"warning: {warning}")
     for adapter in plan.adapters:
@@ -68,7 +98,17 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
         return 0
     say("starting: " + json.dumps(plan.models))
 
+    def proof(server: Server) -> None:
+        for checked in server.checked:
+            say(f"canary: {checked}")
+        if options["verify"]:
+            from gora_serve.parity import check_parity
+
+            with watching() as listen:
+                for compared in check_parity(plan, token=server.token, listen=listen):
+                    say(f"verified: {compared}")
+
     def announce(server: Server) -> None:
         say(f"ready: {server.url}/v1 serves {', '.join(server.models)}")
 
-    return serve_forever(plan, log=options["log"], announce=announce)
+    return serve_forever(plan, log=options["log"], proof=proof, announce=announce)

@@ -27,7 +27,8 @@ class Verified:
     """What was proved, and at which level. `base` is None where no base was given to check against.
 
     trained_on: the quantized form of the base that the adapter says it was trained on, if it was. claim: "trained" or
-    "asserted" (by `bind`) for an adapter that is bound. level: L0 where digests came from the cache.
+    "asserted" (by `bind`) for an adapter that is bound. level: L0 where digests came from the cache. canary: what the
+    seal has of the answers that the adapter gives over its base, if it has any.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Verified:
     trained_on: Mapping[str, Any] | None = None
     claim: str | None = None
     level: Level = Level.BYTES
+    canary: object = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `verify --json` prints."""
@@ -83,7 +85,9 @@ def verify_adapter(
         warnings = _check_base(record, names, manifest, base, strict=strict)
     said = trained_on(record.get("origin", {}), folder / WEIGHTS)
     level = cache.level if cache else Level.BYTES
-    return Verified(folder, root, bound_roots(record), base, warnings, said, claim_of(record), level)
+    return Verified(
+        folder, root, bound_roots(record), base, warnings, said, claim_of(record), level, sealed.get("canary")
+    )
 
 
 def verify_unsealed(folder: Path, *, base: Path, base_manifest: Manifest, strict: bool = False) -> Verified:

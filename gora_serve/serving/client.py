@@ -1,6 +1,7 @@
 """A small client of the OpenAI-compatible HTTP interface: what the demo and the tests ask a server.
 
-Standard library only. The key comes from VLLM_API_KEY in the environment, and proxies are never used.
+Standard library only. Where no key is given it is that of VLLM_API_KEY, and proxies are never used. `token` lets the
+server's own parent in before it is ready.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 from gora_serve.errors import RunError
 from gora_serve.progress import Listener, Progress, silent
+from gora_serve.serving.guard import TOKEN_HEADER
 
 TIMEOUT = 600.0  # seconds for one answer; a slow CPU needs minutes
 PROBE_TIMEOUT = 5.0
@@ -78,6 +80,8 @@ def complete(
     logprobs: int | None = None,
     temperature: float = 0.0,
     timeout: float = TIMEOUT,
+    key: str | None = None,
+    token: str | None = None,
 ) -> Completion:
     """Continue a text or a list of token ids; with `logprobs`, also return the best tokens at each step."""
     body: dict[str, Any] = {
@@ -86,7 +90,7 @@ def complete(
     }  # fmt: skip
     if logprobs is not None:
         body["logprobs"] = logprobs
-    answer = _request(f"{url}/v1/completions", body, timeout)
+    answer = _request(f"{url}/v1/completions", body, timeout, key, token)
     return _read(answer, lambda: _completion(answer["choices"][0]))
 
 
@@ -111,12 +115,13 @@ def run_all(jobs: Sequence[Callable[[], T]], *, workers: int = 8, listen: Listen
         return [future.result() for future in futures]
 
 
-def is_healthy(url: str) -> bool:
+def is_healthy(url: str, key: str | None = None, token: str | None = None) -> bool:
     """Tell whether /health answers 200. vLLM opens its socket only after the model and all adapters are
     loaded.
     """
     try:
-        with _opener.open(f"{url}/health", timeout=PROBE_TIMEOUT) as response:
+        asked = urllib.request.Request(f"{url}/health", headers=_authorization(key, token))
+        with _opener.open(asked, timeout=PROBE_TIMEOUT) as response:
             return int(response.status) == 200
     except urllib.error.HTTPError as err:
         err.close()
@@ -125,9 +130,9 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-def list_models(url: str) -> tuple[str, ...]:
+def list_models(url: str, key: str | None = None, token: str | None = None) -> tuple[str, ...]:
     """Return the names that /v1/models lists."""
-    answer = _request(f"{url}/v1/models", None, PROBE_TIMEOUT * 4)
+    answer = _request(f"{url}/v1/models", None, PROBE_TIMEOUT * 4, key, token)
     return _read(answer, lambda: tuple(str(model["id"]) for model in answer["data"]))
 
 
@@ -137,10 +142,16 @@ def _completion(choice: Mapping[str, Any]) -> Completion:
     return Completion(str(choice["text"]), tuple(top))
 
 
-def _request(url: str, body: Mapping[str, Any] | None, timeout: float) -> Mapping[str, Any]:
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("VLLM_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
+def _authorization(key: str | None, token: str | None = None) -> dict[str, str]:
+    key = key or os.environ.get("VLLM_API_KEY")
+    known = {"Authorization": f"Bearer {key}"} if key else {}
+    return known | ({TOKEN_HEADER: token} if token else {})
+
+
+def _request(
+    url: str, body: Mapping[str, Any] | None, timeout: float, key: str | None = None, token: str | None = None
+) -> Mapping[str, Any]:
+    headers = {"Content-Type": "application/json"} | _authorization(key, token)
     data = None if body is None else json.dumps(body).encode()
     try:
         with _opener.open(urllib.request.Request(url, data, headers), timeout=timeout) as response:

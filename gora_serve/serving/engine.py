@@ -1,7 +1,8 @@
 """Run a plan: vllm serve as a child process that is ready, watched and ended completely.
 
-Ready means that /health answers and that /v1/models lists the base and every adapter. The two entries are
-`running_server`, for a block of code, and `serve_forever`, for the command line, which also owns the signals.
+Ready means that /health answers, that /v1/models lists the base and every adapter, that the files are those that were
+verified, and that each adapter passes its canary. The two entries are `running_server`, for a block of code, and
+`serve_forever`, for the command line, which also owns the signals.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ from types import FrameType
 from typing import Literal
 
 from gora_serve.errors import BindingError, MachineError, RunError, UsageError
+from gora_serve.integrity.fingerprint import Answer
 from gora_serve.integrity.reading import check_unchanged
 from gora_serve.progress import Listener, Progress, silent
-from gora_serve.serving.client import is_healthy, list_models
-from gora_serve.serving.plan import ServePlan
+from gora_serve.serving.canary import ASKED, Checked, check_canary, tolerance
+from gora_serve.serving.client import complete, is_healthy, list_models
+from gora_serve.serving.keys import read_keys
+from gora_serve.serving.plan import ServedAdapter, ServePlan
 from gora_serve.serving.process import Child, start_child
+from gora_serve.serving.store import held
+from gora_serve.serving.watch import FileWatch
 
 POLL = 0.25  # seconds
 MARGIN = 10.0  # seconds beyond the engine's own shutdown timeout, for its interpreters to end
@@ -51,12 +57,14 @@ class Engine:
 @dataclass(frozen=True)
 class Server:
     """A server that is ready: its address, the process id of the engine's first process, the models that it
-    serves.
+    serves, what the canary found of each adapter, and the token that lets this process in before it is ready.
     """
 
     url: str
     pid: int
     models: tuple[str, ...]
+    checked: tuple[Checked, ...] = ()
+    token: str | None = None
 
 
 def find_engine() -> Engine:
@@ -84,14 +92,13 @@ def running_server(plan: ServePlan, *, listen: Listener = silent, log: Path | No
     Output goes to `log`, or to standard error. RunError when the engine dies or does not get ready in time,
     also when it dies while the block runs. If this process is killed, the engine is ended too.
     """
-    child, patience = _start(plan, log), UNREADY
-    try:
-        _await_ready(plan, child, listen, lambda: False)
-        patience = plan.shutdown_timeout + MARGIN
-        yield Server(plan.url, child.pid, plan.models)
+    with _engine(plan, log) as (child, watch), _ending(child, plan) as patience:
+        checked = _await_ready(plan, child, watch.token, listen, lambda: False)
+        assert checked is not None, "nothing cancels it"
+        patience.append(plan.shutdown_timeout + MARGIN)
+        watch.started()
+        yield Server(plan.url, child.pid, plan.models, checked)
         _require_alive(child, "while it was serving", "GS-785")
-    finally:
-        child.stop(patience)
 
 
 def serve_forever(
@@ -99,27 +106,50 @@ def serve_forever(
     *,
     listen: Listener = silent,
     log: Path | None = None,
+    proof: Callable[[Server], None] = lambda _: None,
     announce: Callable[[Server], None] = lambda _: None,
 ) -> int:
     """Serve until a signal asks to stop, and return the exit code: 130 for SIGINT, 143 for SIGTERM.
 
-    `announce` is called once, when the server is ready. A second signal kills the engine at once. Only the
+    `proof` may look at the server when it has loaded everything and before anybody else is served, and raises to end
+    it; `announce` is called once, when the server is ready. A second signal kills the engine at once. Only the
     main thread may call this, because it sets the process's signal handlers; they are put back.
     """
     stop = StopRequest()
-    with _handling(stop):
-        child, patience = _start(plan, log), UNREADY
+    with _handling(stop), _engine(plan, log) as (child, watch), _ending(child, plan) as patience:
         stop.child = child
-        try:
-            if _await_ready(plan, child, listen, stop.asked):
-                patience = plan.shutdown_timeout + MARGIN
-                announce(Server(plan.url, child.pid, plan.models))
-            while not stop.asked():
-                _require_alive(child, "while it was serving", "GS-785")
-                time.sleep(POLL)
-        finally:
-            child.stop(patience)
+        checked = _await_ready(plan, child, watch.token, listen, stop.asked)
+        if checked is not None:
+            patience.append(plan.shutdown_timeout + MARGIN)
+            server = Server(plan.url, child.pid, plan.models, checked, watch.token)
+            proof(server)
+            watch.started()
+            announce(server)
+        while not stop.asked():
+            _require_alive(child, "while it was serving", "GS-785")
+            watch.look()
+            time.sleep(POLL)
     return 128 + (stop.number or 0)
+
+
+@contextlib.contextmanager
+def _engine(plan: ServePlan, log: Path | None) -> Iterator[tuple[Child, FileWatch]]:
+    """Start the engine with its adapters held in the store, and a watch over the files that were verified."""
+    check_port_free(plan.url)
+    stored = [adapter.path for adapter in plan.adapters if adapter.path != adapter.source]
+    with held(stored), FileWatch(plan.stamps) as watch:
+        environment = child_environment(plan, os.environ) | watch.environment
+        yield start_child(plan.argv, environment, log), watch
+
+
+@contextlib.contextmanager
+def _ending(child: Child, plan: ServePlan) -> Iterator[list[float]]:
+    """End the engine on leaving; it gets the last of the seconds that the block yields."""
+    patience = [UNREADY]
+    try:
+        yield patience
+    finally:
+        child.stop(patience[-1])
 
 
 class StopRequest:
@@ -186,33 +216,52 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(plan: ServePlan, log: Path | None) -> Child:
-    check_port_free(plan.url)
-    return start_child(plan.argv, child_environment(plan, os.environ), log)
-
-
-def _await_ready(plan: ServePlan, child: Child, listen: Listener, cancelled: Callable[[], bool]) -> bool:
-    """Return True when every model is served, False when cancelled before."""
+def _await_ready(
+    plan: ServePlan, child: Child, token: str, listen: Listener, cancelled: Callable[[], bool]
+) -> tuple[Checked, ...] | None:
+    """Return what the canary found when every model is served, None when cancelled before."""
     begun = time.monotonic()
+    key = next(iter(read_keys(os.environ, plan.key_file)), None)
     while not cancelled():
         waited = time.monotonic() - begun
         listen(Progress("start engine", min(int(waited), int(plan.ready_timeout)), int(plan.ready_timeout)))
         _require_alive(child, "before it was ready", "GS-781")
-        if is_healthy(plan.url):
-            _require_models(plan)
+        if is_healthy(plan.url, key, token):
+            _require_models(plan, key, token)
             check_unchanged(plan.stamps)  # what the engine has read is what was verified
-            return True
+            return _check_canaries(plan, key, token, listen, cancelled)
         if waited >= plan.ready_timeout:
             raise RunError(
                 "the engine did not get ready in time", code="GS-782", expected=f"<= {plan.ready_timeout:g} s",
                 actual=child.tail(), hint="look at its log, or raise the timeout", file=child.log,
             )  # fmt: skip
         time.sleep(POLL)
-    return False
+    return None
 
 
-def _require_models(plan: ServePlan) -> None:
-    served = list_models(plan.url)
+def _check_canaries(
+    plan: ServePlan, key: str | None, token: str, listen: Listener, cancelled: Callable[[], bool]
+) -> tuple[Checked, ...] | None:
+    checked = []
+    for index, adapter in enumerate(plan.adapters):
+        if cancelled():
+            return None
+        checked.append(check_served(plan, adapter, key, token))
+        listen(Progress("canary", index + 1, len(plan.adapters)))
+    return tuple(checked)
+
+
+def check_served(plan: ServePlan, adapter: ServedAdapter, key: str | None = None, token: str | None = None) -> Checked:
+    """Hold an adapter that the engine has loaded to the base and to its fingerprint. Raises RunError."""
+
+    def ask(model: str, tokens: Sequence[int]) -> Answer:
+        return complete(plan.url, model, tokens, 1, logprobs=ASKED, key=key, token=token).top[0]
+
+    return check_canary(adapter.name, plan.models[0], adapter.canary, tolerance(plan.dtype, plan.base), ask)
+
+
+def _require_models(plan: ServePlan, key: str | None, token: str) -> None:
+    served = list_models(plan.url, key, token)
     missing = [name for name in plan.models if name not in served]
     if missing:
         raise RunError(

@@ -1,20 +1,26 @@
-"""Whether an adapter that nothing binds to a base can belong to it at all: modules, shapes, and that it is whole.
+"""Whether an adapter can belong to a base at all: modules, shapes, and that it is whole.
 
-Names differ between checkpoints, transformers' versions and engines, so a module is known by the numbers in its path
-and its last name. What cannot be told by these passes: the engine has the last word.
+Of the architectures whose checkpoints, adapters and engine spell every layer alike, a module is known by its path. Of
+others, whose names differ between checkpoints, transformers' versions and engines, by the numbers in its path and its
+last name; what cannot be told by these passes, and the canary has the last word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-from gora_serve.errors import BindingError, InputError
+from gora_serve.errors import BindingError, GoraError, InputError
 from gora_serve.integrity.digest import TensorRecord
 from gora_serve.serving.adapter_dir import AdapterDir
+from gora_serve.serving.plan import SAME_NAMES
 from gora_serve.serving.preflight import FLOATS
+from gora_serve.serving.unserved import TRAIN_ELSE
 
 Place = tuple[tuple[str, ...], str]
 RIGHT_BASE = "give the base that the adapter was trained on"
+HEAD = "lm_head"  # which tied checkpoints do not hold
+# Classes of SAME_NAMES whose `embedding_modules` in vLLM 0.32 are not empty: of the others it drops such factors.
+ADAPTED_EMBEDDINGS = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})
 _SHOWN = 5
 # Keys that make PEFT leave out some of the modules that target_modules names.
 _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -26,36 +32,53 @@ def place_of(module: str) -> Place:
     return tuple(part for part in parts if part.isdecimal()), parts[-1]
 
 
-def check_fit(adapter: AdapterDir, tensors: Mapping[str, TensorRecord], *, same_names: bool) -> None:
-    """Raise BindingError for modules that the base lacks (GS-471) or has in another shape (GS-472), InputError where
-    modules are missing that the configuration names (GS-3220). All are counted, the first five named.
+def fit_errors(
+    adapter: AdapterDir, tensors: Mapping[str, TensorRecord], architecture: str | None
+) -> Iterator[GoraError]:
+    """Yield what speaks against this base: modules that it lacks (GS-471), has in another shape (GS-472) or that are no
+    matrix (GS-4350), those that the engine would pass over (GS-4351), and those that are missing (GS-3220).
 
-    tensors: those of the base. same_names: its files name every layer as adapters do, so that a name that is nowhere
-    in them is no module.
+    tensors: those of the base. architecture: of the base; in one of SAME_NAMES its files name every layer as adapters
+    do, so that a module is known by its whole path. All modules are counted, the first five named.
     """
-    places = {place_of(name.rpartition(".")[0]) for name in tensors}
-    names = {leaf for _, leaf in places}
-    strange = [
-        module
-        for module in adapter.pairs
-        if (place := place_of(module)) not in places and place[0] and (same_names or place[1] in names)
-    ]
+    same_names = architecture in SAME_NAMES
+    strange = _strange(adapter, tensors, same_names=same_names)
     if strange:
-        raise BindingError(
+        yield BindingError(
             f"{_count(strange, adapter)} are not in the base: {_named(strange)}", code="GS-471",
             file=adapter.weights_file, tensor=strange[0], hint=RIGHT_BASE,
         )  # fmt: skip
-    _check_shapes(adapter, tensors)
+    yield from _shape_errors(adapter, tensors)
     if same_names:
-        _check_whole(adapter, places)
+        yield from _unwrapped_errors(adapter, tensors, str(architecture))
+        if not strange:
+            yield from _missing_errors(adapter, {place_of(name.rpartition(".")[0]) for name in tensors})
 
 
-def _check_shapes(adapter: AdapterDir, tensors: Mapping[str, TensorRecord]) -> None:
+def _strange(adapter: AdapterDir, tensors: Mapping[str, TensorRecord], *, same_names: bool) -> list[str]:
+    """Return the modules that are not in the base; those of which that cannot be told are taken."""
+    known = {name.rpartition(".")[0] for name in tensors}
+    if same_names and any(name.startswith("model.layers.") for name in known):
+        return [module for module in adapter.pairs if module not in known and module != HEAD]
+    places = {place_of(name) for name in known}
+    leaves = {leaf for _, leaf in places}
+    return [
+        module
+        for module in adapter.pairs
+        if (place := place_of(module)) not in places and place[0] and (same_names or place[1] in leaves)
+    ]
+
+
+def _shape_errors(adapter: AdapterDir, tensors: Mapping[str, TensorRecord]) -> Iterator[GoraError]:
     shapes: dict[Place, list[tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOATS:
             shapes.setdefault(place_of(name.removesuffix(".weight")), []).append(tensor.shape)
-    found = {module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in adapter.pairs.items() if pair.A and pair.B}
+    found = {
+        module: (pair.B.shape[0], pair.A.shape[1])
+        for module, pair in adapter.pairs.items()
+        if pair.A and pair.B and len(pair.A.shape) == len(pair.B.shape) == 2
+    }
     wrong = {
         module: known
         for module, shape in found.items()
@@ -63,14 +86,31 @@ def _check_shapes(adapter: AdapterDir, tensors: Mapping[str, TensorRecord]) -> N
     }
     if wrong:
         first = next(iter(wrong))
-        raise BindingError(
+        yield BindingError(
             f"{_count(wrong, adapter)} have another shape than the base's: {_named(wrong)}", code="GS-472",
             file=adapter.weights_file, tensor=first, expected=f"(out, in) {wrong[first][0]}", actual=found[first],
             hint=RIGHT_BASE,
         )  # fmt: skip
 
 
-def _check_whole(adapter: AdapterDir, places: Collection[Place]) -> None:
+def _unwrapped_errors(
+    adapter: AdapterDir, tensors: Mapping[str, TensorRecord], architecture: str
+) -> Iterator[GoraError]:
+    flat = [module for module in adapter.pairs if len(getattr(tensors.get(f"{module}.weight"), "shape", (0, 0))) != 2]
+    if flat:
+        yield BindingError(
+            f"{_count(flat, adapter)} are no matrices of the base: {_named(flat)}", code="GS-4350",
+            file=adapter.weights_file, tensor=flat[0], hint=RIGHT_BASE,
+        )  # fmt: skip
+    ends = [module for module in adapter.pairs if module == HEAD or module.endswith("embed_tokens")]
+    if ends and architecture not in ADAPTED_EMBEDDINGS:
+        yield BindingError(
+            f"vLLM would pass over {_named(ends)}: it adapts neither embeddings nor head of {architecture}",
+            code="GS-4351", file=adapter.weights_file, tensor=ends[0], hint=f"{TRAIN_ELSE}: {_named(ends)}",
+        )  # fmt: skip
+
+
+def _missing_errors(adapter: AdapterDir, places: Collection[Place]) -> Iterator[GoraError]:
     targets = adapter.config.get("target_modules")
     if not isinstance(targets, list) or any(adapter.config.get(key) for key in _NARROWING):
         return
@@ -78,7 +118,7 @@ def _check_whole(adapter: AdapterDir, places: Collection[Place]) -> None:
     missing = sorted(wanted - {place_of(module) for module in adapter.pairs})
     if missing:
         shown = [".".join((*numbers, leaf)) for numbers, leaf in missing]
-        raise InputError(
+        yield InputError(
             f"the adapter lacks {len(missing)} of the {len(wanted)} modules that its target_modules names:"
             f" {_named(shown)}", code="GS-3220", file=adapter.weights_file, tensor=shown[0],
             hint="fetch the adapter again, whole; or name in target_modules the paths of the modules that it has",

@@ -6,7 +6,6 @@ runs. Ranks are those of the tensors, never those of the configuration alone.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
@@ -18,18 +17,26 @@ from typing import Literal
 
 from gora_serve.config import ServeConfig as ServeConfig
 from gora_serve.config import ServeDevice as Device
-from gora_serve.errors import GoraError, InputError, MachineError, UsageError
+from gora_serve.errors import InputError, MachineError, UsageError
+from gora_serve.integrity.fingerprint import Expected
 from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require_adapter_files
+from gora_serve.serving.canary import ASKED
+from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
 from gora_serve.serving.options import check_options, group_options, single, whole_number
-from gora_serve.serving.preflight import LARGEST_RANK, Fault, check_adapter, refuse
+from gora_serve.serving.preflight import LARGEST_RANK, Fault, as_fault, check_adapter, effective_scales, refuse
 
 # vLLM 0.32, config/lora.py, MaxLoRARanks. Every slot of every module is padded to the chosen bucket.
 RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Devices on Windows, with any ending: a folder of such a name cannot be copied there.
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-# Each opens a way to load adapters, code or debug routes that nobody checked. A name may end in "*".
-SCRUBBED = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*")
+# Each opens a way to load adapters, code or debug routes that nobody checked, or logs answers. A name may end in "*".
+SCRUBBED = (
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*", "VLLM_ALLOW_INSECURE_*",
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
+)  # fmt: skip
+# Secrets that an engine without a network has no use for: taken away without a word.
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 # vLLM's packed layers and the projections that adapters name (packed_modules_mapping of the classes below).
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -48,6 +55,9 @@ Flags = dict[str, tuple[str, ...]]
 class ServedAdapter:
     """A checked adapter: the name of its model, the largest rank of its tensors, the paths of its modules,
     the quantized base that it says it was trained on, if it was, and how it is bound to its base, if it is.
+
+    source: where it came from, where `path` is its entry in the store. scales: the smallest and the largest effective
+    scale of its modules. canary: its fingerprint.
     """
 
     name: str
@@ -56,6 +66,9 @@ class ServedAdapter:
     modules: tuple[str, ...]
     trained_on: Mapping[str, object] | None = None
     claim: str | None = None
+    source: Path | None = None
+    scales: tuple[float, float] | None = None
+    canary: tuple[Expected, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,8 @@ class ServePlan:
     """All that is needed to run the engine. `environment` is what is set for it, `removed` what is taken away.
 
     `models` lists what /v1/models must show: the base's served name first, then every adapter. `stamps` are those of
-    the files that were verified: they must hold when the engine has read them.
+    the files that were verified: they must hold when the engine has read them. dtype: as asked for. key_file: where the
+    keys are that are not in the environment.
     """
 
     argv: tuple[str, ...]
@@ -76,6 +90,8 @@ class ServePlan:
     ready_timeout: float = 600.0
     shutdown_timeout: float = 10.0
     stamps: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    dtype: str = "auto"
+    key_file: Path | None = None
 
 
 def parse_adapter(text: str) -> tuple[str, Path]:
@@ -107,27 +123,21 @@ def read_served_adapters(named: Sequence[tuple[str, Path]]) -> tuple[ServedAdapt
         try:
             read.append(read_adapter_dir(name, path))
         except InputError as err:
-            faults.append(_as_fault(err, path))
+            faults.append(as_fault(err, path))
     for adapter in read:
         faults += check_adapter(adapter)
     refuse(faults)
-    return tuple(_served(adapter) for adapter in read)
+    return tuple(served(adapter) for adapter in read)
 
 
-def _as_fault(err: GoraError, path: Path) -> Fault:
-    file = Path(str(err.fields.get("file", path)))
-    tensor = err.fields.get("tensor")
-    key = None if tensor is None else str(tensor)
-    hint = err.fields.get("try")
-    return Fault(
-        err.code, err.what, file, key, err.fields.get("expected"), err.fields.get("actual"), str(hint) if hint else None
-    )
-
-
-def _served(adapter: AdapterDir) -> ServedAdapter:
+def served(adapter: AdapterDir) -> ServedAdapter:
     ranks = [pair.A.shape[0] for pair in adapter.pairs.values() if pair.A is not None]
     modules = tuple(sorted(adapter.pairs))
-    return ServedAdapter(adapter.name, adapter.path.resolve(), max(ranks), modules, adapter.trained_on, adapter.claim)
+    scales, source = effective_scales(adapter).values(), adapter.path.resolve()
+    return ServedAdapter(
+        adapter.name, source, max(ranks), modules, adapter.trained_on, adapter.claim, source,
+        (min(scales), max(scales)) if scales else None,
+    )  # fmt: skip
 
 
 def plan_server(
@@ -140,7 +150,7 @@ def plan_server(
 ) -> ServePlan:
     """Compute the engine's command line. `extra` are vLLM's own options: they come last and replace ours.
 
-    `environ` (default: this process's) is only asked whether VLLM_API_KEY is set; the key itself is never kept.
+    `environ` (default: this process's) is only asked whether there is a key; the key itself is never kept.
     """
     if not (base / "config.json").is_file():
         raise MachineError(
@@ -166,18 +176,20 @@ def plan_server(
     port = config.port if wanted is None else wanted
     if not 1 <= port <= 65535:
         raise UsageError("not a port", code="GS-288", hint="give another --port", expected="1 to 65535", actual=port)
-    _check_exposure(host, os.environ if environ is None else environ)
+    guard = guard_environment(host, config.key_file, config.open_routes, os.environ if environ is None else environ)
     ours = {flag: values for flag, values in flags.items() if flag not in options}
     return ServePlan(
-        argv=(*_command(base, config.device), *_words(ours), *extra),
-        environment=_environment(config, options),
-        removed=SCRUBBED,
+        argv=(*_command(base, config.device), *_words(ours), *extra, *MIDDLEWARE),  # the last one is the outermost
+        environment=_environment(config, options) | guard,
+        removed=(*SCRUBBED, *SECRETS),
         base=base.resolve(),
         adapters=tuple(adapters),
-        url=_url(host, port),
+        url=url_of(host, port),
         models=(served, *(adapter.name for adapter in adapters)),
         ready_timeout=config.ready_timeout,
         shutdown_timeout=float(whole_number(options, "--shutdown-timeout") or config.shutdown_timeout),
+        dtype=single(options, "--dtype") or config.dtype,
+        key_file=config.key_file,
     )
 
 
@@ -242,30 +254,6 @@ def _check_names(adapters: Sequence[ServedAdapter], served: str) -> None:
         if name.casefold() == served.casefold():
             hint = "rename the adapter, or the base with --served-name"
             raise UsageError("an adapter has the name of the base", code="GS-282", actual=name, hint=hint)
-
-
-def _check_exposure(host: str, environ: Mapping[str, str]) -> None:
-    """A server that others can reach needs a key. vLLM's routes outside /v1 stay open even with one."""
-    if not _is_loopback(host) and not environ.get("VLLM_API_KEY"):
-        hint = "set VLLM_API_KEY in the environment, or serve on 127.0.0.1 behind a gateway"
-        raise UsageError("a server that others can reach needs an API key", code="GS-283", actual=host, hint=hint)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _url(host: str, port: int) -> str:
-    """Return the address that this machine reaches the server at; an unspecified host listens on loopback
-    too.
-    """
-    local = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
 
 
 def _command(base: Path, device: Device) -> tuple[str, ...]:
@@ -350,6 +338,12 @@ def _check_lora_options(
             expected=f"--max-lora-rank >= {largest}",
             actual=rank,
         )
+    logprobs = whole_number(options, "--max-logprobs")
+    if logprobs is not None and logprobs < ASKED:
+        raise UsageError(
+            "too few log probabilities for the check of the adapters", code="GS-285",
+            hint="leave the option out, or raise it", expected=f"--max-logprobs >= {ASKED}", actual=logprobs,
+        )  # fmt: skip
     if "--lora-target-modules" in options:
         given = set(options["--lora-target-modules"])
         covered = given | {child for packed in given for child in PACKED.get(packed, ())}

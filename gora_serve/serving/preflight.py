@@ -6,31 +6,40 @@ there is to mend. Only headers and configurations are read: no tensor values, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt
 from pathlib import Path
 
 from gora_serve.adapter.peft_config import LARGEST, is_safe_pattern, pattern_value
-from gora_serve.errors import InputError
+from gora_serve.errors import GoraError, InputError
 from gora_serve.serving.adapter_dir import AdapterDir, FactorPair
+from gora_serve.serving.unserved import (
+    PLAIN_INITS,
+    TRAIN_ELSE,
+    UNSERVED,
+    convert_command,
+    feature_way,
+    init_way,
+    type_way,
+)
 
 LARGEST_RANK = 512  # vLLM 0.32, config/lora.py, MaxLoRARanks
+LARGEST_LOGITS = 258_048  # vLLM 0.32, lora/layers/logits_processor.py: tokens of a head that LoRA may adapt
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-# Initialisations that leave the base as it is (vLLM's own list, less lora_ga, whose adapter is wrong on the
-# real base).
-PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-# PEFT features that change what the adapter means and that no plain LoRA kernel computes.
-UNSERVED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens", "use_bdlora",
-    "use_qalora", "trainable_token_indices", "target_parameters", "arrow_config", "monteclora_config", "kasa_config",
-    "megatron_config",
-)  # fmt: skip
+MEND = "export or fetch the adapter again; gora-serve convert reads those of other tools"
+SHOWN = 4  # modules that one fault names beside the first
+SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e6  # beyond these no training ends; a mistaken alpha or rank does
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.+)")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One reason not to serve an adapter: where it is (file and key or tensor), and what is expected there."""
+    """One reason not to serve an adapter: where it is (file and key or tensor), and what is expected there.
+
+    `error` is the error that it was made of, if it was.
+    """
 
     code: str
     what: str
@@ -39,53 +48,113 @@ class Fault:
     expected: object = None
     actual: object = None
     hint: str | None = None
+    error: GoraError | None = None
 
     def __str__(self) -> str:
         place = f"{self.file}: {self.key}" if self.key else str(self.file)
         values = [f"{n} {v}" for n, v in (("expected", self.expected), ("got", self.actual)) if v is not None]
-        return f"[{self.code}] {place}: {self.what}" + (f" ({', '.join(values)})" if values else "")
+        told = f"[{self.code}] {place}: {self.what}" + (f" ({', '.join(values)})" if values else "")
+        return f"{told}; try: {self.hint or MEND}"
 
 
-def check_adapter(adapter: AdapterDir) -> tuple[Fault, ...]:
-    """Return every fault of the adapter, configuration first, then tensors in the order of their names."""
-    return (*_config_faults(adapter), *_tensor_faults(adapter))
+def as_fault(err: GoraError, path: Path) -> Fault:
+    """Return the error as one of several faults; `path` is where it is, if the error names no file."""
+    tensor, hint = err.fields.get("tensor"), err.fields.get("try")
+    return Fault(
+        err.code, err.what, Path(str(err.fields.get("file", path))), None if tensor is None else str(tensor),
+        err.fields.get("expected"), err.fields.get("actual"), str(hint) if hint else None, err,
+    )  # fmt: skip
+
+
+def check_adapter(adapter: AdapterDir, base: Path | None = None) -> tuple[Fault, ...]:
+    """Return every fault of the adapter, configuration first, then tensors in the order of their names.
+
+    `base` only names the base in the commands that are advised.
+    """
+    return (*_config_faults(adapter, base), *_grouped(_tensor_faults(adapter)))
+
+
+def _grouped(faults: Iterable[Fault]) -> Iterator[Fault]:
+    """Yield one fault for all of one kind: it names the first module, and counts the others."""
+    kinds: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        kinds.setdefault((fault.code, fault.what), []).append(fault)
+    for first, *others in kinds.values():
+        shown = [str(fault.key) for fault in others[:SHOWN]]
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        yield replace(first, what=f"{first.what}; also {', '.join(shown)}{more}") if others else first
 
 
 def refuse(faults: Sequence[Fault]) -> None:
-    """Raise InputError when there are faults: one error that names all of them."""
+    """Raise when there are faults: the one there is as it is, or one error that lists all of them.
+
+    Several have the class and the code of the first.
+    """
     if not faults:
         return
     first = faults[0]
-    hint = first.hint or "gora-serve convert writes plain LoRA on the untouched base, where there is one"
     if len(faults) == 1:
-        raise InputError(
+        raise first.error or InputError(
             f"{first.key}: {first.what}" if first.key else first.what,
-            code=first.code, file=first.file, expected=first.expected, actual=first.actual, hint=hint,
+            code=first.code, file=first.file, expected=first.expected, actual=first.actual, hint=first.hint or MEND,
         )  # fmt: skip
-    listed = "; ".join(str(fault) for fault in faults)
-    raise InputError(f"{len(faults)} faults in the adapters: {listed}", code=first.code, hint=hint)
+    kind = type(first.error) if first.error else InputError
+    raise kind(
+        f"{len(faults)} faults in the adapters", code=first.code, hint="mend all of them; each line says how",
+        faults=[str(fault) for fault in faults],
+    )  # fmt: skip
 
 
 def config_rank(config: Mapping[str, object], module: str) -> object:
     """Return the rank that PEFT reads from the configuration for `module`."""
-    pattern = config.get("rank_pattern")
-    return pattern_value(pattern if isinstance(pattern, dict) else {}, module, config.get("r"))
+    return _pattern_value(config, "rank_pattern", module, config.get("r"))
 
 
-def _config_faults(adapter: AdapterDir) -> Iterator[Fault]:
-    config, file = adapter.config, adapter.config_file
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        yield Fault("GS-382", "not a LoRA adapter", file, "peft_type", "LORA", config.get("peft_type"))
-    for key in UNSERVED:
+def effective_scales(adapter: AdapterDir) -> dict[str, float]:
+    """Return the scale that PEFT and vLLM give each module's B A: alpha / r, with rsLoRA alpha / sqrt(r).
+
+    Modules whose numbers cannot be used are left out: these are faults of their own.
+    """
+    scales = {}
+    for module, pair in adapter.pairs.items():
+        alpha = _pattern_value(adapter.config, "alpha_pattern", module, adapter.config.get("lora_alpha"))
+        if pair.A is not None and pair.A.shape and pair.A.shape[0] and isinstance(alpha, int | float):
+            rank = pair.A.shape[0]
+            scales[module] = alpha / (sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    return scales
+
+
+def _pattern_value(config: Mapping[str, object], name: str, module: str, default: object) -> object:
+    pattern = config.get(name)
+    return pattern_value(pattern if isinstance(pattern, dict) else {}, module, default)
+
+
+def _config_faults(adapter: AdapterDir, base: Path | None) -> Iterator[Fault]:
+    config, file, path = adapter.config, adapter.config_file, adapter.path
+    kind = str(config.get("peft_type", "LORA")).upper()
+    if kind != "LORA":
+        hint = type_way(kind, path, base)
+        yield Fault("GS-382", "not a LoRA adapter", file, "peft_type", "LORA", config.get("peft_type"), hint)
+    for key, why in UNSERVED.items():
         if config.get(key):
-            yield Fault("GS-382", "a feature that vLLM cannot serve", file, key, "not set", config[key])
+            yield Fault("GS-382", f"vLLM cannot serve it: {why}", file, key, "not set", _short(config[key]),
+                        feature_way(key, path, base))  # fmt: skip
     if config.get("bias", "none") != "none":
-        yield Fault("GS-382", "an adapter with biases cannot be served", file, "bias", "none", config["bias"])
+        what = "trained biases come with the adapter, and vLLM adapts none"
+        yield Fault("GS-382", what, file, "bias", "none", config["bias"], TRAIN_ELSE)
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        what = "this initialisation edits the base weights, or vLLM does not know it: the adapter is not plain LoRA"
-        yield Fault("GS-383", what, file, "init_lora_weights", True, init)
+        what, hint = init_way(init, path, base)
+        yield Fault("GS-383", what, file, "init_lora_weights", True, init, hint)
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if config.get(key) is not None and not isinstance(config[key], bool):
+            what = 'neither true nor false: the text "false" would be read as true'
+            yield Fault("GS-3350", what, file, key, "true or false", _short(config[key]))
     yield from _number_faults(config, file)
+
+
+def _short(value: object) -> str:
+    return str(value)[:60]
 
 
 def _number_faults(config: Mapping[str, object], file: Path) -> Iterator[Fault]:
@@ -116,14 +185,43 @@ def _is_number(value: object) -> bool:
 
 def _tensor_faults(adapter: AdapterDir) -> Iterator[Fault]:
     file = adapter.weights_file
-    for name in adapter.others:
-        yield Fault("GS-385", "a tensor that is no LoRA factor: an engine drops it or refuses the file", file, name)
     if not adapter.pairs:
         yield Fault("GS-385", "the file has no LoRA factors", file)
-    patterns = adapter.config.get("rank_pattern") or {}
-    readable = isinstance(patterns, dict) and all(is_safe_pattern(key) for key in patterns)
+        return
+    for name in adapter.others:
+        yield Fault("GS-385", "a tensor that is no LoRA factor: an engine drops it or refuses the file", file, name)
+    readable = _is_readable(adapter.config.get("rank_pattern"))
     for module, pair in sorted(adapter.pairs.items()):
         yield from _pair_faults(adapter, module, pair, readable)
+    if readable and _is_readable(adapter.config.get("alpha_pattern")):
+        yield from _scale_faults(adapter)
+    yield from _expert_faults(adapter)
+
+
+def _is_readable(pattern: object) -> bool:
+    return isinstance(pattern or {}, dict) and all(is_safe_pattern(key) for key in pattern or {})  # type: ignore[attr-defined]
+
+
+def _scale_faults(adapter: AdapterDir) -> Iterator[Fault]:
+    for module, scale in sorted(effective_scales(adapter).items()):
+        if scale > 0 and not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+            expected = f"{SMALLEST_SCALE:g} to {LARGEST_SCALE:g}"
+            what = "the effective scale of this module is absurd: alpha is wrong"
+            yield Fault("GS-3351", what, adapter.config_file, module, expected, f"{scale:g}")
+
+
+def _expert_faults(adapter: AdapterDir) -> Iterator[Fault]:
+    """vLLM stacks the experts of a layer: each projection must have one rank in all of them."""
+    ranks: dict[str, dict[int, str]] = {}
+    for module, pair in sorted(adapter.pairs.items()):
+        match = _EXPERT.fullmatch(module)
+        if match and pair.A is not None and pair.A.shape:
+            ranks.setdefault(f"{match[1]}.*.{match[2]}", {})[pair.A.shape[0]] = module
+    for projection, found in ranks.items():
+        if len(found) > 1:
+            what = "the experts of this projection have different ranks, and vLLM stacks them"
+            ranks_found, hint = ", ".join(map(str, sorted(found))), convert_command(adapter.path, None)
+            yield Fault("GS-3352", what, adapter.weights_file, projection, "one rank", ranks_found, hint)
 
 
 def _pair_faults(adapter: AdapterDir, module: str, pair: FactorPair, ranks_readable: bool) -> Iterator[Fault]:
@@ -138,8 +236,12 @@ def _pair_faults(adapter: AdapterDir, module: str, pair: FactorPair, ranks_reada
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
         yield Fault("GS-386", "A and B do not fit together", file, module, "(r, in) and (out, r)", f"{a} and {b}")
         return
+    if module.endswith("lm_head") and b[0] > LARGEST_LOGITS:
+        what = "vLLM adapts no head of so many tokens"
+        yield Fault("GS-3353", what, file, module, f"<= {LARGEST_LOGITS} tokens", b[0], "train it without lm_head")
     if a[0] > LARGEST_RANK:
         yield Fault("GS-387", "the rank is above what vLLM serves", file, module, f"<= {LARGEST_RANK}", a[0])
-    if ranks_readable and config_rank(adapter.config, module) != a[0]:
+    said = config_rank(adapter.config, module)
+    if ranks_readable and _is_rank(said) and said != a[0] <= LARGEST_RANK:
         what = "the configuration's rank is not the tensors': the adapter would be scaled wrongly"
-        yield Fault("GS-388", what, file, module, config_rank(adapter.config, module), a[0])
+        yield Fault("GS-388", what, file, module, said, a[0])

@@ -8,29 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 
 from gora_serve.integrity.advisories import ENGINE_PACKAGES, vulnerable_versions
-from gora_serve.integrity.bases import locate_adapter, locate_base
+from gora_serve.integrity.bases import Base, locate_adapter, locate_base
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import hash_model
 from gora_serve.integrity.reading import stamps
 from gora_serve.integrity.remote_code import refuse_remote_code
-from gora_serve.integrity.staging import SEAL
-from gora_serve.integrity.verify import verify_adapter, verify_unsealed
 from gora_serve.progress import Listener, silent
-from gora_serve.serving.adapter_dir import WEIGHTS_FILE, read_adapter_dir, unused_pickles
+from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
 from gora_serve.serving.engine import find_engine, scrubbed
-from gora_serve.serving.fits import check_fit
-from gora_serve.serving.options import group_options
+from gora_serve.serving.options import group_options, single
 from gora_serve.serving.plan import (
-    SAME_NAMES,
     SCRUBBED,
     ServeConfig,
+    ServedAdapter,
     ServePlan,
     architecture,
     plan_server,
-    read_served_adapters,
     with_device,
 )
+from gora_serve.serving.plan import check_name as check_adapter_name
+from gora_serve.serving.preflight import refuse
+from gora_serve.serving.same_base import names_of
+from gora_serve.serving.store import Store
 
 
 def prepare(
@@ -40,41 +40,61 @@ def prepare(
     extra: Sequence[str] = (),
     *,
     strict: bool = False,
+    dry: bool = False,
     listen: Listener = silent,
 ) -> tuple[ServePlan, list[str]]:
     """Return the plan to run, and the warnings to show.
 
     adapters: (name, folder or hub id with its revision). Every adapter that gora-serve wrote is verified byte by byte
     and against the base; one of another tool is served with a warning, or refused where `strict` is set, as are
-    versions of the engine's packages that an advisory names. Raises before any process starts.
+    versions of the engine's packages that an advisory names. All faults of all adapters come in one error. What is
+    served are copies in the store; with `dry` they are not made, and the plan names where they would be. Raises before
+    any process starts.
     """
+    for name, _ in adapters:
+        check_adapter_name(name)
     located = locate_base(base)
     if "--trust-remote-code" not in group_options(extra):
         refuse_remote_code(located.path)
-    adapters = [(name, locate_adapter(folder)) for name, folder in adapters]
-    served = read_served_adapters(adapters)
-    verified = stamps(_files(located.path, adapters))
     warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)
     warnings += [f"{name} is set, and taken away from the engine" for name in scrubbed(os.environ, SCRUBBED)]
-    manifest = hash_model(located.path, listen=listen)
-    remember_manifest(manifest)
-    for name, folder in adapters:
-        if (folder / SEAL).is_file():
-            done = verify_adapter(folder, base=located.path, base_manifest=manifest, strict=strict)
-        else:
-            done = verify_unsealed(folder, base=located.path, base_manifest=manifest, strict=strict)
-        if done.bound_to is None:
-            same_names = architecture(located.path) in SAME_NAMES
-            check_fit(read_adapter_dir(name, folder), manifest.tensors, same_names=same_names)
-        warnings += [f"{name}: {warning}" for warning in done.warnings]
-        warnings += [f"{name}: {pickle} is not used, {WEIGHTS_FILE} is" for pickle in unused_pickles(folder)]
+    verified = stamps(_base_files(located.path))
+    target = _served_base(located, single(group_options(extra), "--served-model-name") or config.served_name, listen)
+    found = [examine(name, locate_adapter(folder), target, strict=strict) for name, folder in adapters]
+    refuse([fault for one in found for fault in one.faults])
+    warnings += [warning for one in found for warning in one.warnings]
     settled = with_device(config, find_engine().device)
     if located.revision and settled.served_name is None:  # the cache's folder is called after the commit
         settled = replace(settled, served_name=located.name.rpartition("/")[2])
-    return replace(plan_server(located.path, served, settled, extra), stamps=verified), warnings
+    store = Store(config.store)
+    plan_server(located.path, _planned(found, store), settled, extra)  # refused options come before any copy
+    served = _planned(found, store) if dry else _stored(found, target, store, strict=strict)
+    plan = plan_server(located.path, served, settled, extra)
+    copies = [] if dry else [file for adapter in served for file in adapter.path.iterdir()]
+    return replace(plan, stamps=verified | stamps(copies)), warnings
 
 
-def _files(base: Path, adapters: Sequence[tuple[str, Path]]) -> list[Path]:
-    """Return the files that the engine will read: the base's weights and configuration, all files of the adapters."""
-    files = [*find_model(base).weights.values(), base / "config.json"]
-    return files + [path for _, folder in adapters for path in folder.iterdir() if path.is_file()]
+def served_base(base: str, config: ServeConfig, listen: Listener = silent) -> ServedBase:
+    """Find and hash the base that adapters are admitted to."""
+    return _served_base(locate_base(base), config.served_name, listen)
+
+
+def _served_base(located: Base, served_name: str | None, listen: Listener) -> ServedBase:
+    manifest = hash_model(located.path, listen=listen)
+    remember_manifest(manifest)
+    names = names_of(located.path, located.name, *([served_name] if served_name else []))
+    return ServedBase(located.path, manifest, architecture(located.path), names)
+
+
+def _planned(found: Sequence[Examined], store: Store) -> tuple[ServedAdapter, ...]:
+    return tuple(served_from(one, store.place(content_in(one))) for one in found)
+
+
+def _stored(found: Sequence[Examined], base: ServedBase, store: Store, *, strict: bool) -> tuple[ServedAdapter, ...]:
+    store.sweep()
+    return tuple(keep(one, base, store, strict=strict) for one in found)
+
+
+def _base_files(base: Path) -> list[Path]:
+    """Return the files of the base that the engine will read: its weights and its configuration."""
+    return [*find_model(base).weights.values(), base / "config.json"]

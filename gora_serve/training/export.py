@@ -17,21 +17,24 @@ from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_text
 from gora_serve.integrity.space import require_space
 from gora_serve.integrity.verify import find_adapter
+from gora_serve.training.reference import fingerprint
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the adapter lies, its root, and the adapter as it was trained."""
+    """Where the adapter lies, its root, the adapter as it was trained, and what became of its fingerprint."""
 
     folder: Path
     root: str
     adapter: Adapter
+    canary: str = "none"
 
 
 def export(source: Path, output: Path, config: ExportConfig | None = None, *, overwrite: bool = False) -> Exported:
     """Write the adapter of a run (or of an earlier export) into `output`, in the form asked for.
 
-    The files are the same, byte for byte, in every process. The source is checked against its own manifest first.
+    The files are the same, byte for byte, in every process. The source is checked against its own manifest first. Where
+    the base is here, the manifest gets a fingerprint of the adapter's answers (`reference.fingerprint`).
     Raises InputError for an unfinished run, MismatchError for a damaged one, OutputError for an existing output.
     """
     config = config or ExportConfig()
@@ -61,8 +64,11 @@ def export_adapter(
     """
     config = config or ExportConfig()
     require_space(output, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
+    base = Path(adapter.base.name) if adapter.base.name else None
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
-        seal_folder(stage, seal_record(root, adapter.base, adapter.origin, config))
-    return Exported(output, root, adapter)
+        canary, told = fingerprint(stage, base, adapter.base.roots, config)
+        record = seal_record(root, adapter.base, adapter.origin, config)
+        seal_folder(stage, record | ({"canary": canary} if canary else {}))
+    return Exported(output, root, adapter, f"{'stored' if canary else 'none'}: {told}")

@@ -250,8 +250,8 @@ CASES: dict[int, Case] = {
     80: case(
         "file swapped after it was verified",
         f"{SERVING}test_a_file_that_is_swapped_after_it_was_verified",
+        f"{SERVING}test_an_adapter_that_is_swapped_after_it_was_verified",
         f"{SERVING}test_files_that_stand_are_served",
-        waits=("module gora_serve.serving.store", "served from the store: a swap of the original changes nothing"),
     ),
     81: case(
         "request for a name that is none",

@@ -59,18 +59,34 @@ def test_an_open_server_without_a_key(place: Place, host: str, monkeypatch: pyte
     place.refuses(place.serve(more=("--host", host)), 2, "GS-283", host, "VLLM_API_KEY")
 
 
-@pytest.mark.parametrize("what", ["adapter", "base"])
+def test_an_adapter_that_is_swapped_after_it_was_verified(place: Place, bound: Path, tmp_path: Path) -> None:
+    """80: the engine gets the copy in the store, whose bytes are those that were verified, whatever comes after."""
+    verified = (bound / WEIGHTS).read_bytes()
+    plan, _ = prepare(str(place.base), [("a", bound)], replace(replace_config(), store=tmp_path / "store"))
+    place.run("--version")
+    (bound / WEIGHTS).rename(bound / "aside")
+    (bound / WEIGHTS).write_bytes(b"something else")
+    (served,) = plan.adapters
+    with running_server(without_adapters(plan), log=tmp_path / "log"):  # the stamps hold
+        assert f'"path": "{served.path}"' in " ".join(plan.argv)
+        assert (served.path / WEIGHTS).read_bytes() == verified
+        assert (served.path / WEIGHTS).stat().st_nlink == 1
+    (bound / "aside").replace(bound / WEIGHTS)
+
+
+@pytest.mark.parametrize("what", ["store", "base"])
 def test_a_file_that_is_swapped_after_it_was_verified(place: Place, bound: Path, what: str, tmp_path: Path) -> None:
     """80: what the engine has read is what was verified, or it is ended: by size, times and inode of every file."""
-    plan, _ = prepare(str(place.base), [("a", bound)], replace_config())
-    file = bound / WEIGHTS if what == "adapter" else sorted(place.base.glob("model-*"))[0]
+    plan, _ = prepare(str(place.base), [("a", bound)], replace(replace_config(), store=tmp_path / "store"))
+    file = plan.adapters[0].path / WEIGHTS if what == "store" else sorted(place.base.glob("model-*"))[0]
     assert file.resolve() in {path.resolve() for path in plan.stamps}
     place.run("--version")
     whole = file.read_bytes()
+    file.parent.chmod(0o700)
     other = file.with_name("swapped")
     other.write_bytes(whole)
     other.replace(file)
-    stand_in = replace(make_plan(), stamps=plan.stamps)
+    stand_in = without_adapters(plan)
     with (
         pytest.raises(MismatchError, match="GS-101") as caught,
         running_server(stand_in, log=tmp_path / "log") as server,
@@ -87,6 +103,11 @@ def test_files_that_stand_are_served(place: Place, bound: Path, tmp_path: Path) 
     files = [path for path in bound.iterdir() if path.is_file()]
     with running_server(replace(make_plan(), stamps=stamps(files)), log=tmp_path / "log"):
         pass
+
+
+def without_adapters(plan: ServePlan) -> ServePlan:
+    """The stand-in for the engine, with what the plan says of files: it has no adapters to ask."""
+    return replace(make_plan(), stamps=plan.stamps)
 
 
 def replace_config() -> Any:

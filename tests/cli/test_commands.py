@@ -374,12 +374,15 @@ def test_dry_run_prints_command_and_environment(work: Path, exports: dict[str, A
     argv = told["argv"]
     assert str(work / BASE) in argv
     assert argv[argv.index("--port") + 1] == "8123"
-    assert argv[-2:] == ["--max-num-seqs", "4"]
+    assert argv[-4:] == ["--max-num-seqs", "4", "--middleware", "gora_serve.serving.guard.Guard"]
     modules = [json.loads(word) for word in argv if word.startswith('{"name"')]
-    assert modules == [
-        {"name": "a", "path": str(work / "[b]unit")},
-        {"name": "b", "path": str(work / "[b]padded")},
-    ]
+    assert [module["name"] for module in modules] == ["a", "b"]
+    stored = {adapter["name"]: adapter for adapter in told["adapters"]}
+    for module, folder in zip(modules, ("[b]unit", "[b]padded"), strict=True):
+        assert stored[module["name"]]["source"] == str(work / folder)
+        assert stored[module["name"]]["scales"] == [1.0, 1.0]
+        assert stored[module["name"]]["path"] == module["path"]
+        assert not Path(module["path"]).exists(), "a dry run copies nothing"
     assert argv[argv.index("--max-lora-rank") + 1] == "8"
     assert told["models"] == [BASE, "a", "b"]
     assert told["url"] == "http://127.0.0.1:8123"

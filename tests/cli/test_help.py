@@ -175,6 +175,7 @@ def default_of(name: str, option: str, configs: list[object]) -> Any:
         ("ranks", "importance"): None,  # the probe's own
         ("plan", "device"): None,  # what this machine has
         ("plan", "memory"): None,
+        ("serve", "verify"): False,
     }
     if (name, option) in special:
         return special[name, option]

@@ -136,7 +136,7 @@ def test_serve_takes_ids(hub: Hub, base: str, adapter: Path, monkeypatch: pytest
     plan, warnings = start.prepare("org/tiny@main", named, ServeConfig(), strict=True)
     assert (plan.models, warnings) == (("tiny", "a"), [])
     assert plan.base.name == base
-    assert [served.path.name for served in plan.adapters] == [commit]
+    assert [served.source.name for served in plan.adapters if served.source] == [commit]
     assert start.prepare("org/tiny@main", named, ServeConfig(served_name="x"))[0].models == ("x", "a")
     hub.faults.flip.add("adapter_model.safetensors")
     publish(hub, adapter, "org/bad")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,12 @@ import pytest
 
 from gora_serve.config import ExportConfig
 from gora_serve.errors import RunError
+from gora_serve.integrity.fingerprint import Expected, read_fingerprint
+from gora_serve.parity import check_parity
+from gora_serve.serving.canary import ASKED, check_canary
 from gora_serve.serving.client import ChatRequest, Completion, ask_all, complete, run_all
 from gora_serve.serving.engine import Server, free_port, running_server
-from gora_serve.serving.plan import ServeConfig
+from gora_serve.serving.plan import ServeConfig, ServePlan
 from gora_serve.serving.process import session_members
 from gora_serve.serving.start import prepare
 from gora_serve.training.export import export
@@ -36,6 +42,7 @@ PROMPTS = (
     "Water boils at one hundred degrees Celsius, and it freezes at",
     "Dear colleagues, thank you for your patience. The meeting has been moved to",
 )
+KEY = "a-secret-key-0123456789"
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,17 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(smollm2: Path, exports: dict[str, Path], log: Path) -> Iterator[Server]:
+def plan(smollm2: Path, exports: dict[str, Path]) -> Iterator[ServePlan]:
     config = ServeConfig(port=free_port(), dtype="float32", max_model_len=512, served_name="base")
-    plan, warnings = prepare(str(smollm2), list(exports.items()), config)
-    assert not warnings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)  # the client's, too
+        made, warnings = prepare(str(smollm2), list(exports.items()), config)
+        assert not warnings
+        yield made
+
+
+@pytest.fixture(scope="module")
+def server(plan: ServePlan, log: Path) -> Iterator[Server]:
     with running_server(plan, log=log) as running:
         yield running
     assert session_members(running.pid) == ()
@@ -157,3 +171,94 @@ def test_names_that_are_no_model_are_404(server: Server, name: str) -> None:
     """Also those that are paths: nothing turns a model's name into a file."""
     with pytest.raises(RunError, match="HTTP 404"):
         complete(server.url, name, [1], 1)
+
+
+def fingerprint_of(folder: Path) -> tuple[Expected, ...]:
+    file = folder / "gora_manifest.json"
+    return read_fingerprint(json.loads(file.read_text())["canary"], file)
+
+
+def test_each_adapter_answers_as_its_fingerprint(server: Server) -> None:
+    """What PEFT said in float64 when it was exported, and the engine in float32 now."""
+    assert [checked.name for checked in server.checked] == ["unit", "native", "padded"]
+    for checked in server.checked:
+        assert checked.differs
+        assert checked.distance is not None
+        assert checked.distance < 1e-3
+
+
+def test_the_canary_tells_another_adapter_and_none_at_all(server: Server, exports: dict[str, Path]) -> None:
+    """Held to the fingerprint of the other task, and to an answer that is the base's own."""
+
+    def ask(model: str, tokens: Sequence[int]) -> Mapping[int, float]:
+        return complete(server.url, model, tokens, 1, logprobs=ASKED).top[0]
+
+    with pytest.raises(RunError, match="GS-7351"):
+        check_canary("native", "base", fingerprint_of(exports["unit"]), 0.25, ask)
+    with pytest.raises(RunError, match="GS-7350"):
+        check_canary("base", "base", (), 0.01, ask)
+
+
+def test_every_model_is_verified_against_peft(plan: ServePlan, server: Server) -> None:
+    compared = list(check_parity(plan))
+    assert [one.name for one in compared] == list(server.models)
+    for one in compared:
+        assert one.count > 200
+        assert one.distance < 1e-3
+
+
+def test_an_adapter_under_another_name_does_not_pass(plan: ServePlan, server: Server) -> None:
+    """PEFT is given the adapter of the other task."""
+    unit, native, padded = plan.adapters
+    crossed = replace(plan, adapters=(replace(unit, path=native.path), replace(native, path=unit.path), padded))
+    found = check_parity(crossed)
+    assert next(found).name == "base"
+    with pytest.raises(RunError, match="GS-7353"):
+        next(found)
+
+
+def asked(url: str, route: str, method: str, key: str | None) -> int:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    body = b"{}" if method in ("POST", "PUT", "PATCH") else None
+    request = urllib.request.Request(url + route, body, headers, method=method)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=60) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as err:
+        with err:
+            return err.code
+
+
+def test_no_route_answers_without_the_key(server: Server) -> None:
+    """The server's own list of routes, and those that are not in it."""
+    request = urllib.request.Request(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        paths = json.loads(response.read())["paths"]
+    routes = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    assert {("POST", "/invocations"), ("POST", "/tokenize"), ("POST", "/v1/chat/completions")} <= routes
+    hidden = (
+        "/metrics",
+        "/metrics/",
+        "//metrics",
+        "/docs",
+        "/redoc",
+        "/openapi.json",
+        "/adapters",
+        "/health",
+        "/nowhere",
+    )
+    routes |= {(method, path) for path in hidden for method in ("GET", "POST", "DELETE", "OPTIONS")}
+    assert len(routes) > 40
+    for method, path in sorted(routes):
+        for key in (None, "another-key-0123456789"):
+            assert asked(server.url, path, method, key) == 401, (method, path)
+    for path in ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert asked(server.url, path, "POST", KEY) == 403
+    assert asked(server.url, "/metrics", "GET", KEY) == 200
+
+
+def test_the_key_is_in_no_argument_and_no_log(server: Server, log: Path) -> None:
+    assert KEY not in log.read_text(errors="replace")
+    for member in session_members(server.pid):
+        assert KEY.encode() not in Path(f"/proc/{member}/cmdline").read_bytes()

@@ -102,6 +102,8 @@ def test_environment(base: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "VLLM_PLUGINS": "",
         "VLLM_CPU_KVCACHE_SPACE": "3",
+        "GORA_SERVE_GUARD": "loopback",
+        "GORA_SERVE_OPEN_ROUTES": "",
     }
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in made.removed
 
@@ -109,7 +111,8 @@ def test_environment(base: Path) -> None:
 def test_a_users_option_replaces_ours_and_comes_last(base: Path) -> None:
     extra = ["--max_loras=7", "--dtype", "bfloat16", "--port", "9001", "-tp", "2", "--served-model-name", "base"]
     made = plan(base, adapter(), extra=extra)
-    assert made.argv[-len(extra) :] == tuple(extra)
+    guard = ("--middleware", "gora_serve.serving.guard.Guard")
+    assert made.argv[-len(extra) - 2 :] == (*extra, *guard)  # the last middleware is the outermost
     assert "--max-loras" not in made.argv
     assert made.argv.count("--dtype") == 1
     assert values(made.argv, "--max-cpu-loras") == ["7"]
@@ -132,8 +135,11 @@ def test_options_that_would_undo_a_check_are_refused(base: Path, extra: list[str
 
 @pytest.mark.parametrize(
     "extra",
-    [["--max-loras", "2"], ["--max-lora-rank", "8"], ["--lora-target-modules", "qkv_proj", "o_proj"]],
-)
+    [
+        ["--max-loras", "2"], ["--max-lora-rank", "8"], ["--lora-target-modules", "qkv_proj", "o_proj"],
+        ["--max-logprobs", "5"],
+    ],
+)  # fmt: skip
 def test_options_that_would_answer_wrongly_are_refused(base: Path, extra: list[str]) -> None:
     with pytest.raises(UsageError, match="GS-285"):
         plan(base, adapter("a", 9), adapter("b"), extra=extra)

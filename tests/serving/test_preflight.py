@@ -118,7 +118,9 @@ def test_all_faults_of_all_adapters_come_at_once(write_adapter: WriteAdapter) ->
     with pytest.raises(InputError) as caught:
         read_served_adapters([("a", first), ("b", second)])
     for part in ("3 faults", "use_dora", K, str(second / "adapter_model.safetensors")):
-        assert part in caught.value.what
+        assert part in str(caught.value)
+    assert len(caught.value.faults) == 3
+    assert caught.value.to_json()["error"]["faults"] == list(caught.value.faults)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\x00", '{"a": ' + "[" * 100_000])

@@ -1,0 +1,74 @@
+"""What the guard in the engine is told: that the server is ready, and that a file changed that it was verified with.
+
+The base must not change under a server. What the engine holds in memory stays as it was; but after a restart, on
+another machine that shares the folder, or where it reads again, it would be something else. So a change is logged
+loudly, and the guard answers /health with 503.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from gora_serve.errors import MismatchError
+from gora_serve.integrity.reading import check_unchanged
+from gora_serve.serving.guard import STATE_FILE, TOKEN
+
+EVERY = 3600.0  # seconds
+
+log = logging.getLogger(__name__)
+
+
+class FileWatch:
+    """Compares size, times and inode of files with their stamps, now and then, and tells the guard of a change."""
+
+    def __init__(self, stamps: Mapping[Path, tuple[int, ...]], *, every: float = EVERY) -> None:
+        self._stamps = stamps
+        self._every = every
+        self._next = float("inf")
+        self._folder = Path(tempfile.mkdtemp(prefix="gora-serve-"))
+        self.degraded: str | None = None
+        self.token = secrets.token_urlsafe(32)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the guard has to know."""
+        return {STATE_FILE: str(self._folder / "state.json"), TOKEN: self.token}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def started(self) -> None:
+        """Say that the server is ready for others, and begin to count the time."""
+        self._tell({"ready": True})
+        self._again()
+
+    def _again(self) -> None:
+        self._next = time.monotonic() + self._every
+
+    def look(self) -> None:
+        """Compare, if it is time to. A change is told once, and stays: only a new start verifies the files again."""
+        if self.degraded is not None or time.monotonic() < self._next:
+            return
+        self._again()
+        try:
+            check_unchanged(self._stamps)
+        except MismatchError as err:
+            self.degraded = f"a verified file changed: {err.fields['file']}"
+            log.error("DEGRADED: %s. The engine serves what it has in memory; restart it to verify anew", self.degraded)
+            self._tell({"ready": True, "degraded": self.degraded})
+
+    def _tell(self, state: Mapping[str, object]) -> None:
+        temporary = self._folder / "state.tmp"
+        temporary.write_text(json.dumps(state), encoding="utf-8")
+        temporary.replace(self._folder / "state.json")

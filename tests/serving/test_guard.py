@@ -1,0 +1,205 @@
+"""The guard in front of the engine's routes: an ASGI application of its own stands in for vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gora_serve.errors import GoraError, MachineError, UsageError
+from gora_serve.serving.exposure import guard_environment
+from gora_serve.serving.guard import CLOSED, Guard
+from gora_serve.serving.keys import read_keys
+from gora_serve.serving.watch import FileWatch
+
+KEY, OTHER = "a-secret-key-0123456789", "another-key-0123456789"
+# Routes of vLLM 0.32's own list, with what it leaves open beside a key of its own.
+ROUTES = (
+    "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/invocations", "/tokenize",
+    "/detokenize", "/tokenizer_info", "/metrics", "/health", "/ping", "/version", "/load", "/docs", "/openapi.json",
+    "/redoc", "/score", "/rerank", "/pooling", "/classify", "/inference/v1/generate", "/", "/no/such/route",
+)  # fmt: skip
+
+
+async def inner(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"inner"})
+
+
+def ask(
+    environ: Mapping[str, str], path: str, *keys: str, kind: str = "http", root: str = "", method: str = "POST"
+) -> Any:
+    """Send one request through the guard; the status, or what it said to a websocket. keys: header values."""
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    headers = [(b"Authorization", value.encode("latin-1")) for value in keys]
+    scope = {"type": kind, "path": path, "root_path": root, "headers": headers, "method": method}
+    asyncio.run(Guard(inner, environ)(scope, receive, send))
+    return said[0].get("status", said[0].get("code"))
+
+
+KEYED = {"GORA_SERVE_GUARD": "key", "VLLM_API_KEY": KEY}
+LOOPBACK = {"GORA_SERVE_GUARD": "loopback"}
+
+
+@pytest.mark.parametrize("route", [*ROUTES, *CLOSED])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
+def test_every_route_wants_the_key(route: str, method: str) -> None:
+    for given in ((), ("Bearer x",), (KEY,), (f"Basic {KEY}",), ("Bearer ",), (f"Bearer {KEY}", f"Bearer {KEY}")):
+        assert ask(KEYED, route, *given, method=method) == 401, given
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_with_the_key_all_but_closed_routes_answer(route: str) -> None:
+    assert ask(KEYED, route, f"Bearer {KEY}") == 200
+    assert ask(KEYED, route, f"bearer {KEY}") == 200
+    assert ask(LOOPBACK, route) == 200
+
+
+@pytest.mark.parametrize("route", [*CLOSED, "/adapters/x", "//adapters", "/adapters/", "/v1//load_lora_adapter"])
+def test_routes_that_load_and_unload_are_closed_to_everybody(route: str) -> None:
+    assert ask(KEYED, route, f"Bearer {KEY}") == 403
+    assert ask(LOOPBACK, route) == 403
+    assert ask(LOOPBACK, f"/root{route}", root="/root") == 403
+
+
+def test_opened_routes() -> None:
+    environ = KEYED | {"GORA_SERVE_OPEN_ROUTES": "/health,/metrics"}
+    assert ask(environ, "/health") == ask(environ, "/metrics/") == 200
+    assert ask(environ, "/metrics/x") == ask(environ, "/v1/models") == ask(environ, "/healthy") == 401
+
+
+def test_websockets_are_closed_without_the_key() -> None:
+    assert ask(KEYED, "/v1/realtime", kind="websocket") == 1008
+    assert ask(KEYED, "/v1/realtime", f"Bearer {KEY}", kind="websocket") == 200
+
+
+def test_the_life_of_the_server_is_let_through() -> None:
+    assert ask({"GORA_SERVE_GUARD": "key", "VLLM_API_KEY": KEY}, "", kind="lifespan") == 200
+
+
+@pytest.mark.parametrize("environ", [{}, {"GORA_SERVE_GUARD": "key"}, {"GORA_SERVE_GUARD": "x"}])
+def test_a_guard_that_is_told_nothing_lets_nothing_through(environ: dict[str, str]) -> None:
+    with pytest.raises(RuntimeError, match="needs a key"):
+        Guard(inner, environ)
+
+
+def key_file(folder: Path, text: str = f"{KEY}\n\n{OTHER}\n", mode: int = 0o600) -> Path:
+    file = folder / "keys"
+    file.write_text(text)
+    file.chmod(mode)
+    return file
+
+
+def test_keys_out_of_a_file(tmp_path: Path) -> None:
+    told = guard_environment("0.0.0.0", key_file(tmp_path), (), {})
+    assert KEY not in repr(told)
+    for key in (KEY, OTHER):
+        assert ask(told, "/v1/models", f"Bearer {key}") == 200
+    assert ask(told, "/v1/models", "Bearer third-key-0123456789") == 401
+    assert read_keys({"VLLM_API_KEY": "x"}, key_file(tmp_path)) == ("x", KEY, OTHER)
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "code"),
+    [("", 0o600, "GS-289"), ("short\n", 0o600, "GS-289"), (f"{KEY} {KEY}\n", 0o600, "GS-289"),
+     (f"{KEY}\n", 0o644, "GS-5354"), (f"{KEY}\n", 0o660, "GS-5354")],
+)  # fmt: skip
+def test_files_with_keys_that_are_refused(tmp_path: Path, text: str, mode: int, code: str) -> None:
+    with pytest.raises(GoraError, match=code) as caught:
+        read_keys({}, key_file(tmp_path, text, mode))
+    assert KEY not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="GS-5353"):
+        read_keys({}, tmp_path / "none")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "example.org", ""])
+def test_another_address_needs_a_key(host: str) -> None:
+    with pytest.raises(UsageError, match="GS-283"):
+        guard_environment(host, None, (), {})
+    assert guard_environment(host, None, (), {"VLLM_API_KEY": KEY})["GORA_SERVE_GUARD"] == "key"
+    assert guard_environment("127.0.0.1", None, (), {})["GORA_SERVE_GUARD"] == "loopback"
+
+
+@pytest.mark.parametrize("route", ["/v1/models", "/invocations", "/", "", "/health,/v1", "health"])
+def test_only_routes_that_do_no_work_can_be_opened(route: str) -> None:
+    with pytest.raises(UsageError, match="GS-290"):
+        guard_environment("127.0.0.1", None, (route,), {})
+
+
+def test_a_file_that_changes_under_a_server_degrades_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from gora_serve.integrity.reading import stamps
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"as it was")
+    with FileWatch(stamps([file]), every=0.0) as watch:
+        environ = LOOPBACK | watch.environment
+        assert ask(environ, "/v1/models") == ask(environ, "/health") == 503, "nobody is served before it is ready"
+        watch.look()
+        assert watch.degraded is None, "nothing is looked at before it is ready"
+        watch.started()
+        watch.look()
+        assert ask(environ, "/health", method="GET") == 200
+        file.write_bytes(b"something else")
+        watch.look()
+        watch.look()
+        assert ask(environ, "/health", method="GET") == ask(environ, "/ping") == 503
+        assert ask(environ, "/v1/models") == 200
+        state = json.loads(Path(watch.environment["GORA_SERVE_STATE"]).read_text())
+        assert str(file) in state["degraded"]
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert not Path(watch.environment["GORA_SERVE_STATE"]).parent.exists()
+
+
+def test_before_it_is_ready_only_its_parent_is_served() -> None:
+    with FileWatch({}) as watch:
+        environ = KEYED | watch.environment
+        guard = Guard(inner, environ)
+        assert status(guard, [("Authorization", f"Bearer {KEY}")]) == 503
+        assert status(guard, [("Authorization", f"Bearer {KEY}"), ("X-Gora-Serve-Token", "x")]) == 503
+        assert status(guard, [("Authorization", f"Bearer {KEY}"), ("X-Gora-Serve-Token", watch.token)]) == 200
+        assert status(guard, [("X-Gora-Serve-Token", watch.token)]) == 401
+        watch.started()
+        assert status(guard, [("Authorization", f"Bearer {KEY}")]) == 200
+
+
+def status(guard: Guard, headers: list[tuple[str, str]]) -> int:
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    asyncio.run(guard({"type": "http", "path": "/v1/models", "headers": raw}, receive, send))
+    return int(said[0]["status"])
+
+
+def test_it_is_looked_at_every_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gora_serve.serving import watch as module
+
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with FileWatch({tmp_path / "gone": (1,)}) as watch:
+        watch.started()
+        now[0] += 3599
+        watch.look()
+        assert watch.degraded is None
+        now[0] += 1
+        watch.look()
+        assert watch.degraded is not None
