@@ -54,6 +54,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render.py": frozenset({"rich"}),
     "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "gora_serve/cli/render_convert.py": frozenset({"rich"}),
+    "gora_serve/cli/render_merge.py": frozenset({"rich"}),
     "gora_serve/cli/render_gap.py": frozenset({"rich"}),
     "gora_serve/cli/render_doctor.py": frozenset({"rich"}),
     "gora_serve/cli/render_hub.py": frozenset({"rich"}),
@@ -73,7 +74,7 @@ INSIDE: Mapping[str, frozenset[str]] = {
 # Modules that never bring torch with them, through whatever they import.
 LIGHT = ("root", "integrity", "serving", "flow", "cli", *(name for name in MODULE_LEVEL if name.endswith(".py")))
 CLOSED_TO_GORA = {"os", "io", "pathlib", "json", "shutil", "tempfile"}  # the maths knows no disk
-ASKS_CONVERTERS = {"convert", "gap"}  # the commands whose bodies may import converters
+ASKS_CONVERTERS = {"convert", "gap", "merge", "_of_merge"}  # the functions of commands that may import converters
 
 
 @dataclass(frozen=True)

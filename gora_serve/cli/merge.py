@@ -1,0 +1,107 @@
+"""`merge`: adapters and their base as one model, or several adapters as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from gora_serve.cli.options import FOLDER, json_option, overwrite_option, seed_option, source_options
+from gora_serve.config import BaseAs, Form, MergeConfig, MergeDtype, MergeInto, MergeMethod
+
+
+class Weighted(click.ParamType[tuple[str, float]]):
+    """ADAPTER or ADAPTER:WEIGHT; a path that is there as it is written has no weight."""
+
+    name = "ADAPTER[:WEIGHT]"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        text = str(value)
+        place, colon, number = text.rpartition(":")
+        if not colon or Path(text).exists():
+            return text, 1.0
+        try:
+            weight = float(number)
+        except ValueError:
+            return text, 1.0
+        if not place or not abs(weight) < float("inf"):
+            self.fail(f"{text!r} is no adapter with a finite weight", param, ctx)
+        return place, weight
+
+
+@click.command()
+@click.argument("base")
+@click.option(
+    "-a", "--adapter", "adapters", multiple=True, required=True, type=Weighted(),
+    help="What is merged, and how much of it (1 where nothing is said). Repeatable.",
+)  # fmt: skip
+@click.option("--output", required=True, type=FOLDER, metavar="DIR", help="Folder of the merged model, or adapter.")
+@click.option(
+    "--into", default=MergeConfig.into, show_default=True, type=click.Choice(get_args(MergeInto)),
+    help="model: the base's shards with the updates added. adapter: one adapter instead of several.",
+)  # fmt: skip
+@click.option(
+    "--dtype", default=MergeConfig.dtype, show_default=True, type=click.Choice(get_args(MergeDtype)),
+    help="Of the result. auto: a model keeps each tensor's, an adapter gets float32.",
+)  # fmt: skip
+@click.option(
+    "--base-as", default=MergeConfig.base_as, show_default=True, type=click.Choice(get_args(BaseAs)),
+    help="For adapters trained on a base in 4 bits: add to the weights as stored (bf16, and auto), or to what NF4 "
+    "makes of them. Both errors are stated.",
+)  # fmt: skip
+@click.option(
+    "--method", default=MergeConfig.method, show_default=True, type=click.Choice(get_args(MergeMethod)),
+    help="Of --into adapter: cat and svd give the exact sum, linear combines factors, ties and dare drop entries.",
+)  # fmt: skip
+@click.option("--density", type=float, default=MergeConfig.density, metavar="D", help="What ties and dare keep.")
+@click.option("--rank", type=int, default=MergeConfig.rank, metavar="R", help="Of --into adapter: as for convert.")
+@click.option(
+    "--tolerance", type=float, default=MergeConfig.tolerance, metavar="T", help="Of --into adapter: as for convert."
+)
+@click.option(
+    "--parameters", type=int, default=MergeConfig.parameters, metavar="N",
+    help="Of --into adapter: most parameters over all modules.",
+)  # fmt: skip
+@click.option(
+    "--form", default=MergeConfig.form, show_default=True, type=click.Choice(get_args(Form)),
+    help="Of --into adapter: as for export.",
+)  # fmt: skip
+@seed_option
+@source_options
+@overwrite_option
+@json_option
+def merge(
+    base: str,
+    adapters: tuple[tuple[str, float], ...],
+    output: Path,
+    into: MergeInto,
+    dtype: MergeDtype,
+    base_as: BaseAs,
+    method: MergeMethod,
+    density: float | None,
+    rank: int | None,
+    tolerance: float | None,
+    parameters: int | None,
+    form: Form,
+    seed: int,
+    family: str,
+    init_adapter: Path | None,
+    mutated_base: Path | None,
+    cache: Path | None,
+    allow_pickle: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Merge adapters into their base, as a model of the same shards, or into each other.
+
+    ADAPTER is anything that convert reads, DoRA and other updates of full rank included. Each weight is summed in
+    float32 or better and rounded once; never more than a part of one tensor is in memory. merge.json tells what went
+    in, and how many elements of each module the update changed at all; `verify MERGED --base BASE -a ADAPTER` replays
+    it. --init-adapter, --mutated-base and --cache are for a single adapter.
+    """
+    raise NotImplementedError
