@@ -74,3 +74,20 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
+
+
+class Renamed(Mapping[str, Tensor]):
+    """Tensors under other names, read at each look-up as the files' own are."""
+
+    def __init__(self, tensors: TensorFiles, names: Mapping[str, str]) -> None:
+        """names: what a tensor is called here -> what it is called in the files."""
+        self._tensors, self._names = tensors, dict(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
