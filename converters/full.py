@@ -24,6 +24,7 @@ from gora_serve.errors import BindingError, InputError
 NOT_LINEAR = re.compile(r"\.experts\.|(emb|wpe|wte|shared|relative_attention_bias)[^.]*$|\.(gate|router)$")
 # Tensors that models compute for themselves, and old checkpoints hold.
 COMPUTED = re.compile(r"(inv_freq|position_ids|\.masked_bias|\battn\.bias|\battention\.bias)$")
+EVERYTHING = (".",)  # what a merged model takes whole
 TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForCausalLM": "CAUSAL_LM"}
 
 
@@ -48,7 +49,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     base, model = inputs.need_base("a full fine-tune"), BaseWeights(source.folder)
     if model.is_bare:  # else the names are the model's
         base.need_model_names()
-    leave_out, carry = Patterns("--leave-out", inputs.leave_out), Patterns("--carry", inputs.carry)
+    leave_out, carry = Patterns("--leave-out", inputs.leave_out), Patterns("--carry", inputs.carry or EVERYTHING[: inputs.merging])
     found = _sort(model, base, leave_out, carry, merging=inputs.merging)
     _refuse_problems(source, found)
     leave_out.check()

@@ -42,6 +42,10 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
     Raises InputError for a tensor that would be lost: GS-3115 with the reason, GS-3104 where it is not the family's.
     """
     leave_out = Patterns("--leave-out", inputs.leave_out)
+    if inputs.merging:  # a model holds it
+        held = reading.beyond.tensors
+        lost = {name: why for name, why in reading.lost.items() if name not in held}
+        reading = replace(reading, lost=lost, carried=reading.carried | held)
     others = source.tensors.keys() - reading.applied - reading.carried - reading.known.keys() - reading.lost.keys()
     lost = {**reading.lost, **dict.fromkeys(sorted(others), f"{detection.family} has no such tensor")}
     left_out = {name: f"{LEFT_OUT}: {why}" for name, why in lost.items() if leave_out.match(name)}

@@ -74,7 +74,8 @@ INSIDE: Mapping[str, frozenset[str]] = {
 # Modules that never bring torch with them, through whatever they import.
 LIGHT = ("root", "integrity", "serving", "flow", "cli", *(name for name in MODULE_LEVEL if name.endswith(".py")))
 CLOSED_TO_GORA = {"os", "io", "pathlib", "json", "shutil", "tempfile"}  # the maths knows no disk
-ASKS_CONVERTERS = {"convert", "gap", "merge", "_of_merge"}  # the functions of commands that may import converters
+ASKS_CONVERTERS = {"convert", "gap", "merge", "_into_model", "_into_adapter", "_verify_merge"}
+# The functions of commands that may import converters.
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from gora_serve.cli.options import FOLDER, json_option, overwrite_option, seed_option, source_options
 from gora_serve.config import BaseAs, Form, MergeConfig, MergeDtype, MergeInto, MergeMethod
+from gora_serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from converters.reading import Inputs
+    from gora_serve.cli.render import Summary
+    from gora_serve.integrity.bases import Base
 
 
 class Weighted(click.ParamType[tuple[str, float]]):
@@ -104,4 +111,48 @@ def merge(
     in, and how many elements of each module the update changed at all; `verify MERGED --base BASE -a ADAPTER` replays
     it. --init-adapter, --mutated-base and --cache are for a single adapter.
     """
-    raise NotImplementedError
+    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.integrity.bases import locate_adapter, locate_base
+    from gora_serve.integrity.reading import naming_inputs
+
+    config = MergeConfig(
+        family, into, dtype, base_as, method, rank, tolerance, parameters, density, form, seed
+    )  # fmt: skip
+    config.validate()
+    if len(adapters) > 1 and (init_adapter or mutated_base or cache):
+        raise UsageError(
+            "--init-adapter, --mutated-base and --cache are of one adapter, and several are given", code="GS-264",
+            hint="convert these adapters one by one, and merge what convert wrote",
+        )  # fmt: skip
+    with watching() as listen, naming_inputs():
+        from converters.reading import Inputs
+
+        inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen)
+        folders = [(locate_adapter(name), weight) for name, weight in adapters]
+        write = _into_model if config.into == "model" else _into_adapter
+        summary = write(folders, locate_base(base), output, config, inputs, overwrite)
+    for warning in summary.value["warnings"]:
+        say(f"warning: {warning}")
+    emit(summary, as_json=as_json)
+
+
+def _into_model(
+    adapters: Sequence[tuple[Path, float]], base: Base, output: Path, config: MergeConfig, inputs: Inputs,
+    overwrite: bool,
+) -> Summary:  # fmt: skip
+    from converters.merging import merge_model
+    from gora_serve.cli.render_merge import model_summary
+    from gora_serve.training.quantize import nf4_rounder
+
+    done = merge_model(adapters, base, output, config, inputs, rounder=nf4_rounder, overwrite=overwrite)
+    return model_summary(done)
+
+
+def _into_adapter(
+    adapters: Sequence[tuple[Path, float]], base: Base, output: Path, config: MergeConfig, inputs: Inputs,
+    overwrite: bool,
+) -> Summary:  # fmt: skip
+    from converters.combining import merge_adapters
+    from gora_serve.cli.render_merge import adapter_summary
+
+    return adapter_summary(merge_adapters(adapters, base, output, config, inputs, overwrite=overwrite))
