@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,27 @@ from converters.read import held_to_base, read
 from converters.reading import Inputs
 from gora_serve.adapter.factors import LazyModules
 from gora_serve.adapter.tensors import Renamed
-from gora_serve.config import MergeConfig
+from gora_serve.config import BaseAs, MergeConfig
 from gora_serve.deploy.base import EMBEDDINGS, MODEL_HEAD, BaseWeights
 from gora_serve.deploy.beside import copy_beside
 from gora_serve.deploy.gap import is_quantizable
 from gora_serve.deploy.merge import write_model
 from gora_serve.deploy.merge_plan import ModelPlan, Part, plan_merge
+from gora_serve.deploy.replay import Replay, replay
 from gora_serve.deploy.sum_of import FourBits, Requantize
 from gora_serve.deploy.trained_on import quantization
 from gora_serve.errors import MachineError
 from gora_serve.integrity.bases import Base
-from gora_serve.integrity.binding import seal_folder
+from gora_serve.integrity.binding import check_folder, seal_folder
+from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import weights_root
 from gora_serve.integrity.files import staged_folder, write_json
 from gora_serve.integrity.known import remember_manifest
-from gora_serve.integrity.manifest import Manifest, Roots
+from gora_serve.integrity.manifest import Manifest, Roots, hash_model
 from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
-from gora_serve.integrity.staging import check_target
+from gora_serve.integrity.staging import SEAL, check_target
 
 Rounder = Callable[[], Requantize]  # makes what rounds to 4 bits, or raises MachineError
 
@@ -177,3 +180,51 @@ def _seal(done: MergedModel) -> dict[str, Any]:
     roots = {"weights_root": done.roots.weights, "config_root": done.roots.config,
              "tokenizer_root": done.roots.tokenizer}  # fmt: skip
     return {**roots, "merged_on": binding, "tool": done.receipt["tool"]}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A model held against the merge that it should be. sealed: whether it has a manifest, which its files fit."""
+
+    folder: Path
+    base: Base
+    adapters: tuple[Opened, ...]
+    replay: Replay
+    sealed: bool
+    warnings: tuple[str, ...]
+
+
+def verify_merged(
+    folder: Path,
+    adapters: Sequence[tuple[Path, float]],
+    base: Base,
+    family: str = MergeConfig.family,
+    inputs: Inputs | None = None,
+    *,
+    rounder: Rounder | None = None,
+) -> Checked:
+    """Make every tensor of the merge again, and hold it against the one in `folder`, whoever made that.
+
+    Raises MismatchError where the folder has a manifest that its files do not fit (after the tensors were compared, so
+    that these are named), BindingError for an adapter of another base, and what reading adapters raises.
+    """
+    weights = BaseWeights(base.path)
+    inputs = replace(inputs or Inputs(), base=weights)
+    opened = open_adapters(adapters, inputs, family)
+    config = MergeConfig(family, base_as=_base_as(folder))
+    four_bits = _four_bits(opened, config, rounder)[0] if config.base_as == "nf4" else None
+    plan = plan_of(opened, weights, config, four_bits)
+    found = replay(BaseWeights(folder), weights, plan, four_bits=four_bits, listen=inputs.listen)
+    manifest = cache(lambda: hash_model(base.path, listen=inputs.listen))
+    warnings = [line for one in opened for line in held_to_base(one.source, manifest, base.path, inputs)]
+    sealed = (folder / SEAL).is_file()
+    if sealed and found.verdict != "differs":
+        check_folder(folder)
+    return Checked(folder, base, tuple(opened), found, sealed, tuple(dict.fromkeys(warnings)))
+
+
+def _base_as(folder: Path) -> BaseAs:
+    """Return what our own receipt says that the updates were added to; other tools add to the weights as stored."""
+    value = read_json(folder / RECEIPT) if (folder / RECEIPT).is_file() else {}
+    settings = value.get("settings") if isinstance(value, dict) else None
+    return "nf4" if isinstance(settings, dict) and settings.get("base_as") == "nf4" else "bf16"

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from gora_serve.cli.options import FOLDER, json_option, overwrite_option, seed_option, source_options
+from gora_serve.cli.options import (
+    FOLDER,
+    Weighted,
+    json_option,
+    overwrite_option,
+    seed_option,
+    source_options,
+)
 from gora_serve.config import BaseAs, Form, MergeConfig, MergeDtype, MergeInto, MergeMethod
 from gora_serve.errors import UsageError
 
@@ -16,29 +23,6 @@ if TYPE_CHECKING:
     from converters.reading import Inputs
     from gora_serve.cli.render import Summary
     from gora_serve.integrity.bases import Base
-
-
-class Weighted(click.ParamType[tuple[str, float]]):
-    """ADAPTER or ADAPTER:WEIGHT; a path that is there as it is written has no weight."""
-
-    name = "ADAPTER[:WEIGHT]"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, float]:
-        if isinstance(value, tuple):
-            return value
-        text = str(value)
-        place, colon, number = text.rpartition(":")
-        if not colon or Path(text).exists():
-            return text, 1.0
-        try:
-            weight = float(number)
-        except ValueError:
-            return text, 1.0
-        if not place or not abs(weight) < float("inf"):
-            self.fail(f"{text!r} is no adapter with a finite weight", param, ctx)
-        return place, weight
 
 
 @click.command()

@@ -10,10 +10,11 @@ from rich.text import Text
 
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.cli.render import Summary
-from gora_serve.errors import printable
+from gora_serve.errors import MismatchError, printable
 
 if TYPE_CHECKING:
     from converters.merge_receipt import MergedModel
+    from converters.merging import Checked
     from gora_serve.deploy.tally import Tally
 
 
@@ -38,6 +39,47 @@ def model_summary(done: MergedModel) -> Summary:
             f"(--dtype float32 keeps it): {', '.join(done.faint[:3])}{' ...' if len(done.faint) > 3 else ''}"
         )
     return Summary({"model": str(done.folder), **done.receipt}, lines, [_table(done)])
+
+
+_SAID = {
+    "exact": "bit-exact: every tensor has the bytes that this merge gives",
+    "rounded": "within rounding: no element is off by more than its type and the rounding of factors explain",
+    "differs": "this is not that merge",
+}
+_SHOWN = 5
+
+
+def replay_summary(done: Checked) -> Summary:
+    """What holding a model against a merge has shown."""
+    replay = done.replay
+    counts = {verdict: len(replay.of(verdict)) for verdict in ("exact", "rounded", "differs")}  # type: ignore[arg-type]
+    names = ", ".join(f"{one.path} ({one.detection.family}, weight {one.weight:g})" for one in done.adapters)
+    lines = [
+        f"{done.folder} against {done.base.path} with {names}",
+        f"{counts['exact']} tensors bit-exact, {counts['rounded']} within rounding, {counts['differs']} differ",
+        _SAID[replay.verdict],
+    ]
+    lines += ["its files are those of its manifest"] if done.sealed and replay.verdict != "differs" else []
+    value = {
+        "path": str(done.folder), "base": str(done.base.path), "verdict": replay.verdict, "counts": counts,
+        "adapters": [{"adapter": str(one.path), "weight": one.weight, "family": one.detection.family}
+                     for one in done.adapters],
+        "tensors": {name: one.to_json() for name, one in replay.tensors.items()}, "warnings": list(done.warnings),
+    }  # fmt: skip
+    return Summary(value, lines)
+
+
+def refusal(done: Checked) -> MismatchError:
+    """Return the answer no (GS-1400), with the first tensors that differ."""
+    wrong = done.replay.of("differs")
+    first = wrong[0]
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    listed = "; ".join(f"{one.name}: {one.reason}" for one in wrong[1:_SHOWN])
+    return MismatchError(
+        f"a tensor is not what the merge gives{more}: {first.reason}", code="GS-1400", file=done.folder,
+        tensor=first.name, actual=listed or None,
+        hint="check the adapters and their weights; or merge again: gora-serve merge",
+    )  # fmt: skip
 
 
 def _adapter_line(one: dict[str, object]) -> str:

@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 from gora_serve.deploy.merge_plan import TORCH, Target
-from gora_serve.deploy.sums import Sum, as_matrix
+from gora_serve.deploy.sums import Sum
 from gora_serve.deploy.tally import Tally
 from gora_serve.integrity.digest import CHUNK
-from gora_serve.integrity.headers import TensorEntry
-from gora_serve.integrity.reading import read_into
+from gora_serve.integrity.headers import TensorEntry, read_open_header
+from gora_serve.integrity.layout import find_model
+from gora_serve.integrity.reading import open_regular, read_into
 
 SMALL = 1 << 18  # elements that are summed at a time: what a core's own cache holds
 Item = TypeVar("Item")
@@ -100,40 +102,54 @@ def cast(source: Stored, target: Target, start: int, stop: int) -> Made:
 def merged(source: Stored | None, target: Target, total: Sum, start: int, stop: int) -> Made:
     """Return a block of elements of a sum, rounded once; source: the base's tensor, None where the sum has its own."""
     out = bytearray((stop - start) * TORCH[target.dtype].itemsize)
-    read: tuple[bytes, ...] = ()
-    stored, first = None, start
+    rounded, tally = _view(out, target.dtype), Tally()
+    read: list[bytes] = []
+    for row, end, W, inside, place, rows in summed_rows(source, total, start, stop, read):
+        value = total.rows(row, end, W)
+        if total.four_bit is not None and rows is not None:
+            _see_both(total, row, end, rows, rounded.dtype, inside, tally)
+        exact = value.view(-1)[inside]
+        rounded[place].copy_(exact)
+        tally.see(W.reshape(-1)[inside], exact, rounded[place])
+    return Made(out, tuple(read), leaves_of(out), tally)
+
+
+def summed_rows(
+    source: Stored | None, total: Sum, start: int, stop: int, read: list[bytes] | None = None
+) -> Iterator[tuple[int, int, Tensor, slice, slice, Tensor | None]]:
+    """Yield the rows that elements [start, stop) lie in, some at a time: first row, last, the base's rows in the type
+    of sums, which of their elements are asked for, where these are counted from `start`, and the rows as stored.
+
+    read: gets the leaves of the base's own bytes of these elements.
+    """
     columns = total.shape[1]
+    first, last = start // columns, math.ceil(stop / columns)
+    stored = None
     if source is not None:
         size = TORCH[source.entry.dtype].itemsize
-        first, last = start // columns * columns, math.ceil(stop / columns) * columns  # whole rows
-        data = source.read(first * size, last * size)
-        view = memoryview(data)[(start - first) * size : len(data) - (last - stop) * size]
-        read = tuple(leaf(view[begin : begin + CHUNK]) for begin in range(0, max(len(view), 1), CHUNK))
-        stored = _view(data, source.entry.dtype) if data else None
-    tally = Tally()
-    if out:
-        fill(_view(out, target.dtype), total, stored, (start, stop, first), tally)
-    return Made(out, read, leaves_of(out), tally)
-
-
-def fill(out: Tensor, total: Sum, stored: Tensor | None, span: tuple[int, int, int], tally: Tally) -> None:
-    """Write elements [start, stop) of a sum into `out`. stored: elements of the base's tensor from `first` on."""
-    start, stop, first = span
-    columns = total.shape[1]
-    step = max(1, SMALL // columns)
-    for row in range(start // columns, math.ceil(stop / columns), step):
-        end = min(row + step, math.ceil(stop / columns))
-        rows = None if stored is None else stored[row * columns - first : end * columns - first].view(-1, columns)
-        W = total.base(row, end, rows)
-        value = total.rows(row, end, W)
+        data = source.read(first * columns * size, last * columns * size)
+        view = memoryview(data)[(start - first * columns) * size : (stop - first * columns) * size]
+        if read is not None:
+            read += [leaf(view[begin : begin + CHUNK]) for begin in range(0, max(len(view), 1), CHUNK)]
+        stored = _view(data, source.entry.dtype).view(-1, columns) if data else None
+    step = max(1, SMALL // max(columns, 1))
+    for row in range(first, last, step):
+        end = min(row + step, last)
+        rows = None if stored is None else stored[row - first : end - first]
         low, high = max(start, row * columns), min(stop, end * columns)
         inside = slice(low - row * columns, high - row * columns)
-        if total.four_bit is not None and rows is not None:
-            _see_both(total, row, end, rows, out.dtype, inside, tally)
-        exact = value.view(-1)[inside]
-        place = out[low - start : high - start]
-        place.copy_(exact)
-        tally.see(W.view(-1)[inside], exact, place)
+        yield row, end, total.base(row, end, rows), inside, slice(low - start, high - start), rows
+
+
+def opened_tensors(stack: ExitStack, folder: Path) -> dict[str, Stored]:
+    """Open a model's files, for as long as `stack` is open, and return where each tensor lies."""
+    places = {}
+    for path in find_model(folder).weights.values():
+        fd = stack.enter_context(open_regular(path))
+        header = read_open_header(fd, path)
+        for entry in header.entries.values():
+            places[entry.name] = Stored(fd, header.data_start + entry.begin, entry, path)
+    return places
 
 
 def _see_both(
@@ -147,7 +163,7 @@ def _see_both(
 
 
 def _view(data: bytearray, dtype: str) -> Tensor:
-    return torch.frombuffer(data, dtype=TORCH[dtype])
+    return torch.frombuffer(data, dtype=TORCH[dtype]) if data else torch.empty(0, dtype=TORCH[dtype])
 
 
 def workers() -> int:

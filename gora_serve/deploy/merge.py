@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.deploy.blocks import Made, Stored, cast, copied, in_order, merged, spans
+from gora_serve.deploy.blocks import Made, Stored, cast, copied, in_order, merged, opened_tensors, spans
 from gora_serve.deploy.merge_plan import TORCH, ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, refuse_odd, sum_of
 from gora_serve.deploy.sums import Sum
@@ -25,9 +25,8 @@ from gora_serve.deploy.tally import Tally
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import TensorRecord, digest_of_leaves
 from gora_serve.integrity.files import write_json
-from gora_serve.integrity.headers import encode_header, read_open_header
+from gora_serve.integrity.headers import encode_header, read_header
 from gora_serve.integrity.layout import INDEX, confined, find_model
-from gora_serve.integrity.reading import open_regular
 from gora_serve.progress import Listener, Progress, silent
 
 
@@ -74,13 +73,7 @@ def write_model(
     shards = _shards(base, plan, {path: name for name, path in model.weights.items()})
     done, total = Written(), sum(target.nbytes for target in plan.targets)
     with ExitStack() as stack:
-        opened = {name: stack.enter_context(open_regular(path)) for name, path in model.weights.items()}
-        headers = {name: read_open_header(fd, model.weights[name]) for name, fd in opened.items()}
-        places = {
-            entry.name: Stored(opened[name], header.data_start + entry.begin, entry, model.weights[name])
-            for name, header in headers.items()
-            for entry in header.entries.values()
-        }
+        places = opened_tensors(stack, base.folder)
         writer = stack.enter_context(ShardWriter(stage))
         jobs = (job for targets in shards.values() for target in targets for job in _jobs(base, target, places, four_bits))
         collected = _Collected(base, done)
@@ -90,7 +83,7 @@ def write_model(
             if shard_of[job.target.name] != current:
                 current = shard_of[job.target.name]
                 layout = [(one.name, one.dtype, one.shape) for one in shards[current]]
-                writer.begin(current, encode_header(layout, {"format": "pt", **headers[current].metadata}))
+                writer.begin(current, encode_header(layout, {"format": "pt", **read_header(model.weights[current]).metadata}))
             collected.take(job, made)
             if job.keeps:
                 writer.write(made.data)

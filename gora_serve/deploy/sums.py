@@ -25,6 +25,9 @@ class Term(Protocol):
     def alone(self, start: int, stop: int, W: Tensor) -> Tensor | None:
         """Return these rows where nothing else is added and no difference to W has to be taken; None: it has to be."""
 
+    def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
+        """Return the sum of the absolute values that are added up to the update: what rounding of inputs goes by."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -38,6 +41,9 @@ class LowRank:
 
     def alone(self, start: int, stop: int, W: Tensor) -> Tensor | None:
         return torch.addmm(W, self.B[start:stop], self.A)
+
+    def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
+        return self.B[start:stop].abs() @ self.A.abs()
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class Stacked:
     def alone(self, start: int, stop: int, W: Tensor) -> Tensor | None:
         return None
 
+    def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
+        total = torch.zeros_like(W)
+        Stacked(self.A.abs(), self.B.abs()).add(start, stop, W, total)
+        return total
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -71,6 +82,9 @@ class Dense:
     def alone(self, start: int, stop: int, W: Tensor) -> Tensor | None:
         return None
 
+    def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
+        return self.delta[start:stop].abs().to(W.dtype) * abs(self.weight)
+
 
 @dataclass(frozen=True)
 class Replaced:
@@ -84,6 +98,9 @@ class Replaced:
 
     def alone(self, start: int, stop: int, W: Tensor) -> Tensor | None:
         return self.tensor[start:stop].to(W.dtype) if self.weight == 1 else None
+
+    def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
+        return self.tensor[start:stop].to(W.dtype).abs() + W.abs()
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,11 @@ class Rescaled:
 
     def alone(self, start: int, stop: int, W: Tensor) -> Tensor | None:
         return self._value(start, stop, W) if self.weight == 1 else None
+
+    def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
+        sizes = torch.addmm(W.abs(), self.B[start:stop].abs(), self.A.abs()).double()
+        moved = torch.addmm(W, self.B[start:stop], self.A).double()
+        return (sizes * (self.m[start:stop].double() / moved.norm(dim=1))[:, None]).abs().to(W.dtype)
 
 
 @dataclass(frozen=True)
@@ -138,6 +160,13 @@ class Sum:
         total = W.clone()
         for term in self.terms:
             term.add(start, stop, W, total)
+        return total
+
+    def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
+        """Return what `Term.spread` does, of all terms together."""
+        total = torch.zeros_like(W)
+        for term in self.terms:
+            total += term.spread(start, stop, W)
         return total
 
 
