@@ -6,6 +6,7 @@ add one, tie the head to the embeddings, or keep linear weights as (in, out), as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,11 @@ def split_shared(path: str) -> tuple[str, str]:
     """Return ("model.", "encoder.embed_tokens") of model.encoder.embed_tokens, and (path, "") of other modules."""
     half = next((one for one in HALVES if path.endswith(one)), "")
     return (path.removesuffix(half), half) if half else (path, "")
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Tell whether there is no NaN and nothing infinite, in one pass without a mask."""
+    return weight.numel() == 0 or all(math.isfinite(float(one)) for one in weight.aminmax())
 
 
 class BaseWeights:
@@ -147,7 +153,7 @@ class BaseWeights:
                 actual=self.dtype(path), hint="give the base as it was before it was quantized",
             )  # fmt: skip
         weight = self.tensors[name]
-        if not weight.isfinite().all():
+        if not is_finite(weight):
             raise InputError(
                 "the model holds NaN or infinite values", code="GS-3142", file=self.tensors.files[name], tensor=name,
                 hint="fetch it again; if it was trained, training diverged: use an earlier checkpoint",

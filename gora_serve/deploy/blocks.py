@@ -28,7 +28,7 @@ from gora_serve.integrity.headers import TensorEntry, read_open_header
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.reading import open_regular, read_into
 
-SMALL = 1 << 18  # elements that are summed at a time: what a core's own cache holds
+SMALL = 1 << 17  # elements that are summed at a time: what a core's own cache holds
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -110,7 +110,8 @@ def merged(source: Stored | None, target: Target, total: Sum, start: int, stop: 
             _see_both(total, row, end, rows, rounded.dtype, inside, tally)
         exact = value.view(-1)[inside]
         rounded[place].copy_(exact)
-        tally.see(W.reshape(-1)[inside], exact, rounded[place])
+        stored = rows.view(-1)[inside] if rows is not None and rows.dtype == rounded.dtype else None
+        tally.see(W.reshape(-1)[inside], exact, rounded[place], stored if total.ground is None else None)
     return Made(out, tuple(read), leaves_of(out), tally)
 
 

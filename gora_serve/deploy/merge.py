@@ -30,6 +30,9 @@ from gora_serve.integrity.layout import INDEX, confined, find_model
 from gora_serve.progress import Listener, Progress, silent
 
 
+PIECE = 1 << 17  # bytes of a write: larger ones were up to seven times as slow, in page cache alone
+
+
 @dataclass
 class Written:
     """What was read and written. base, merged: the tensors' digests. files: name -> size and SHA-256. tallies: of the
@@ -198,7 +201,7 @@ class ShardWriter:
         view = memoryview(data)
         while view:
             try:
-                view = view[os.write(self.fd, view) :]
+                view = view[os.write(self.fd, view[:PIECE]) :]
             except OSError as err:
                 err.filename = str(self.stage / self.name)
                 raise

@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+ROWS = 128
+WORDS = 8 * ROWS
 
 
 @dataclass
@@ -28,14 +32,14 @@ class Tally:
     squared_stored: float | None = None
     squared_quantized: float | None = None
 
-    def see(self, before: Tensor, exact: Tensor, stored: Tensor) -> None:
+    def see(self, before: Tensor, exact: Tensor, stored: Tensor, base: Tensor | None = None) -> None:
         """Take in a block: the base's values and the sum, both in the type of sums, and what is stored of the sum.
 
-        `exact` and `before` are used up.
+        base: the base's values as they were stored, where that is the type of the sum too. `exact` is used up.
         """
         rounded = stored.to(exact.dtype)
         self.elements += stored.numel()
-        self.changed += int((before.to(stored.dtype) != stored).sum())
+        self.changed += count_true(differing(stored, before.to(stored.dtype) if base is None else base))
         error = rounded.sub_(exact).view(-1)
         update = exact.sub_(before).view(-1)
         self.max_error = max(self.max_error, *(abs(float(one)) for one in error.aminmax()))
@@ -82,6 +86,21 @@ class Tally:
             value["error_on_stored"] = math.sqrt(self.squared_stored)
             value["error_on_quantized"] = math.sqrt(self.squared_quantized)
         return value
+
+
+def differing(one: Tensor, other: Tensor) -> Tensor:
+    """Return where the bits of two vectors of one type differ; of 16 bits as integers, which is twice as fast."""
+    return one.view(torch.int16) != other.view(torch.int16) if one.itemsize == 2 else one != other
+
+
+def count_true(mask: Tensor) -> int:
+    """Return how many elements of a vector are true: bytes of 0 and 1, added eight at a time in 64-bit words.
+
+    Ten times as fast as torch's sum of booleans, which was a fifth of a merge.
+    """
+    whole = mask.numel() // WORDS * WORDS
+    words = mask[:whole].view(torch.int64).view(ROWS, -1).sum(0)  # no byte of a word carries over: ROWS < 256
+    return int(words.view(torch.uint8).sum()) + int(mask[whole:].sum())
 
 
 def _plus(one: float | None, other: float | None) -> float | None:
