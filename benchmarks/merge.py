@@ -167,7 +167,10 @@ def main() -> None:
         seconds, peak = timed(contenders(place / "base", place / "adapter", place / "output")["gora-serve merge"],
                               place / "output")  # fmt: skip
         result["three times as large"] = {
-            "base_GB": round(size / 1e9, 2), "seconds": round(seconds, 1), "peak_resident_MB": round(peak or 0)}
+            "base_GB": round(size / 1e9, 2),
+            "seconds": round(seconds, 1),
+            "peak_resident_MB": round(peak or 0),
+        }
         result["load"] = {"before": [round(one, 2) for one in before]}
         write("merge", result | {"machine": facts()})
     finally:

@@ -49,7 +49,10 @@ def read(source: Source, inputs: Inputs) -> Reading:
     base, model = inputs.need_base("a full fine-tune"), BaseWeights(source.folder)
     if model.is_bare:  # else the names are the model's
         base.need_model_names()
-    leave_out, carry = Patterns("--leave-out", inputs.leave_out), Patterns("--carry", inputs.carry or EVERYTHING[: inputs.merging])
+    leave_out, carry = (
+        Patterns("--leave-out", inputs.leave_out),
+        Patterns("--carry", inputs.carry or EVERYTHING[: inputs.merging]),
+    )
     found = _sort(model, base, leave_out, carry, merging=inputs.merging)
     _refuse_problems(source, found)
     leave_out.check()

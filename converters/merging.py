@@ -57,7 +57,8 @@ def part_of(opened: Opened, base: BaseWeights) -> Part:
     beyond = reading.beyond
     modules = beyond.before if beyond.magnitudes else reading.adapter.modules
     replaced: Mapping[str, Tensor] = ChainMap(  # type: ignore[assignment]
-        Renamed(source.tensors, beyond.replaced), reading.adapter.carried  # type: ignore[arg-type]
+        Renamed(source.tensors, beyond.replaced),
+        reading.adapter.carried,  # type: ignore[arg-type]
     )
     part = Part(
         opened.weight,
@@ -132,9 +133,7 @@ def merge_model(
     return done
 
 
-def plan_of(
-    opened: Sequence[Opened], base: BaseWeights, config: MergeConfig, four_bits: FourBits | None
-) -> ModelPlan:
+def plan_of(opened: Sequence[Opened], base: BaseWeights, config: MergeConfig, four_bits: FourBits | None) -> ModelPlan:
     """Return the plan of a merge. Raises what `plan_merge` does."""
     paths = [path for path in base.modules() if is_quantizable(path) and not NOT_LINEAR.search(path)]
     return plan_merge(

@@ -95,9 +95,7 @@ def _sort_bias(source: Source, name: str, found: Whole) -> None:
         found.known[name] = "zero"
 
 
-def _sort_parameter(
-    source: Source, inputs: Inputs, name: str, parameter: str, adapted: bool, found: Whole
-) -> None:
+def _sort_parameter(source: Source, inputs: Inputs, name: str, parameter: str, adapted: bool, found: Whole) -> None:
     """Sort a parameter of the base's: its own, or one that was trained."""
     base = inputs.base
     if base is None:
@@ -122,9 +120,7 @@ def _sort_parameter(
             found.replaced[parameter] = name
 
 
-def _sort_resized(
-    source: Source, base: BaseWeights, name: str, parameter: str, adapted: bool, found: Whole
-) -> None:
+def _sort_resized(source: Source, base: BaseWeights, name: str, parameter: str, adapted: bool, found: Whole) -> None:
     """Sort embeddings or a head of a resized vocabulary: carried whole, or what the factors were trained over.
 
     Raises BindingError (GS-4402) where these are not the base's own rows, as far as it has them.

@@ -84,9 +84,7 @@ class Weighted(click.ParamType[tuple[str, float]]):
 
     name = "ADAPTER[:WEIGHT]"
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, float]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
         if isinstance(value, tuple):
             return value
         text = str(value)

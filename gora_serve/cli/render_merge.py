@@ -83,7 +83,9 @@ def refusal(done: Checked) -> MismatchError:
 
 
 def _adapter_line(one: dict[str, object]) -> str:
-    return f"{one['adapter']}: {one['family']}, weight {one['weight']:g}" + (f", {one['method']}" if one["method"] else "")
+    return f"{one['adapter']}: {one['family']}, weight {one['weight']:g}" + (
+        f", {one['method']}" if one["method"] else ""
+    )
 
 
 def _share(totals: dict[str, float], name: str) -> str:

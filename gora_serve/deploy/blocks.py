@@ -153,9 +153,7 @@ def opened_tensors(stack: ExitStack, folder: Path) -> dict[str, Stored]:
     return places
 
 
-def _see_both(
-    total: Sum, row: int, end: int, rows: Tensor, dtype: torch.dtype, inside: slice, tally: Tally
-) -> None:
+def _see_both(total: Sum, row: int, end: int, rows: Tensor, dtype: torch.dtype, inside: slice, tally: Tally) -> None:
     """Note how far adding to the stored rows, and adding to those in 4 bits, is from the model in training."""
     assert total.four_bit is not None
     trained, kept = (total.rows(row, end, one.to(total.dtype)) for one in (total.four_bit[row:end], rows))

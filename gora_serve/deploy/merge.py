@@ -78,7 +78,9 @@ def write_model(
     with ExitStack() as stack:
         places = opened_tensors(stack, base.folder)
         writer = stack.enter_context(ShardWriter(stage))
-        jobs = (job for targets in shards.values() for target in targets for job in _jobs(base, target, places, four_bits))
+        jobs = (
+            job for targets in shards.values() for target in targets for job in _jobs(base, target, places, four_bits)
+        )
         collected = _Collected(base, done)
         current, written = None, 0
         shard_of = {target.name: name for name, targets in shards.items() for target in targets}
@@ -86,7 +88,9 @@ def write_model(
             if shard_of[job.target.name] != current:
                 current = shard_of[job.target.name]
                 layout = [(one.name, one.dtype, one.shape) for one in shards[current]]
-                writer.begin(current, encode_header(layout, {"format": "pt", **read_header(model.weights[current]).metadata}))
+                writer.begin(
+                    current, encode_header(layout, {"format": "pt", **read_header(model.weights[current]).metadata})
+                )
             collected.take(job, made)
             if job.keeps:
                 writer.write(made.data)
@@ -108,9 +112,7 @@ def _shards(base: BaseWeights, plan: ModelPlan, names: Mapping[Path, str]) -> di
     return shards
 
 
-def _jobs(
-    base: BaseWeights, target: Target, places: Mapping[str, Stored], four_bits: FourBits | None
-) -> Iterator[Job]:
+def _jobs(base: BaseWeights, target: Target, places: Mapping[str, Stored], four_bits: FourBits | None) -> Iterator[Job]:
     """Yield the blocks of a target; the sum is made when its turn comes, and gone after the last block."""
     source = places[target.source] if target.source is not None else None
     changes = bool(target.pieces) or (target.in_4_bits and four_bits is not None and four_bits.add_to)

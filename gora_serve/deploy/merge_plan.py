@@ -112,9 +112,7 @@ def plan_merge(base: BaseWeights, parts: Sequence[Part], dtype: str, *, in_4_bit
     by_path = _pieces(base, parts)
     shared, untied = _share(base, by_path)
     fours = {base.find(path) for path in in_4_bits}
-    targets = [
-        _target(base, name, shared.get(name, ()), dtype, name in fours) for name in base.tensors
-    ]
+    targets = [_target(base, name, shared.get(name, ()), dtype, name in fours) for name in base.tensors]
     if untied is not None:
         targets.append(_untied_head(base, targets, untied, dtype))
     targets += [_fresh(base, path, pieces, dtype) for path, pieces in by_path.items() if _lacks(base, path, pieces)]
