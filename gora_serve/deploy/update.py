@@ -16,6 +16,11 @@ def check_update(base: BaseWeights, path: str, factors: LoraFactors, *, file: Pa
     """Raise BindingError (GS-404, GS-405) for a module that the base lacks or has in another shape, and InputError
     (GS-3105) for NaN, infinite or absurdly large values. file: where the factors come from, for the message."""
     base.check_shape(path, factors.shape)
+    check_size(path, factors, file=file)
+
+
+def check_size(path: str, factors: LoraFactors, *, file: Path | None = None) -> None:
+    """Raise InputError (GS-3105) for NaN, infinite or absurdly large values."""
     size = abs(factors.scale) * float(factors.A.double().norm()) * float(factors.B.double().norm())
     if not size < LARGEST:
         finite = math.isfinite(size) or bool(factors.A.isfinite().all() and factors.B.isfinite().all())
