@@ -19,7 +19,6 @@ from converters.read import held_to_base, is_asserted, read
 from converters.reading import Inputs, Reading
 from converters.receipt import RECEIPT, Converted, files_read, make_receipt
 from converters.source import Source
-from converters.whole import counterpart
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.format import seal_record, write_adapter
@@ -28,9 +27,9 @@ from gora_serve.adapter.measure import measure_written, rounded_away
 from gora_serve.adapter.spill import Spill
 from gora_serve.adapter.truncate import LEADING, choose_ranks
 from gora_serve.config import ConvertConfig, ExportConfig
-from gora_serve.deploy.base import BaseWeights, misfit
+from gora_serve.deploy.base import BaseWeights
 from gora_serve.deploy.stacks import level, levelled_factors
-from gora_serve.deploy.update import check_update, diverged
+from gora_serve.deploy.update import check_carried, check_update
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import seal_folder
@@ -72,7 +71,7 @@ def convert(
         check_target(output, overwrite=overwrite, protect=read_from)  # what was found by itself is protected too
         before = stamps(read_from)
         _check_can_be_low_rank(source, detection, reading, config)
-        _check_carried(source, reading, inputs)
+        check_carried(inputs.need_base("convert"), reading.adapter.carried, file=source.weights)
         manifest = _hash_base(base, inputs)
         warnings = held_to_base(source, lambda: manifest, base.path, inputs)
         bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=is_asserted(source))
@@ -111,17 +110,6 @@ def _hash_base(base: Base, inputs: Inputs) -> Manifest:
     manifest = hash_model(base.path, listen=inputs.listen)
     remember_manifest(manifest)
     return manifest
-
-
-def _check_carried(source: Source, reading: Reading, inputs: Inputs) -> None:
-    """Refuse NaN (GS-3105), and a shape that is not the base's (GS-405). What the base lacks is a head of its own."""
-    base = inputs.need_base("convert")
-    for parameter, tensor in reading.adapter.carried.items():
-        ours = counterpart(parameter, base)
-        if ours is not None and base.tensors.shape(ours) != tuple(tensor.shape):
-            raise misfit(source.weights, parameter, base.tensors.shape(ours), tuple(tensor.shape))
-        if not tensor.isfinite().all():
-            raise diverged("a module that is carried holds NaN or infinite values", source.weights, parameter)
 
 
 def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:

@@ -88,7 +88,7 @@ def _sort_parameter(
     if base is None:
         found.known[name] = "of the base's own name; no base was given to compare it with"
         return
-    ours = counterpart(parameter, base)
+    ours = base.counterpart(parameter)
     if ours is None:
         return
     module, _, kind = parameter.rpartition(".")
@@ -100,12 +100,6 @@ def _sort_parameter(
         found.carried[parameter] = name
     else:
         found.lost[name] = f"a {kind} that is not the base's own: trained, or from another base"
-
-
-def counterpart(parameter: str, base: BaseWeights) -> str | None:
-    """Return the base's name of a parameter; for a head that the base ties, its embeddings."""
-    module, _, kind = parameter.rpartition(".")
-    return base.find(module) if kind == "weight" else base.find_parameter(parameter)
 
 
 def is_vocabulary(module: str) -> bool:
