@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source
-from converters.whole import CARRIED, check_vocabulary, counterpart, is_resized, same
+from converters.whole import CARRIED, check_vocabulary, is_resized, same
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
 from gora_serve.adapter.tensors import Renamed
@@ -79,7 +79,7 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
     found = _Sorted()
     whole = {name.rpartition(".")[0] for name in model.tensors if carry.match(name)}  # modules that are kept whole
     for name in model.tensors:
-        ours = counterpart(name, base)
+        ours = base.counterpart(name)
         path, _, kind = _longer(name, ours).rpartition(".")
         path = MODEL_HEAD if path == FILE_HEAD else path
         if COMPUTED.search(name) and (ours is None or not _is_vector(model, name)):
@@ -142,7 +142,7 @@ def _carry_shared(model: BaseWeights, found: _Sorted) -> None:
 
 def _missing(model: BaseWeights, base: BaseWeights, leave_out: Patterns, found: _Sorted) -> None:
     for name in base.tensors:
-        if not (counterpart(name, model) or COMPUTED.search(name) or leave_out.match(name)):
+        if not (model.counterpart(name) or COMPUTED.search(name) or leave_out.match(name)):
             found.problems[name] = "the model lacks it"
 
 

@@ -5,21 +5,18 @@ The same for all families. Nothing is published where anything is refused.
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from converters.full import NOT_LINEAR
 from converters.merge_receipt import RECEIPT, MergedModel, Opened, make_receipt, merged_roots
 from converters.read import held_to_base, read
 from converters.reading import Inputs
 from gora_serve.adapter.factors import LazyModules
-from gora_serve.adapter.tensors import Renamed
+from gora_serve.adapter.tensors import Both, Renamed
 from gora_serve.config import BaseAs, MergeConfig
 from gora_serve.deploy.base import EMBEDDINGS, MODEL_HEAD, BaseWeights
 from gora_serve.deploy.beside import copy_beside
@@ -56,16 +53,12 @@ def part_of(opened: Opened, base: BaseWeights) -> Part:
     source, reading = opened.source, opened.reading
     beyond = reading.beyond
     modules = beyond.before if beyond.magnitudes else reading.adapter.modules
-    replaced: Mapping[str, Tensor] = ChainMap(  # type: ignore[assignment]
-        Renamed(source.tensors, beyond.replaced),
-        reading.adapter.carried,  # type: ignore[arg-type]
-    )
     part = Part(
         opened.weight,
         modules,
         source.weights,
         magnitudes=Renamed(source.tensors, beyond.magnitudes),
-        replaced=replaced,
+        replaced=Both(Renamed(source.tensors, beyond.replaced), reading.adapter.carried),
         added={bias: source.tensors[name].double() * scale for bias, (name, scale) in beyond.added.items()},
         stacks=beyond.stacks,
         grounds=Renamed(source.tensors, beyond.grounds),
@@ -85,7 +78,7 @@ def _tied_too(part: Part, base: BaseWeights) -> Part:
     if parameter is None or not base.is_tied(MODEL_HEAD, parameter.removesuffix(".weight")):
         return part
     head = {f"{MODEL_HEAD}.weight": part.replaced[parameter]}
-    return replace(part, replaced=ChainMap(dict(part.replaced), head))
+    return replace(part, replaced=Both(part.replaced, head))
 
 
 def merge_model(

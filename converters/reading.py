@@ -25,8 +25,8 @@ class Inputs:
     base: the untouched base. init_adapter: the adapter as it was right after initialisation. mutated_base: the base
     that the initialisation edited. cache: CorDA's cache file. pickles: whether .bin and .pt files may be opened
     (weights only). leave_out: regular expressions (parts of names do) for tensors that the output cannot hold, and that
-    are dropped; carry: of a fully fine-tuned model, for the modules that are kept whole as modules_to_save. merging: the
-    output is a whole model, which can hold what an adapter cannot: biases, another vocabulary, fused experts.
+    are dropped; carry: of a fully fine-tuned model, for the modules that are kept whole as modules_to_save. merging:
+    the output is a whole model, which can hold what an adapter cannot: biases, another vocabulary, fused experts.
     """
 
     base: BaseWeights | None = None

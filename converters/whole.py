@@ -48,7 +48,10 @@ class Whole:
     grounds: dict[str, str] = field(default_factory=dict)
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:
-        """Return what is carried, read when it is asked for: parameter path -> tensor. Raises InputError (GS-3119) for types of no module."""
+        """Return what is carried, read when it is asked for: parameter path -> tensor.
+
+        Raises InputError (GS-3119) for types of no module.
+        """
         for name in self.carried.values():
             if (dtype := source.tensors.entries[name].dtype) not in CARRIED_DTYPES.values():
                 raise unusual_type(name, dtype, file=source.tensors.files[name])
@@ -101,7 +104,7 @@ def _sort_parameter(source: Source, inputs: Inputs, name: str, parameter: str, a
     if base is None:
         found.known[name] = "of the base's own name; no base was given to compare it with"
         return
-    ours = counterpart(parameter, base)
+    ours = base.counterpart(parameter)
     if ours is None:
         return
     module, _, kind = parameter.rpartition(".")
@@ -129,7 +132,7 @@ def _sort_resized(source: Source, base: BaseWeights, name: str, parameter: str, 
         if _ORIGINAL not in name:
             found.carried[parameter] = name
         return
-    ours = base.tensors[str(counterpart(parameter, base))]
+    ours = base.tensors[str(base.counterpart(parameter))]
     theirs = source.tensors[name]
     rows = min(len(ours), len(theirs))
     if same(theirs[:rows], ours[:rows]) is None:
@@ -140,12 +143,6 @@ def _sort_resized(source: Source, base: BaseWeights, name: str, parameter: str, 
         )  # fmt: skip
     found.lost[name] = "the embeddings of a resized vocabulary"
     found.grounds[parameter.rpartition(".")[0]] = name
-
-
-def counterpart(parameter: str, base: BaseWeights) -> str | None:
-    """Return the base's name of a parameter; for a head that the base ties, its embeddings."""
-    module, _, kind = parameter.rpartition(".")
-    return base.find(module) if kind == "weight" else base.find_parameter(parameter)
 
 
 def is_vocabulary(module: str) -> bool:

@@ -86,8 +86,30 @@ class Renamed(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._names[name]]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class Both(Mapping[str, Tensor]):
+    """The tensors of two mappings, read at each look-up; the first one's where both have the name."""
+
+    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._first[name] if name in self._first else self._second[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._first or name in self._second
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._first, *self._second]))
+
+    def __len__(self) -> int:
+        return len(dict.fromkeys([*self._first, *self._second]))

@@ -139,4 +139,4 @@ def _into_adapter(
     from converters.combining import merge_adapters
     from gora_serve.cli.render_merge import adapter_summary
 
-    return adapter_summary(merge_adapters(adapters, base, output, config, inputs, overwrite=overwrite))
+    return adapter_summary(*merge_adapters(adapters, base, output, config, inputs, overwrite=overwrite))

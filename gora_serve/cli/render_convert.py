@@ -13,7 +13,8 @@ from gora_serve.cli.render import Summary
 from gora_serve.errors import printable
 
 if TYPE_CHECKING:
-    from converters.receipt import Converted, ModuleError
+    from converters.receipt import Converted
+    from gora_serve.adapter.measure import ModuleError
 
 
 def convert_summary(done: Converted) -> Summary:

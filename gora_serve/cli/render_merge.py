@@ -15,6 +15,7 @@ from gora_serve.errors import MismatchError, printable
 if TYPE_CHECKING:
     from converters.merge_receipt import MergedModel
     from converters.merging import Checked
+    from gora_serve.deploy.combine_files import MergedAdapter
     from gora_serve.deploy.tally import Tally
 
 
@@ -26,7 +27,8 @@ def model_summary(done: MergedModel) -> Summary:
     lines.append(f"wrote {done.folder}: {totals['tensors']} tensors merged, {done.receipt['unchanged']} as they were")
     lines.append(f"weights root {done.roots.weights}")
     lines.append(
-        f"{totals['changed']:,} of {totals['elements']:,} elements changed; {totals['held']:.1%} of the update is stored"
+        f"{totals['changed']:,} of {totals['elements']:,} elements changed; "
+        f"{totals['held']:.1%} of the update is stored"
     )
     if "error_on_stored" in totals:
         lines.append(
@@ -49,10 +51,26 @@ _SAID = {
 _SHOWN = 5
 
 
+def adapter_summary(done: MergedAdapter, warnings: tuple[str, ...]) -> Summary:
+    """Several adapters as one; as JSON it is merge.json with the folder that it lies in."""
+    receipt, kept = done.receipt, [one for one in done.modules.values() if one.rank]
+    ranks = sorted(one.rank for one in kept)
+    lines = [f"{one['adapter']}: {one['family']}, weight {one['applied']:g}" for one in receipt["inputs"]]
+    lines += [
+        f"wrote {done.folder}: {receipt['method']}, {len(kept)} modules, ranks {ranks[0]} to {ranks[-1]}",
+        f"adapter root {done.root}",
+        f"error of the written update, over all modules: {done.error:.2e} (truncation alone: {done.truncated:.2e})",
+    ]
+    lines += [f"carried as they are: {', '.join(receipt['carried'])}"] if receipt["carried"] else []
+    return Summary({"adapter": str(done.folder), "warnings": list(warnings), **receipt}, lines)
+
+
 def replay_summary(done: Checked) -> Summary:
     """What holding a model against a merge has shown."""
+    from gora_serve.deploy.replay import WORST_FIRST
+
     replay = done.replay
-    counts = {verdict: len(replay.of(verdict)) for verdict in ("exact", "rounded", "differs")}  # type: ignore[arg-type]
+    counts = {verdict: len(replay.of(verdict)) for verdict in WORST_FIRST}
     names = ", ".join(f"{one.path} ({one.detection.family}, weight {one.weight:g})" for one in done.adapters)
     lines = [
         f"{done.folder} against {done.base.path} with {names}",
@@ -83,9 +101,8 @@ def refusal(done: Checked) -> MismatchError:
 
 
 def _adapter_line(one: dict[str, object]) -> str:
-    return f"{one['adapter']}: {one['family']}, weight {one['weight']:g}" + (
-        f", {one['method']}" if one["method"] else ""
-    )
+    how = f", {one['method']}" if one["method"] else ""
+    return f"{one['adapter']}: {one['family']}, weight {one['weight']:g}{how}"
 
 
 def _share(totals: dict[str, float], name: str) -> str:

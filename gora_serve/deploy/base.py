@@ -82,6 +82,11 @@ class BaseWeights:
         longer = self._by_tail.get(name, [])
         return longer[0] if len(longer) == 1 else None
 
+    def counterpart(self, parameter: str) -> str | None:
+        """Return the checkpoint's name of what a parameter stands for; for a head that is tied, its embeddings."""
+        module, _, kind = parameter.rpartition(".")
+        return self.find(module) if kind == "weight" else self.find_parameter(parameter)
+
     @cached_property
     def is_bare(self) -> bool:
         """Whether the checkpoint's names lack their first part, as those of a model saved without its head do."""

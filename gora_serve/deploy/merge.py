@@ -29,7 +29,6 @@ from gora_serve.integrity.headers import encode_header, read_header
 from gora_serve.integrity.layout import INDEX, confined, find_model
 from gora_serve.progress import Listener, Progress, silent
 
-
 PIECE = 1 << 17  # bytes of a write: larger ones were up to seven times as slow, in page cache alone
 
 

@@ -132,20 +132,17 @@ def _pieces(base: BaseWeights, parts: Sequence[Part]) -> Pieces:
             base.shape(path)
             kind: Kind = "magnitude" if path in part.magnitudes else "module"
             found.setdefault(f"{path}.weight", []).append(Piece(part, kind, path))
-        for kind, mapping in (("replaced", part.replaced), ("added", part.added), ("stack", part.stacks)):
-            for path in mapping:
-                found.setdefault(path, []).append(Piece(part, kind, path))  # type: ignore[arg-type]
+        others: tuple[tuple[Kind, Iterable[str]], ...] = (
+            ("replaced", part.replaced), ("added", part.added), ("stack", part.stacks)
+        )  # fmt: skip
+        for kind, paths in others:
+            for path in paths:
+                found.setdefault(path, []).append(Piece(part, kind, path))
     return {path: tuple(pieces) for path, pieces in found.items()}
 
 
-def stored_name(base: BaseWeights, parameter: str) -> str | None:
-    """Return the base's name of a parameter; of a module's weight also under the names that ties give it."""
-    module, _, kind = parameter.rpartition(".")
-    return base.find(module) if kind == "weight" else base.find_parameter(parameter)
-
-
 def _lacks(base: BaseWeights, path: str, pieces: tuple[Piece, ...]) -> bool:
-    if stored_name(base, path) is not None:
+    if base.counterpart(path) is not None:
         return False
     piece = pieces[0]
     if len(pieces) > 1 or piece.part.weight != 1 or piece.kind != "replaced":
@@ -162,7 +159,7 @@ def _share(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, ...
     shared: Pieces = {}
     owners: dict[str, dict[str, tuple[Piece, ...]]] = {}
     for path, pieces in by_path.items():
-        name = stored_name(base, path)
+        name = base.counterpart(path)
         if name is not None:
             owners.setdefault(name, {})[path] = pieces
     untied = None
@@ -226,7 +223,8 @@ def _refuse_shared(
     file = next(iter(updates.values()))[0].part.file
     return BindingError(
         "modules that share one tensor are not updated alike, and this model cannot part them", code="GS-4400",
-        file=file, tensor=name, expected=f"one update for {', '.join(users)}", actual=f"updates of {', '.join(updates)}",
+        file=file, tensor=name, expected=f"one update for {', '.join(users)}",
+        actual=f"updates of {', '.join(updates)}",
         hint="serve the adapter as it is; or train without the embeddings and the head",
     )  # fmt: skip
 

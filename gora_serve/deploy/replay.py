@@ -10,20 +10,20 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gora_serve.deploy.base import FLOATS, HEADS, BaseWeights
-from gora_serve.deploy.blocks import Stored, summed_rows, in_order, opened_tensors, spans
+from gora_serve.deploy.blocks import Stored, in_order, opened_tensors, spans, summed_rows
 from gora_serve.deploy.merge_plan import TORCH, ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, sum_of
 from gora_serve.deploy.sums import Rescaled, Sum, as_matrix
 from gora_serve.progress import Listener, Progress, silent
 
 Verdict = Literal["exact", "rounded", "differs"]
+WORST_FIRST: tuple[Verdict, ...] = ("differs", "rounded", "exact")
 SHARE = 0.05  # how much of an update may be missing, or too much, beyond what rounding explains
 ROUNDINGS = 3  # of an update's parts that another tool may do: of its factors, and of the product
 # Tensors that models compute for themselves, and old checkpoints hold.
@@ -78,7 +78,7 @@ class Held:
         update, size = self.squared_update**0.5, self.size**0.5
         noise = self.eps * size / update  # of DoRA's row lengths, rounded; of single elements it averages out
         allowed = SHARE + (noise if self.drifts else 8 * noise / max(self.elements, 1) ** 0.5)
-        return abs(self.theirs - self.ours) <= allowed * self.squared_update
+        return bool(abs(self.theirs - self.ours) <= allowed * self.squared_update)
 
     @property
     def reason(self) -> str:
@@ -101,7 +101,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Replay:
-    """All tensors. extra: those of the model that the merge does not know."""
+    """All tensors, of the merge and of the model, by name."""
 
     tensors: dict[str, Held] = field(default_factory=dict)
 
@@ -111,7 +111,7 @@ class Replay:
     @property
     def verdict(self) -> Verdict:
         """The worst of all."""
-        return next((one for one in ("differs", "rounded") if self.of(one)), "exact")  # type: ignore[arg-type, return-value]
+        return next((one for one in WORST_FIRST if self.of(one)), "exact")
 
 
 @dataclass(frozen=True)
@@ -245,4 +245,4 @@ def _compare(
 def _sums(total: Sum, dtype: torch.dtype) -> float:
     """What adding up in float32 may cost, of the absolute values: one rounding for each of the added products."""
     ranks = [term.A.shape[-2] for term in total.terms if hasattr(term, "A")]
-    return torch.finfo(torch.float32).eps * sum(ranks)
+    return float(torch.finfo(torch.float32).eps * sum(ranks))

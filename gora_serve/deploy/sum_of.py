@@ -109,9 +109,11 @@ def refuse_odd(base: BaseWeights, target: Target) -> InputError:
     if target.source is not None and not base.tensors[target.source].isfinite().all():
         return InputError(
             "the model holds NaN or infinite values", code="GS-3142", file=base.tensors.files[target.source],
-            tensor=target.source, hint="fetch it again; if it was trained, training diverged: use an earlier checkpoint",
+            tensor=target.source,
+            hint="fetch it again; if it was trained, training diverged: use an earlier checkpoint",
         )  # fmt: skip
     return InputError(
         f"the merged weight holds values that {TORCH.get(target.dtype, target.dtype)} cannot", code="GS-3401",
-        file=base.folder, tensor=target.name, hint="--dtype bfloat16 or float32; if it is so in these, training diverged",
+        file=base.folder, tensor=target.name,
+        hint="--dtype bfloat16 or float32; if it is so in these, training diverged",
     )  # fmt: skip

@@ -117,7 +117,8 @@ class Rescaled:
 
     def _value(self, start: int, stop: int, W: Tensor) -> Tensor:
         moved = torch.addmm(W, self.B[start:stop], self.A).double()
-        return (moved * (self.m[start:stop].double() / moved.norm(dim=1))[:, None]).to(W.dtype)
+        value: Tensor = (moved * (self.m[start:stop].double() / moved.norm(dim=1))[:, None]).to(W.dtype)
+        return value
 
     def add(self, start: int, stop: int, W: Tensor, total: Tensor) -> None:
         total.add_(self._value(start, stop, W) - W, alpha=self.weight)
@@ -128,7 +129,8 @@ class Rescaled:
     def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
         sizes = torch.addmm(W.abs(), self.B[start:stop].abs(), self.A.abs()).double()
         moved = torch.addmm(W, self.B[start:stop], self.A).double()
-        return (sizes * (self.m[start:stop].double() / moved.norm(dim=1))[:, None]).abs().to(W.dtype)
+        spread: Tensor = (sizes * (self.m[start:stop].double() / moved.norm(dim=1))[:, None]).abs().to(W.dtype)
+        return spread
 
 
 @dataclass(frozen=True)

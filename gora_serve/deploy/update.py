@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from gora_serve.adapter.factors import LoraFactors
-from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.base import BaseWeights, misfit
 from gora_serve.errors import InputError
 
 LARGEST = 1e100  # of |scale| |A| |B|: squares of it, and their sums, are still finite in double precision
@@ -26,6 +29,16 @@ def check_size(path: str, factors: LoraFactors, *, file: Path | None = None) -> 
         finite = math.isfinite(size) or bool(factors.A.isfinite().all() and factors.B.isfinite().all())
         words = "is too large for any arithmetic" if finite else "holds NaN or infinite values"
         raise diverged(f"the update {words}", file, path)
+
+
+def check_carried(base: BaseWeights, carried: Mapping[str, Tensor], *, file: Path | None = None) -> None:
+    """Refuse NaN (GS-3105), and a shape that is not the base's (GS-405). What the base lacks is a head of its own."""
+    for parameter, tensor in carried.items():
+        ours = base.counterpart(parameter)
+        if ours is not None and base.tensors.shape(ours) != tuple(tensor.shape):
+            raise misfit(file or base.folder, parameter, base.tensors.shape(ours), tuple(tensor.shape))
+        if not tensor.isfinite().all():
+            raise diverged("a module that is carried holds NaN or infinite values", file, parameter)
 
 
 def diverged(what: str, file: Path | None, tensor: str) -> InputError:

@@ -18,9 +18,9 @@ from proving import EXACT, converted, load_on, logits_of, off_by, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converters.stacks import level
 from gora_serve.adapter.format import read_adapter
 from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.stacks import level
 from gora_serve.errors import BindingError, GoraError, InputError, UsageError
 from gora_serve.integrity.record import WEIGHTS
 
