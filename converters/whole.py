@@ -26,7 +26,7 @@ from gora_serve.errors import BindingError
 
 CARRIED = "modules are carried whole: PEFT loads them, vLLM serves only a classifier's head so"
 # What PEFT's wrappers put into the names of a state dict; `original_module` is what stood there before training.
-_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(?:\.default)?)(?=\.)")
 _ORIGINAL = ".original_module."
 _FACTOR = re.compile(r"\.lora_|\.token_adapter\.|\.trainable_tokens_")
 _LORA_BIAS = re.compile(r"\.lora_B(\.default)?\.bias$")
@@ -83,10 +83,21 @@ def sort_whole(source: Source, inputs: Inputs, adapted: Collection[str]) -> Whol
             module = parameter.rpartition(".")[0]
             # PEFT's own rule: a name of modules_to_save is any end of the path.
             if module.endswith(saved) and module not in adapted and _ORIGINAL not in name:
-                found.carried[parameter] = name
+                _carry(source, name, parameter, found)
             elif parameter.endswith((".weight", ".bias")):
                 _sort_parameter(source, inputs, name, parameter, module in adapted, found)
     return found
+
+
+def _carry(source: Source, name: str, parameter: str, found: Whole) -> None:
+    """Carry a tensor; of two that PEFT saves of one parameter, where they are the same, the first."""
+    first = found.carried.setdefault(parameter, name)
+    if first == name:
+        return
+    if torch.equal(source.tensors[first], source.tensors[name]):
+        found.known[name] = f"the same as {first}"
+    else:
+        found.lost[name] = f"another value than {first} has"
 
 
 def _sort_bias(source: Source, name: str, found: Whole) -> None:
@@ -116,10 +127,10 @@ def _sort_parameter(source: Source, inputs: Inputs, name: str, parameter: str, a
     if reason:
         found.known[name] = reason
     elif is_vocabulary(module) and kind == "weight" and not adapted and _ORIGINAL not in name:
-        found.carried[parameter] = name
+        _carry(source, name, parameter, found)
     else:
         found.lost[name] = f"a {kind} that is not the base's own: trained, or from another base"
-        if not adapted and _ORIGINAL not in name:
+        if (not adapted or kind == "bias") and _ORIGINAL not in name:
             found.replaced[parameter] = name
 
 
@@ -128,9 +139,11 @@ def _sort_resized(source: Source, base: BaseWeights, name: str, parameter: str, 
 
     Raises BindingError (GS-4402) where these are not the base's own rows, as far as it has them.
     """
+    if _ORIGINAL in name:
+        found.known[name] = "what stood there before training"
+        return
     if not adapted:
-        if _ORIGINAL not in name:
-            found.carried[parameter] = name
+        _carry(source, name, parameter, found)
         return
     ours = base.tensors[str(base.counterpart(parameter))]
     theirs = source.tensors[name]

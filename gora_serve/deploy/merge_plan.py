@@ -173,9 +173,18 @@ def _share(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, ...
         rest = {user: updates.get(user, ()) for user in users if user != head}
         if head is None or not _can_untie(base) or not _all_alike(list(rest.values())):
             raise _refuse_shared(base, name, updates, users)
-        untied = updates.get(head, ())
         shared[name] = next(iter(rest.values()), ())
+        untied = updates.get(head) or _resized_head(shared[name])
     return shared, untied
+
+
+def _resized_head(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """Return what a head starts from that was tied to embeddings of a resized vocabulary; () where they are not."""
+    grounds = [piece.part.grounds[piece.key] for piece in pieces if piece.key in piece.part.grounds]
+    path = f"{MODEL_HEAD}.weight"
+    return tuple(
+        Piece(Part(1.0, {}, pieces[0].part.file, replaced={path: ground}), "replaced", path) for ground in grounds[:1]
+    )
 
 
 def _users(base: BaseWeights, name: str, updated: Iterable[str]) -> dict[str, None]:

@@ -107,7 +107,7 @@ def prove_merged(
     done = merged(adapter, base, output, inputs=inputs, **settings)
     model, loading = (auto or AutoModelForCausalLM).from_pretrained(output, dtype="auto", output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
-    assert off_by(ask(model), trained) < exact
+    assert off_by(ask(model), trained) < exact * max(1.0, float(trained.abs().max()))  # W0 + dW is rounded to float32
     check = verify_merged(output, [(adapter, 1.0)], Base(str(base), base), done.config.family, inputs)
     assert check.replay.verdict == "exact"
     return done
