@@ -72,7 +72,9 @@ def prove(folder: Path, logits: Tensor, **settings: Any) -> Any:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -384,6 +386,7 @@ def test_an_update_below_the_steps_of_the_type_must_be_there_in_sum(tmp_path: Pa
 
 def quantizer() -> Callable[[Tensor], Tensor]:
     """Any rounding that is coarse: to 16 levels of each row's largest value."""
+
     def coarse(weight: Tensor) -> Tensor:
         step = weight.float().abs().amax(1, keepdim=True) / 8
         return (weight.float() / step).round() * step
