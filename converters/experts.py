@@ -261,7 +261,7 @@ def _refuse_module(base: BaseWeights, module: str) -> None:
         raise InputError(
             "the base keeps its experts fused in one tensor: their update is no matrix of a module", code="GS-3120",
             file=base.folder, tensor=module, actual=f"{fused[0]} {base.tensors.shape(fused[0])}",
-            hint="serve the adapter with PEFT, or merge it with PEFT (merge_and_unload) and serve the merged model",
+            hint="gora-serve merge BASE -a ADAPTER --output DIR is exact: serve the merged model",
         )  # fmt: skip
     base.shape(module)
 

@@ -58,7 +58,7 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
         raise InputError(
             f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
             tensor=remaining[0], actual=lost[remaining[0]],
-            hint="merging the adapter is exact; --leave-out NAMES drops the tensor and says so" if known
+            hint="gora-serve merge holds it exactly; for LoRA, --leave-out NAMES drops the tensor and says so" if known
             else "name the family by --from, or report the file's tensor names; --leave-out NAMES drops the tensor",
         )  # fmt: skip
     return replace(reading, known={**reading.known, **left_out})

@@ -169,7 +169,7 @@ def verify(
     from gora_serve.cli.render import emit, verify_summary, watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.cache import QuickCache
-    from gora_serve.integrity.verify import find_adapter, verify_adapter, verify_base
+    from gora_serve.integrity.verify import find_adapter, is_merged_model, verify_adapter, verify_base, verify_model
 
     if manifest and base:
         raise UsageError(
@@ -203,6 +203,8 @@ def verify(
         if manifest:
             folder = path if path.exists() or "@" not in str(path) else locate_base(str(path)).path
             done = verify_base(folder, manifest, listen=listen, cache=quick_cache)
+        elif is_merged_model(path) and base is None:
+            done = verify_model(path, cache=quick_cache)
         else:
             located = locate_base(base).path if base else None
             found = find_adapter(locate_adapter(path))

@@ -317,7 +317,9 @@ def verify_summary(done: Verified) -> Summary:
     if done.base and not done.warnings:
         lines.append(f"belongs to {done.base}" + (" (asserted, not trained)" if done.claim == ASSERTED else ""))
     elif not done.base and done.bound_to:
-        lines.append(f"bound to base {done.bound_to.weights} ({done.claim}), which was not checked: give --base")
+        how = f"bound to base {done.bound_to.weights} ({done.claim}), which was not checked: give --base"
+        made = f"merged on base {done.bound_to.weights}, which was not checked: give --base BASE -a ADAPTER"
+        lines.append(how if done.claim else made)
     lines += [trained_on_text(done.trained_on)] if done.trained_on else []
     return Summary(done.to_json(), lines + [f"warning: {warning}" for warning in done.warnings])
 
