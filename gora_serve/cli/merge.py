@@ -13,7 +13,6 @@ from gora_serve.cli.options import (
     Weighted,
     json_option,
     overwrite_option,
-    seed_option,
     source_options,
 )
 from gora_serve.config import BaseAs, Form, MergeConfig, MergeDtype, MergeInto, MergeMethod
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
     "--form", default=MergeConfig.form, show_default=True, type=click.Choice(get_args(Form)),
     help="Of --into adapter: as for export.",
 )  # fmt: skip
-@seed_option
+@click.option("--seed", default=MergeConfig.seed, show_default=True, help="Of dare, which draws what it drops.")
 @source_options
 @overwrite_option
 @json_option

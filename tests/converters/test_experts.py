@@ -310,7 +310,7 @@ def test_fused_checkpoints_are_refused(tmp_path: Path) -> None:
     trained(tmp_path, build_gpt_oss)
     with pytest.raises(InputError, match="GS-3120") as refused:
         converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
-    assert "merge_and_unload" in str(refused.value)
+    assert "gora-serve merge BASE" in str(refused.value)
 
 
 @pytest.mark.parametrize(
