@@ -20,7 +20,7 @@ def adapter_summary(done: MergedAdapter) -> Summary:
         f"{one['adapter']} ({one['family']}), weight {one['applied_weight']:g}" for one in receipt["adapters"]
     ]  # fmt: skip
     lines.append(f"wrote {done.folder}, by {receipt['method']}")
-    lines.append(f"{len(kept)} modules, ranks {rank_span(kept)}, {done.adapter.parameters:,} parameters")
+    lines.append(f"{len(kept)} modules, ranks {rank_span(kept)}, {receipt['parameters']:,} parameters")
     lines += [f"{left} modules whose update is zero, or below what is kept, are left out"] if left else []
     lines += [f"carried whole: {', '.join(receipt['carried'])}"] if receipt["carried"] else []
     cause = error_cause(done.error, done.truncated)

@@ -18,7 +18,7 @@ import torch
 import gora_serve
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules
-from gora_serve.adapter.format import seal_record, write_adapter
+from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
 from gora_serve.adapter.linalg import NUMERICAL
 from gora_serve.adapter.measure import ModuleError, measure_written, relative, rounded_away
 from gora_serve.adapter.spill import Spill
@@ -115,12 +115,12 @@ def merge_into_adapter(
         modules = measure_written(stage, spill, ranks)
         _check_not_rounded_away(modules, dtype)
         shutil.rmtree(spill.folder)
-        merged = MergedAdapter(output, root, adapter, modules)
+        merged = MergedAdapter(output, root, read_adapter(stage), modules)
         merged = replace(merged, receipt=make_receipt(merged, done, ingredients, config))
         check_unchanged(before)
         write_json(stage / RECEIPT, merged.receipt)
         seal_folder(stage, seal_record(root, adapter.base, adapter.origin, ExportConfig(config.form, dtype)))
-    return merged
+    return replace(merged, adapter=read_adapter(output))
 
 
 def _check(ingredients: Sequence[Ingredient], base: BaseWeights) -> None:
@@ -176,6 +176,7 @@ def make_receipt(
         "adapters": [_input(one, weight) for one, weight in zip(ingredients, done.weights, strict=True)],
         "base": binding_json(base.name, base.revision, base.roots, asserted=base.asserted),
         "adapter_root": merged.root,
+        "parameters": merged.adapter.parameters,
         "error": merged.error,
         "truncated": merged.truncated,
         "modules": {path: asdict(module) for path, module in merged.modules.items()},
