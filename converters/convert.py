@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from converters.detect import Detection
-from converters.read import held_to_base, is_asserted, read
+from converters.read import check_can_be_low_rank, held_to_base, is_asserted, read
 from converters.reading import Inputs, Reading
 from converters.receipt import RECEIPT, Converted, files_read, make_receipt
 from converters.source import Source
@@ -70,7 +70,8 @@ def convert(
         read_from = files_read(source, reading)
         check_target(output, overwrite=overwrite, protect=read_from)  # what was found by itself is protected too
         before = stamps(read_from)
-        _check_can_be_low_rank(source, detection, reading, config)
+        limited = config.rank is not None or config.tolerance is not None
+        check_can_be_low_rank(source, detection, reading, limited=limited)
         check_carried(inputs.need_base("convert"), reading.adapter.carried, file=source.weights)
         manifest = _hash_base(base, inputs)
         warnings = held_to_base(source, lambda: manifest, base.path, inputs)
@@ -95,15 +96,6 @@ def convert(
         write_json(stage / RECEIPT, done.receipt)
         seal_folder(stage, seal_record(root, done.base, done.origin, ExportConfig(config.form, config.dtype)))
     return done
-
-
-def _check_can_be_low_rank(source: Source, detection: Detection, reading: Reading, config: ConvertConfig) -> None:
-    if reading.full_rank and config.rank is None and config.tolerance is None:
-        raise UsageError(
-            f"a {detection.family} update has full rank: as LoRA it can be had only truncated", code="GS-231",
-            file=source.weights, expected="--rank R or --tolerance T",
-            hint="--rank or --tolerance gives the nearest LoRA, and its error; merging is the exact way",
-        )  # fmt: skip
 
 
 def _hash_base(base: Base, inputs: Inputs) -> Manifest:

@@ -75,6 +75,16 @@ def _check_used(source: Source, detection: Detection, reading: Reading, inputs: 
             )  # fmt: skip
 
 
+def check_can_be_low_rank(source: Source, detection: Detection, reading: Reading, *, limited: bool) -> None:
+    """Raise UsageError (GS-231) for an update of full rank where nothing says how far it is to be truncated."""
+    if reading.full_rank and not limited:
+        raise UsageError(
+            f"a {detection.family} update has full rank: as LoRA it can be had only truncated", code="GS-231",
+            file=source.weights, expected="--rank R or --tolerance T",
+            hint="--rank or --tolerance gives the nearest LoRA, and its error; merging is the exact way",
+        )  # fmt: skip
+
+
 def held_to_base(source: Source, manifest: Callable[[], Manifest], base: Path, inputs: Inputs) -> tuple[str, ...]:
     """Return what to warn of: that nothing says which base the adapter belongs to, or that its settings differ.
 

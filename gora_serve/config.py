@@ -269,10 +269,11 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The form of the exported adapter and the dtype of its tensors."""
+    """The form of the exported adapter and the dtype of its tensors. gguf: also as a file for llama.cpp."""
 
     form: Form = "unit"
     dtype: ExportDtype = "float32"
+    gguf: bool = False
 
 
 @dataclass(frozen=True)

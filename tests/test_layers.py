@@ -55,6 +55,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "gora_serve/cli/render_convert.py": frozenset({"rich"}),
     "gora_serve/cli/render_merge.py": frozenset({"rich"}),
+    "gora_serve/cli/render_combine.py": frozenset({"rich"}),
     "gora_serve/cli/render_gap.py": frozenset({"rich"}),
     "gora_serve/cli/render_doctor.py": frozenset({"rich"}),
     "gora_serve/cli/render_hub.py": frozenset({"rich"}),
@@ -65,6 +66,8 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/integrity/hub.py": frozenset({"huggingface_hub"}),  # only where something is a hub id
     "gora_serve/integrity/snapshots.py": frozenset({"huggingface_hub"}),
     "gora_serve/integrity/push.py": frozenset({"huggingface_hub"}),
+    "gora_serve/deploy/gguf_file.py": frozenset({"gguf"}),
+    "gora_serve/deploy/gguf_names.py": frozenset({"gguf"}),
     "gora_serve/serving/vllm_cli.py": frozenset({"vllm"}),  # is the engine's process, never ours
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates
     "gora_serve/training/quantize.py": frozenset({"bitsandbytes"}),

@@ -33,6 +33,12 @@ from gora_serve.errors import UsageError
     "--dtype", default=ExportConfig.dtype, show_default=True, type=click.Choice(["float32", "bfloat16", "float16"])
 )
 @click.option(
+    "--gguf", is_flag=True, default=ExportConfig.gguf, help="Write adapter_model.gguf too, for llama.cpp's --lora."
+)
+@click.option(
+    "--base", metavar="BASE", help="With --gguf: where the base's config.json is.  [default: as the adapter says]"
+)
+@click.option(
     "--push", metavar="ORG/NAME", help="Then upload it to this repository of the Hugging Face hub, in one commit."
 )
 @click.option("--public", is_flag=True, help="With --push: a repository that is made is public.  [default: private]")
@@ -43,6 +49,8 @@ def export(
     output: Path,
     form: Form,
     dtype: ExportDtype,
+    gguf: bool,
+    base: str | None,
     push: str | None,
     public: bool,
     overwrite: bool,
@@ -50,7 +58,8 @@ def export(
 ) -> None:
     """Write the adapter of a finished run as standard LoRA safetensors, which PEFT and vLLM load.
 
-    RUN may also be an adapter that gora-serve exported or converted before, to write it in another form.
+    RUN may also be an adapter that gora-serve exported or converted before, to write it in another form. With --gguf
+    the folder holds it for llama.cpp as well, with the scale folded in, read back and compared.
 
     --push uploads adapter, manifest and model card, and then compares what the hub says of the commit with the files
     here. The token is HF_TOKEN's, or that of `hf auth login`.
@@ -66,8 +75,13 @@ def export(
             code="GS-264",
             hint="gora-serve COMMAND --help tells what goes together",
         )
+    if base is not None and not gguf:
+        raise UsageError(
+            "--base says which base --gguf is for: it needs --gguf", code="GS-264",
+            hint="gora-serve COMMAND --help tells what goes together",
+        )  # fmt: skip
     target = push_target(push) if push is not None else None
-    done = export_adapter(run, output, ExportConfig(form, dtype), overwrite=overwrite)
+    done = export_adapter(run, output, ExportConfig(form, dtype, gguf), base=base, overwrite=overwrite)
     summary = export_summary(done, form, dtype)
     if target:
         with watching():

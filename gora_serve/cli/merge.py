@@ -46,9 +46,13 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--method", default=MergeConfig.method, show_default=True, type=click.Choice(get_args(MergeMethod)),
-    help="Of --into adapter: cat and svd give the exact sum, linear combines factors, ties and dare drop entries.",
+    help="Of --into adapter. cat: the exact sum. linear: the weighted mean. svd: the sum, no larger than the largest "
+    "adapter. ties: trimmed, signs elected. dare: entries dropped at random, the rest rescaled.",
 )  # fmt: skip
-@click.option("--density", type=float, default=MergeConfig.density, metavar="D", help="What ties and dare keep.")
+@click.option(
+    "--density", type=float, default=MergeConfig.density, metavar="D",
+    help="The share of entries that ties (0.2 where nothing is said) and dare (0.5) keep.",
+)  # fmt: skip
 @click.option("--rank", type=int, default=MergeConfig.rank, metavar="R", help="Of --into adapter: as for convert.")
 @click.option(
     "--tolerance", type=float, default=MergeConfig.tolerance, metavar="T", help="Of --into adapter: as for convert."
@@ -136,6 +140,6 @@ def _into_adapter(
     overwrite: bool,
 ) -> Summary:  # fmt: skip
     from converters.combining import merge_adapters
-    from gora_serve.cli.render_merge import adapter_summary
+    from gora_serve.cli.render_combine import adapter_summary
 
-    return adapter_summary(*merge_adapters(adapters, base, output, config, inputs, overwrite=overwrite))
+    return adapter_summary(merge_adapters(adapters, base, output, config, inputs, overwrite=overwrite))

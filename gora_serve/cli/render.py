@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -290,6 +290,9 @@ def export_summary(done: Exported, form: str, dtype: str) -> Summary:
         f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters, form {form}",
         f"adapter root {done.root}",
     ]
+    if done.gguf:
+        value["gguf"] = asdict(done.gguf)
+        lines.append(f"{done.gguf.file} for llama.cpp ({done.gguf.architecture}), error {done.gguf.error:.1e}")
     return Summary(value, lines)
 
 

@@ -15,7 +15,6 @@ from gora_serve.errors import MismatchError, printable
 if TYPE_CHECKING:
     from converters.merge_receipt import MergedModel
     from converters.merging import Checked
-    from gora_serve.deploy.combine_files import MergedAdapter
     from gora_serve.deploy.tally import Tally
 
 
@@ -49,20 +48,6 @@ _SAID = {
     "differs": "this is not that merge",
 }
 _SHOWN = 5
-
-
-def adapter_summary(done: MergedAdapter, warnings: tuple[str, ...]) -> Summary:
-    """Several adapters as one; as JSON it is merge.json with the folder that it lies in."""
-    receipt, kept = done.receipt, [one for one in done.modules.values() if one.rank]
-    ranks = sorted(one.rank for one in kept)
-    lines = [f"{one['adapter']}: {one['family']}, weight {one['applied']:g}" for one in receipt["inputs"]]
-    lines += [
-        f"wrote {done.folder}: {receipt['method']}, {len(kept)} modules, ranks {ranks[0]} to {ranks[-1]}",
-        f"adapter root {done.root}",
-        f"error of the written update, over all modules: {done.error:.2e} (truncation alone: {done.truncated:.2e})",
-    ]
-    lines += [f"carried as they are: {', '.join(receipt['carried'])}"] if receipt["carried"] else []
-    return Summary({"adapter": str(done.folder), "warnings": list(warnings), **receipt}, lines)
 
 
 def replay_summary(done: Checked) -> Summary:

@@ -18,7 +18,7 @@ import torch
 import gora_serve
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules
-from gora_serve.adapter.format import seal_record, write_adapter
+from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
 from gora_serve.adapter.linalg import NUMERICAL
 from gora_serve.adapter.measure import ModuleError, measure_written, relative, rounded_away
 from gora_serve.adapter.spill import Spill
@@ -28,7 +28,7 @@ from gora_serve.deploy.combine import Combined, Limits, combine
 from gora_serve.deploy.methods import DENSITY
 from gora_serve.deploy.stacks import level, levelled_factors
 from gora_serve.deploy.update import check_carried, check_update
-from gora_serve.errors import InputError, UsageError
+from gora_serve.errors import InputError
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.files import sha256_file, staged_folder, write_json, write_text
 from gora_serve.integrity.reading import check_unchanged, stamps
@@ -42,7 +42,7 @@ SCHEMA = "gora-serve/merge/1"
 @dataclass(frozen=True)
 class Ingredient:
     """One adapter that goes in. name: what the user called it. files: all that it was read from. root: its adapter
-    root, where the tool knows it. family: as `convert` has it. full_rank: the update is not low-rank.
+    root, where the tool knows it. family: as `convert` has it.
     """
 
     name: str
@@ -51,7 +51,6 @@ class Ingredient:
     files: tuple[Path, ...]
     root: str | None = None
     family: str = "lora"
-    full_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class MergedAdapter:
     adapter: Adapter
     modules: Mapping[str, ModuleError]
     receipt: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -89,16 +89,15 @@ def merge_into_adapter(
     """Write one adapter for several into `output`, in the form and dtype asked for, with manifest and merge.json.
 
     bound_to: `base` by its roots, to which the result is bound. Nothing is written where anything is refused. Raises
-    UsageError (GS-231) for an update of full rank without a limit; BindingError (GS-404, GS-405) for modules that the
-    base lacks or has in another shape; InputError: GS-3452 where all updates cancel, GS-3454 where the dtype leaves
-    nothing; and what `combine` raises.
+    BindingError (GS-404, GS-405) for modules that the base lacks or has in another shape; InputError: GS-3452 where all
+    updates cancel, GS-3454 where the dtype leaves nothing; and what `combine` raises.
     """
     dtype: ExportDtype = "float32" if config.dtype == "auto" else config.dtype
     limits = Limits(config.rank, config.tolerance, config.parameters)
     inputs = [path for one in ingredients for path in one.files]
     with staged_folder(output, overwrite=overwrite, protect=[base.folder, *protect, *inputs]) as stage:
         before = stamps(inputs)
-        _check(ingredients, base, limits)
+        _check(ingredients, base)
         spill = Spill(stage / "spill")
         done = combine(
             [(one.adapter, one.weight) for one in ingredients], config.method, limits, density=config.density,
@@ -116,22 +115,17 @@ def merge_into_adapter(
         modules = measure_written(stage, spill, ranks)
         _check_not_rounded_away(modules, dtype)
         shutil.rmtree(spill.folder)
-        merged = MergedAdapter(output, root, adapter, modules)
+        merged = MergedAdapter(output, root, read_adapter(stage), modules)
         merged = replace(merged, receipt=make_receipt(merged, done, ingredients, config))
         check_unchanged(before)
         write_json(stage / RECEIPT, merged.receipt)
         seal_folder(stage, seal_record(root, adapter.base, adapter.origin, ExportConfig(config.form, dtype)))
-    return merged
+    return replace(merged, adapter=read_adapter(output))
 
 
-def _check(ingredients: Sequence[Ingredient], base: BaseWeights, limits: Limits) -> None:
+def _check(ingredients: Sequence[Ingredient], base: BaseWeights) -> None:
     for one in ingredients:
         file = one.files[0] if one.files else None
-        if one.full_rank and limits.is_open:
-            raise UsageError(
-                f"a {one.family} update has full rank: as LoRA it can be had only truncated", code="GS-231", file=file,
-                expected="--rank, --tolerance or --parameters", hint="merging into the model is the exact way",
-            )  # fmt: skip
         for path, factors in one.adapter.modules.items():
             check_update(base, path, factors, file=file)
         check_carried(base, one.adapter.carried, file=file)
@@ -179,9 +173,10 @@ def make_receipt(
         "method": config.method,
         "settings": asdict(config),
         "applied": {"limits": asdict(done.limits), "density": _density(config)},
-        "inputs": [_input(one, weight) for one, weight in zip(ingredients, done.weights, strict=True)],
+        "adapters": [_input(one, weight) for one, weight in zip(ingredients, done.weights, strict=True)],
         "base": binding_json(base.name, base.revision, base.roots, asserted=base.asserted),
         "adapter_root": merged.root,
+        "parameters": merged.adapter.parameters,
         "error": merged.error,
         "truncated": merged.truncated,
         "modules": {path: asdict(module) for path, module in merged.modules.items()},
@@ -194,11 +189,11 @@ def _density(config: MergeConfig) -> float | None:
 
 
 def _input(one: Ingredient, applied: float) -> dict[str, Any]:
-    """weight: as it was given; applied: as the method takes it (linear divides by the sum). files: by SHA-256."""
+    """weight: as it was given; applied_weight: as the method takes it. files: by SHA-256."""
     return {
         "adapter": one.name,
         "weight": one.weight,
-        "applied": applied,
+        "applied_weight": applied,
         "family": one.family,
         "adapter_root": one.root,
         "trained_on": one.adapter.origin.get("trained_on"),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import read_adapter
-from gora_serve.config import MergeConfig
+from gora_serve.config import ExportConfig, MergeConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.deploy.combine_files import Ingredient, MergedAdapter, merge_into_adapter
 from gora_serve.errors import BindingError, InputError, UsageError
@@ -40,8 +40,6 @@ def ingredients(tmp_path: Path, bound: BaseId, make_adapter: MakeAdapter) -> lis
         ranks = {path: (1, 3, 8)[(index + seed) % 3] for index, path in enumerate(paths)}
         adapter = make_adapter(ranks, shapes=llama_shapes(), seed=seed, base=bound)
         folder = tmp_path / f"in-{seed}"
-        from gora_serve.config import ExportConfig
-
         done = export_adapter(adapter, folder, ExportConfig(form))  # type: ignore[arg-type]
         files = (folder / "adapter_model.safetensors", folder / "adapter_config.json")
         made.append(Ingredient(str(folder), read_adapter(folder), 0.5 * seed, files, done.root))
@@ -77,9 +75,9 @@ def test_the_folder_is_bound_sealed_and_the_sum(
     receipt = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert receipt == json.loads(json.dumps(done.receipt))
     assert receipt["error"] < 1e-7
-    assert [one["adapter_root"] for one in receipt["inputs"]] == [one.root for one in ingredients]
-    assert [one["weight"] for one in receipt["inputs"]] == [0.5, 1.0]
-    assert all(len(one["files"]) == 2 for one in receipt["inputs"])
+    assert [one["adapter_root"] for one in receipt["adapters"]] == [one.root for one in ingredients]
+    assert [one["weight"] for one in receipt["adapters"]] == [0.5, 1.0]
+    assert all(len(one["files"]) == 2 for one in receipt["adapters"])
     assert receipt["modules"].keys() == llama_shapes().keys()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "LoRA adapter, merged" in card
@@ -130,8 +128,6 @@ def test_refusals_leave_nothing(tmp_path: Path, tiny_base: Path, bound: BaseId, 
     one = ingredients[0]
     with pytest.raises(InputError, match="GS-3452"):
         merge([one, replace(one, weight=-one.weight)], tiny_base, bound, tmp_path / "out")
-    with pytest.raises(UsageError, match="GS-231"):
-        merge([replace(one, full_rank=True)], tiny_base, bound, tmp_path / "out")
     stranger = {"model.layers.9.mlp.up_proj": LoraFactors(torch.ones(1, 32), torch.ones(48, 1), 1.0)}
     with pytest.raises(BindingError, match=r"(?s)GS-404.*layers\.9"):
         merge([replace(one, adapter=replace(one.adapter, modules=stranger))], tiny_base, bound, tmp_path / "out")
@@ -156,4 +152,4 @@ def test_what_all_adapters_say_of_their_base_in_4_bits_stays_said(
     assert read_adapter(tmp_path / "all").origin["trained_on"] == said["trained_on"]
     done = merge([quantized[0], ingredients[1]], tiny_base, bound, tmp_path / "one")
     assert "trained_on" not in read_adapter(tmp_path / "one").origin
-    assert [one["trained_on"] for one in done.receipt["inputs"]] == [said["trained_on"], None]
+    assert [one["trained_on"] for one in done.receipt["adapters"]] == [said["trained_on"], None]

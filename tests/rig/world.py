@@ -83,6 +83,8 @@ def commands() -> list[Command]:
                 ("--seed", "1"), ("--seed", "0")),
         Command("ranks", lambda w: ["ranks", w.path("run")], ("--rank", "2"), ("--rank", "4"), "ranks.json"),
         Command("export", lambda w: ["export", w.path("run")], ("--form", "native"), ("--form", "unit")),
+        Command("export --gguf", lambda w: ["export", w.path("run"), "--gguf"],
+                ("--form", "native"), ("--form", "unit")),
         Command("convert", lambda w: ["convert", w.path("foreign"), "--base", w.path("base")],
                 ("--form", "native"), ("--form", "unit")),
         Command("merge", lambda w: ["merge", w.path("base"), "-a", w.path("foreign")],
