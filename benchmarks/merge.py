@@ -125,7 +125,7 @@ def timed(words: list[str], output: Path) -> tuple[float, float | None]:
 def contenders(base: Path, adapter: Path, output: Path) -> dict[str, list[str]]:
     copy = f"cp -r {shlex.quote(str(base))} {shlex.quote(str(output))}"
     return {
-        "cp -r and sync": ["sh", "-c", f"{copy} && sync"],
+        "cp -r and sync": ["sh", "-c", f"{copy} && sync {shlex.quote(str(output))}/*"],
         "cp -r": ["cp", "-r", str(base), str(output)],
         "gora-serve merge": [
             sys.executable, "-c", CHILD, "merge", str(base), "-a", str(adapter), "--output", str(output), "--json"],
