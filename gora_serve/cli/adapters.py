@@ -237,10 +237,11 @@ def _verify_merge(
     from gora_serve.cli.render_merge import refusal, replay_summary
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
+    from gora_serve.integrity.verify import adapter_of_run
     from gora_serve.training.quantize import nf4_rounder
 
     with watching() as listen, naming_inputs():
-        folders = [(locate_adapter(name), weight) for name, weight in adapters]
+        folders = [(adapter_of_run(locate_adapter(name)), weight) for name, weight in adapters]
         located = locate_base(base)
         merged = locate_base(str(path)).path
         inputs = Inputs(listen=listen, **given)

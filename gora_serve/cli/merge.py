@@ -93,14 +93,15 @@ def merge(
 ) -> None:
     """Merge adapters into their base, as a model of the same shards, or into each other.
 
-    ADAPTER is anything that convert reads, DoRA and other updates of full rank included. Each weight is summed in
-    float32 or better and rounded once; never more than a part of one tensor is in memory. merge.json tells what went
-    in, and how many elements of each module the update changed at all; `verify MERGED --base BASE -a ADAPTER` replays
-    it. --init-adapter, --mutated-base and --cache are for a single adapter.
+    ADAPTER is a run, or anything that convert reads, DoRA and other updates of full rank included. Each weight is
+    summed in float32 or better and rounded once; never more than a part of one tensor is in memory. merge.json tells
+    what went in, and how many elements of each module the update changed at all; `verify MERGED --base BASE -a ADAPTER`
+    replays it. --init-adapter, --mutated-base and --cache are for a single adapter.
     """
     from gora_serve.cli.render import emit, say, watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
+    from gora_serve.integrity.verify import adapter_of_run
 
     config = MergeConfig(
         family, into, dtype, base_as, method, rank, tolerance, parameters, density, form, seed
@@ -115,7 +116,7 @@ def merge(
         from converters.reading import Inputs
 
         inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen)
-        folders = [(locate_adapter(name), weight) for name, weight in adapters]
+        folders = [(adapter_of_run(locate_adapter(name)), weight) for name, weight in adapters]
         write = _into_model if config.into == "model" else _into_adapter
         summary = write(folders, locate_base(base), output, config, inputs, overwrite)
     for warning in summary.value["warnings"]:

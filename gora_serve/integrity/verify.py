@@ -210,6 +210,11 @@ def verify_model(folder: Path, *, cache: QuickCache | None = None) -> Verified:
     return Verified(folder, str(sealed.get("weights_root")), bound_roots(made_on), None, (), level=level)
 
 
+def adapter_of_run(path: Path) -> Path:
+    """Return the adapter of a finished run, and any other path as it is."""
+    return path / "adapter" if (path / "run.json").is_file() and is_adapter(path / "adapter") else path
+
+
 def find_adapter(path: Path) -> Path:
     """Return the adapter folder at `path`: the folder itself, or the adapter of a run folder."""
     if is_adapter(path):
