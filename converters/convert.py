@@ -7,7 +7,6 @@ that are stated count what lies beyond them. With --tolerance the whole spectrum
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,21 +15,21 @@ from pathlib import Path
 import torch
 
 from converters.detect import Detection
-from converters.read import held_to_base, is_asserted, read
+from converters.read import check_can_be_low_rank, held_to_base, is_asserted, read
 from converters.reading import Inputs, Reading
-from converters.receipt import RECEIPT, Converted, ModuleError, files_read, make_receipt
+from converters.receipt import RECEIPT, Converted, files_read, make_receipt
 from converters.source import Source
-from converters.spill import Spill
-from converters.stacks import level, levelled_factors
-from converters.whole import counterpart
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.format import read_adapter, seal_record, write_adapter, written_bytes
-from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, distance, leading
-from gora_serve.adapter.truncate import ranks_of_budget, ranks_of_tolerance
+from gora_serve.adapter.format import seal_record, write_adapter, written_bytes
+from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, leading
+from gora_serve.adapter.measure import measure_written, rounded_away
+from gora_serve.adapter.spill import Spill
+from gora_serve.adapter.truncate import LEADING, choose_ranks
 from gora_serve.config import ConvertConfig, ExportConfig
-from gora_serve.deploy.base import BaseWeights, misfit
-from gora_serve.deploy.update import check_update, diverged
+from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.stacks import level, levelled_factors
+from gora_serve.deploy.update import check_carried, check_update
 from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import seal_folder
@@ -42,8 +41,6 @@ from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Progress
-
-LEADING = 8  # times --rank: the most that a module of full rank can get
 
 
 def convert(
@@ -75,8 +72,9 @@ def convert(
         read_from = files_read(source, reading)
         check_target(output, overwrite=overwrite, protect=read_from)  # what was found by itself is protected too
         before = stamps(read_from)
-        _check_can_be_low_rank(source, detection, reading, config)
-        _check_carried(source, reading, inputs)
+        limited = config.rank is not None or config.tolerance is not None
+        check_can_be_low_rank(source, detection, reading, limited=limited)
+        check_carried(inputs.need_base("convert"), reading.adapter.carried, file=source.weights)
         manifest = _hash_base(base, inputs)
         warnings = held_to_base(source, lambda: manifest, base.path, inputs)
         asserted = is_asserted(source, manifest.roots.weights)
@@ -86,14 +84,14 @@ def convert(
             check_update(inputs.need_base("convert"), name, factors, file=source.weights)
             spill.put(name, _spectrum(factors, reading, config))
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
-        ranks = choose_ranks(spill, config)
+        ranks = choose_ranks(spill, rank=config.rank, tolerance=config.tolerance)
         _check_something_is_left(source, reading, ranks)
         ranks = level(ranks, inputs.need_base("convert"))
         adapter = _adapter(reading, detection, bound_to, spill, ranks, inputs)
         require_space(stage, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
         root = _write(stage, adapter, source, config)
         write_text(stage / "README.md", model_card(adapter, config.form))
-        errors = _measure(stage, spill, ranks)
+        errors = measure_written(stage, spill, ranks)
         done = Converted(output, root, detection, reading, adapter.base, adapter.origin, errors, warnings=warnings)
         _check_not_rounded_away(source, done, config)
         shutil.rmtree(spill.folder)
@@ -104,30 +102,10 @@ def convert(
     return done
 
 
-def _check_can_be_low_rank(source: Source, detection: Detection, reading: Reading, config: ConvertConfig) -> None:
-    if reading.full_rank and config.rank is None and config.tolerance is None:
-        raise UsageError(
-            f"a {detection.family} update has full rank: as LoRA it can be had only truncated", code="GS-231",
-            file=source.weights, expected="--rank R or --tolerance T",
-            hint="--rank or --tolerance gives the nearest LoRA, and its error; merging is the exact way",
-        )  # fmt: skip
-
-
 def _hash_base(base: Base, inputs: Inputs) -> Manifest:
     manifest = hash_model(base.path, listen=inputs.listen)
     remember_manifest(manifest)
     return manifest
-
-
-def _check_carried(source: Source, reading: Reading, inputs: Inputs) -> None:
-    """Refuse NaN (GS-3105), and a shape that is not the base's (GS-405). What the base lacks is a head of its own."""
-    base = inputs.need_base("convert")
-    for parameter, tensor in reading.adapter.carried.items():
-        ours = counterpart(parameter, base)
-        if ours is not None and base.tensors.shape(ours) != tuple(tensor.shape):
-            raise misfit(source.weights, parameter, base.tensors.shape(ours), tuple(tensor.shape))
-        if not tensor.isfinite().all():
-            raise diverged("a module that is carried holds NaN or infinite values", source.weights, parameter)
 
 
 def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:
@@ -135,16 +113,6 @@ def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> 
     if reading.full_rank and config.rank is not None:
         return leading(factors, LEADING * config.rank, tolerance=tolerance)
     return compress(factors, tolerance=tolerance)
-
-
-def choose_ranks(spill: Spill, config: ConvertConfig) -> dict[str, int]:
-    """Return the rank of each module, 0 where nothing is left of it: the numerical one, or one choice over all."""
-    if config.tolerance is not None:
-        return ranks_of_tolerance({path: module.singular for path, module in spill.items()}, config.tolerance)
-    singular = {path: module.singular[: module.numerical_rank] for path, module in spill.items()}
-    if config.rank is not None:
-        return ranks_of_budget(singular, {path: module.shape for path, module in spill.items()}, config.rank)
-    return {path: len(values) for path, values in singular.items()}
 
 
 def _check_something_is_left(source: Source, reading: Reading, ranks: Mapping[str, int]) -> None:
@@ -167,9 +135,7 @@ def _write(stage: Path, adapter: Adapter, source: Source, config: ConvertConfig)
 
 def _check_not_rounded_away(source: Source, done: Converted, config: ConvertConfig) -> None:
     """Refuse an output (GS-3144) of which the dtype has left nothing, where truncation would have left something."""
-    kept = [math.sqrt(max(one.norm**2 - one.truncated**2, 0.0)) for one in done.modules.values()]
-    lost = [math.sqrt(max(one.error**2 - one.truncated**2, 0.0)) for one in done.modules.values()]
-    if math.hypot(*lost) > 0.99 * math.hypot(*kept):
+    if rounded_away(done.modules.values()):
         raise InputError(
             f"the update is so small that it is zero in {config.dtype}", code="GS-3144", file=source.weights,
             tensor=max(done.modules, key=lambda path: done.modules[path].norm),
@@ -191,16 +157,3 @@ def _adapter(
         origin=origin,
         fan_in_fan_out=all(weights.is_transposed(path) for path in kept),
     )
-
-
-def _measure(stage: Path, spill: Spill, ranks: Mapping[str, int]) -> dict[str, ModuleError]:
-    """Read back what was written and return how far it is from the exact update, module by module."""
-    written = read_adapter(stage).modules
-    errors = {}
-    for path, module in spill.items():
-        spectrum, rank = module.load(), ranks[path]
-        held = min(rank, spectrum.rank)
-        norm, truncated = spectrum.dropped(0), spectrum.dropped(rank)
-        error = math.hypot(distance(written[path], spectrum.first(spectrum.rank)), spectrum.rest) if held else norm
-        errors[path] = ModuleError(rank, spectrum.numerical_rank, norm, truncated, error)
-    return errors

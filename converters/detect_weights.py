@@ -131,12 +131,14 @@ def _can_be_part(factors: LoraFactors, shape: tuple[int, int]) -> bool:
 
 
 def _project(factors: LoraFactors, W: Tensor) -> tuple[float, float, float, float, float]:
+    """W is used up."""
     A, B = (_of_size_one(one) for one in (factors.A, factors.B))  # (r, in), (out, r)
-    W = W / W.abs().max().clamp(min=torch.finfo(W.dtype).tiny)
+    low, high = W.aminmax()
+    W.div_(torch.maximum(-low, high).clamp(min=torch.finfo(W.dtype).tiny))
     V, U = torch.linalg.qr(A.T).Q, torch.linalg.qr(B).Q  # (in, r), (out, r)
     sign = 1.0 if factors.scale >= 0 else -1.0
     WV, head = W @ V, W[:, : factors.rank]  # (out, r), (out, r)
-    energy = float(WV.square().sum() / W.square().sum()) * W.shape[1] / factors.rank
+    energy = float(torch.linalg.vector_norm(WV) / torch.linalg.vector_norm(W)) ** 2 * W.shape[1] / factors.rank
     of_A, of_B = _gram(factors.A), _gram(factors.B.T)  # (r, r)
     return (
         sign * _cosine(B @ (A @ V), WV),

@@ -43,6 +43,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         plain,
         adapter=replace(plain.adapter, modules=modules),
         applied=plain.applied | frozenset(magnitudes.values()),
+        beyond=replace(plain.beyond, magnitudes=magnitudes, before=plain.adapter.modules),
         served=None,  # PEFT loads it, no engine serves it
         full_rank=True,
         method="(D - I) W0 + D s B A, D = diag(m / rownorm(W0 + s B A))",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
 from gora_serve.adapter.peft_config import foreign_pattern, foreign_scales, pattern_values
 from gora_serve.deploy.base import BaseWeights, misfit
+from gora_serve.deploy.merge_values import Experts
 from gora_serve.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ PARAMETERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 RENAMED = (".mlp.", ".block_sparse_moe.")  # the model's name and the checkpoint's, of Mixtral and its kin
 NOTE = "PEFT loads experts one by one only where all of them have one rank: --form padded; it refuses others."
+TURNED = ("gpt_oss", "aria", "openai_privacy_filter")  # models whose fused experts are (E, in, out)
 STRAIGHT = (0, 19, 1)  # the first PEFT that takes (E, out, in) for what it is; older ones train the transpose
 
-Experts = tuple[tuple[tuple[str, int], ...], ...]  # of each expert, each matrix: its module path, and its rows
+Matrices = tuple[tuple[tuple[str, int], ...], ...]  # of each expert, each matrix: its module path, and its rows
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Stack:
 
     parameter: str
     pair: Pair
-    modules: Experts
+    modules: Matrices
     inputs: int
     rank: int
     scale: float
@@ -70,11 +72,13 @@ class Stack:
 class Wrapped:
     """The modules that were adapted by way of a parameter. taken: the paths that their factors have in the file.
     fused: there are experts among them, which vLLM 0.32 does not load as they are, but where the model is fused too.
+    stacks: the updates of parameters that the base keeps fused, which only a merged model can hold.
     """
 
     modules: Mapping[str, LoraFactors]
     taken: frozenset[str]
     fused: bool = False
+    stacks: Mapping[str, Experts] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -97,8 +101,11 @@ def read_parameters(source: Source, pairs: Mapping[str, Pair], inputs: Inputs) -
     if not source.config.get("target_parameters") and not any(path.endswith(WRAPPER) for path in pairs):
         return Wrapped({}, frozenset())
     base = inputs.need_base("LoRA of parameters")
-    targeted = dict(_targeted(source, pairs, base))
-    stacks = [_stack(source, base, parameter, pairs[path]) for path, parameter in targeted.items()]
+    targeted = dict(_targeted(source, pairs, base, merging=inputs.merging))
+    whole = {parameter: pairs[path] for path, parameter in targeted.items() if _fused_name(base, parameter)}
+    stacks = [
+        _stack(source, base, parameter, pairs[path]) for path, parameter in targeted.items() if parameter not in whole
+    ]
     fused = [stack for stack in stacks if not stack.parameter.endswith(".weight")]
     turned = _are_turned(source, base, fused)
     places = {
@@ -116,17 +123,74 @@ def read_parameters(source: Source, pairs: Mapping[str, Pair], inputs: Inputs) -
             A, B = B.T, A.T
         return LoraFactors(A, torch.split(B, [rows for _, rows in stack.modules[expert]])[part], stack.scale)
 
-    return Wrapped(LazyModules(places, factors), frozenset(targeted), bool(fused))
+    modules = LazyModules(places, factors)
+    return Wrapped(modules, frozenset(targeted), bool(fused), FusedStacks(source, base, whole))
 
 
-def _targeted(source: Source, pairs: Mapping[str, Pair], base: BaseWeights) -> Iterator[tuple[str, str]]:
+class FusedStacks(Mapping[str, Experts]):
+    """The updates of fused parameters by their paths, read when they are asked for."""
+
+    def __init__(self, source: Source, base: BaseWeights, pairs: Mapping[str, Pair]) -> None:
+        """Raises InputError: GS-3121, GS-3124; BindingError (GS-405)."""
+        self._source, self._pairs = source, pairs
+        self._sizes = {path: _fused_sizes(source, base, path, pair) for path, pair in pairs.items()}
+
+    def __getitem__(self, path: str) -> Experts:
+        pair, (experts, scale, turned) = self._pairs[path], self._sizes[path]
+        A, B = self._source.tensors[pair.A], self._source.tensors[pair.B]
+        stacked = B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)  # (E, out, r)
+        return Experts(A.reshape(experts, -1, A.shape[1]), stacked.double() * scale, turned)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+
+def _fused_name(base: BaseWeights, parameter: str) -> str | None:
+    """Return the base's tensor where it keeps a parameter of several experts in one."""
+    name = base.find_parameter(parameter)
+    return name if name is not None and len(base.tensors.shape(name)) == 3 else None
+
+
+def _fused_sizes(source: Source, base: BaseWeights, parameter: str, pair: Pair) -> tuple[int, float, bool]:
+    """Return the number of experts, the scale, and whether the update is that of the stored matrices turned.
+
+    Raises InputError: GS-3121 for another rank, GS-3124 where square experts leave open which factor is which;
+    BindingError (GS-405) for other shapes.
+    """
+    experts, height, width = base.tensors.shape(str(_fused_name(base, parameter)))
+    for name in (pair.A, pair.B):
+        check_shape(source, name, (None, None))
+    (rows, into), (out, columns) = source.tensors.shape(pair.A), source.tensors.shape(pair.B)
+    if rows != columns or rows % experts:
+        raise InputError(
+            "the factors do not hold the configured rank for each expert", code="GS-3121", file=source.weights,
+            tensor=pair.A, expected=f"A ({experts} r, in) and B (out, r {experts})",
+            actual=f"A has {rows} rows, B {columns} columns",
+            hint="give the base that the adapter was trained on",
+        )  # fmt: skip
+    if (out, into) not in ((height, width), (width, height)):
+        raise misfit(base.folder, parameter, f"(out, in) {(height, width)} for each expert, or turned", (out, into))
+    turned = (out, into) != (height, width)
+    if height == width:
+        turned = base.config.get("model_type") in TURNED or _is_old(source)
+    scale = foreign_scales(source.config, {parameter: rows // experts}, file=source.config_file)[parameter]
+    return experts, scale, turned
+
+
+def _targeted(
+    source: Source, pairs: Mapping[str, Pair], base: BaseWeights, *, merging: bool
+) -> Iterator[tuple[str, str]]:
     """Yield (path in the file, path of the parameter in the model) of each wrapper of a parameter."""
     wrappers: dict[str, list[str]] = {}
     for path in sorted(pairs, key=lambda path: path.count(WRAPPER), reverse=True):  # innermost first
         wrappers.setdefault(path.replace(WRAPPER, ""), []).append(path)
     for module, paths in wrappers.items():
         said = [leaf for leaf in PARAMETERS if _is_target(source, module, leaf)]
-        leaves = [leaf for leaf in said if _modules_of(base, f"{module}.{leaf}")]
+        fused = [leaf for leaf in said if merging and _fused_name(base, f"{module}.{leaf}")]
+        leaves = [leaf for leaf in said if leaf in fused or _modules_of(base, f"{module}.{leaf}")]
         if said and not leaves and base.find(module) is None:
             _refuse_module(base, module)
         if not leaves and not any(path.endswith(WRAPPER) for path in paths):
@@ -172,7 +236,7 @@ def _stack(source: Source, base: BaseWeights, parameter: str, pair: Pair) -> Sta
     return Stack(parameter, pair, modules, base.shape(modules[0][0][0])[1], rank, scale)
 
 
-def _modules_of(base: BaseWeights, parameter: str) -> Experts:
+def _modules_of(base: BaseWeights, parameter: str) -> Matrices:
     """Return the base's own modules in a parameter, the one of a plain weight; () where the base has none."""
     stem, _, leaf = parameter.rpartition(".")
     for place in dict.fromkeys((stem, stem.replace(*RENAMED))):
@@ -197,7 +261,7 @@ def _refuse_module(base: BaseWeights, module: str) -> None:
         raise InputError(
             "the base keeps its experts fused in one tensor: their update is no matrix of a module", code="GS-3120",
             file=base.folder, tensor=module, actual=f"{fused[0]} {base.tensors.shape(fused[0])}",
-            hint="serve the adapter with PEFT, or merge it with PEFT (merge_and_unload) and serve the merged model",
+            hint="gora-serve merge BASE -a ADAPTER --output DIR is exact: serve the merged model",
         )  # fmt: skip
     base.shape(module)
 
@@ -214,6 +278,11 @@ def _are_turned(source: Source, base: BaseWeights, stacks: list[Stack]) -> bool:
             raise misfit(base.folder, parameter, f"(out, in) {shape} for each expert", found)
     if not fits or any(shape != shape[::-1] for _, shape in fits.values()):
         return turned
+    return _is_old(source)
+
+
+def _is_old(source: Source) -> bool:
+    """Tell whether PEFT was one that takes (E, out, in) for its transpose. Raises InputError (GS-3124)."""
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(source.config.get("peft_version")))
     if version is None:
         raise InputError(

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source
-from converters.whole import CARRIED, check_vocabulary, counterpart, same
+from converters.whole import CARRIED, check_vocabulary, is_resized, same
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
+from gora_serve.adapter.tensors import Renamed
 from gora_serve.deploy.base import EMBEDDINGS, FILE_HEAD, HEADS, MODEL_HEAD, BaseWeights
 from gora_serve.errors import BindingError, InputError
 
@@ -23,6 +24,7 @@ from gora_serve.errors import BindingError, InputError
 NOT_LINEAR = re.compile(r"\.experts\.|(emb|wpe|wte|shared|relative_attention_bias)[^.]*$|\.(gate|router)$")
 # Tensors that models compute for themselves, and old checkpoints hold.
 COMPUTED = re.compile(r"(inv_freq|position_ids|\.masked_bias|\battn\.bias|\battention\.bias)$")
+EVERYTHING = (".",)  # what a merged model takes whole
 TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForCausalLM": "CAUSAL_LM"}
 
 
@@ -47,8 +49,11 @@ def read(source: Source, inputs: Inputs) -> Reading:
     base, model = inputs.need_base("a full fine-tune"), BaseWeights(source.folder)
     if model.is_bare:  # else the names are the model's
         base.need_model_names()
-    leave_out, carry = Patterns("--leave-out", inputs.leave_out), Patterns("--carry", inputs.carry)
-    found = _sort(model, base, leave_out, carry)
+    leave_out, carry = (
+        Patterns("--leave-out", inputs.leave_out),
+        Patterns("--carry", inputs.carry or EVERYTHING[: inputs.merging]),
+    )
+    found = _sort(model, base, leave_out, carry, merging=inputs.merging)
     _refuse_problems(source, found)
     leave_out.check()
     carry.check()
@@ -56,7 +61,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     def delta(path: str) -> LoraFactors:
         return as_factors(model.weight(path).double() - base.weight(path).double())
 
-    carried = {parameter: model.tensors[name] for parameter, name in found.carried.items()}
+    carried = Renamed(model.tensors, found.carried)
     modules = LazyModules(found.modules, delta)
     adapter = Adapter(modules, BaseId(""), carried=carried, task_type=_task(model))
     return Reading(
@@ -70,17 +75,17 @@ def read(source: Source, inputs: Inputs) -> Reading:
     )
 
 
-def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Patterns) -> _Sorted:
+def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Patterns, *, merging: bool) -> _Sorted:
     found = _Sorted()
     whole = {name.rpartition(".")[0] for name in model.tensors if carry.match(name)}  # modules that are kept whole
     for name in model.tensors:
-        ours = counterpart(name, base)
+        ours = base.counterpart(name)
         path, _, kind = _longer(name, ours).rpartition(".")
         path = MODEL_HEAD if path == FILE_HEAD else path
         if COMPUTED.search(name) and (ours is None or not _is_vector(model, name)):
             found.known[name] = "computed by the model itself"
             continue
-        if ours is not None:
+        if ours is not None and not (merging and is_resized(model.tensors.shape(name), base, ours)):
             _check_shape(model, base, name, ours)
         if leave_out.match(name):
             found.known[name] = f"{LEFT_OUT}, relative change {_change(model, base, name, ours)}"
@@ -137,7 +142,7 @@ def _carry_shared(model: BaseWeights, found: _Sorted) -> None:
 
 def _missing(model: BaseWeights, base: BaseWeights, leave_out: Patterns, found: _Sorted) -> None:
     for name in base.tensors:
-        if not (counterpart(name, model) or COMPUTED.search(name) or leave_out.match(name)):
+        if not (model.counterpart(name) or COMPUTED.search(name) or leave_out.match(name)):
             found.problems[name] = "the model lacks it"
 
 

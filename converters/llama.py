@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.rope_rows import separate
 from gora_serve.errors import BindingError
 
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -40,7 +41,7 @@ def to_halves(factors: LoraFactors, path: str, base: BaseWeights) -> LoraFactors
 def halve_rows(rows: Tensor, path: str, base: BaseWeights) -> Tensor:
     """Return rows (out, n) of a module in transformers' order: permuted where it is q_proj or k_proj, else as they are.
 
-    Row 2 i + j of a head goes to j d / 2 + i. The base's configuration says how many heads there are. Raises
+    The base's configuration says how many heads there are. Raises
     BindingError (GS-460) where that cannot be.
     """
     key = HEADS.get(path.rpartition(".")[2])
@@ -54,5 +55,4 @@ def halve_rows(rows: Tensor, path: str, base: BaseWeights) -> Tensor:
             file=base.folder / "config.json", tensor=path, expected=f"{key} heads of an even size",
             actual=f"{heads} heads, {rows.shape[0]} rows", hint="give the base that the adapter was trained on",
         )  # fmt: skip
-    out, width = rows.shape
-    return rows.reshape(heads, out // heads // 2, 2, width).transpose(1, 2).reshape(out, width)
+    return separate(rows, heads)

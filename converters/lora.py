@@ -6,7 +6,7 @@ EVA, LoRA+, LoRA-FA, MiCA and VeLoRA are this on disk. The families that edit th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converters.checks import check_numbers, check_pair
 from converters.experts import Wrapped, read_parameters
@@ -68,6 +68,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         frozenset(whole.carried.values()),
         whole.known,
         lost=whole.lost,
+        beyond=replace(whole.beyond(lambda path: low_rank[path].scale), stacks=wrapped.stacks),
         served=None if wrapped.fused else modules,
         method="scale * B A",
         notes=(*whole.notes, *wrapped.notes),

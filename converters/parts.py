@@ -71,6 +71,7 @@ def reading_of(
         frozenset(whole.carried.values()),
         whole.known,
         lost=whole.lost,
+        beyond=whole.beyond(lambda path: modules[path].scale),
         full_rank=full_rank,
         method=method,
         notes=(*notes, *whole.notes),

@@ -42,6 +42,10 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
     Raises InputError for a tensor that would be lost: GS-3115 with the reason, GS-3104 where it is not the family's.
     """
     leave_out = Patterns("--leave-out", inputs.leave_out)
+    if inputs.merging:  # a model holds it
+        held = reading.beyond.tensors
+        lost = {name: why for name, why in reading.lost.items() if name not in held}
+        reading = replace(reading, lost=lost, carried=reading.carried | held)
     others = source.tensors.keys() - reading.applied - reading.carried - reading.known.keys() - reading.lost.keys()
     lost = {**reading.lost, **dict.fromkeys(sorted(others), f"{detection.family} has no such tensor")}
     left_out = {name: f"{LEFT_OUT}: {why}" for name, why in lost.items() if leave_out.match(name)}
@@ -54,7 +58,7 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
         raise InputError(
             f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
             tensor=remaining[0], actual=lost[remaining[0]],
-            hint="merging the adapter is exact; --leave-out NAMES drops the tensor and says so" if known
+            hint="gora-serve merge holds it exactly; for LoRA, --leave-out NAMES drops the tensor and says so" if known
             else "name the family by --from, or report the file's tensor names; --leave-out NAMES drops the tensor",
         )  # fmt: skip
     return replace(reading, known={**reading.known, **left_out})
@@ -69,6 +73,16 @@ def _check_used(source: Source, detection: Detection, reading: Reading, inputs: 
                 file=source.weights, actual=f"{option} {path}",
                 hint=f"leave {option} out; or name the family that needs it by --from",
             )  # fmt: skip
+
+
+def check_can_be_low_rank(source: Source, detection: Detection, reading: Reading, *, limited: bool) -> None:
+    """Raise UsageError (GS-231) for an update of full rank where nothing says how far it is to be truncated."""
+    if reading.full_rank and not limited:
+        raise UsageError(
+            f"a {detection.family} update has full rank: as LoRA it can be had only truncated", code="GS-231",
+            file=source.weights, expected="--rank R or --tolerance T",
+            hint="--rank or --tolerance gives the nearest LoRA, and its error; merging is the exact way",
+        )  # fmt: skip
 
 
 def held_to_base(source: Source, manifest: Callable[[], Manifest], base: Path, inputs: Inputs) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gora_serve.adapter.factors import Adapter, LoraFactors
 from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.merge_values import Experts
 from gora_serve.errors import UsageError
 from gora_serve.progress import Listener, silent
 
@@ -24,7 +25,8 @@ class Inputs:
     base: the untouched base. init_adapter: the adapter as it was right after initialisation. mutated_base: the base
     that the initialisation edited. cache: CorDA's cache file. pickles: whether .bin and .pt files may be opened
     (weights only). leave_out: regular expressions (parts of names do) for tensors that the output cannot hold, and that
-    are dropped; carry: of a fully fine-tuned model, for the modules that are kept whole as modules_to_save.
+    are dropped; carry: of a fully fine-tuned model, for the modules that are kept whole as modules_to_save. merging:
+    the output is a whole model, which can hold what an adapter cannot: biases, another vocabulary, fused experts.
     """
 
     base: BaseWeights | None = None
@@ -35,12 +37,37 @@ class Inputs:
     listen: Listener = silent
     leave_out: tuple[str, ...] = ()
     carry: tuple[str, ...] = ()
+    merging: bool = False
 
     def need_base(self, why: str) -> BaseWeights:
         """Return the base. Raises UsageError (GS-230) that says what it is needed for."""
         if self.base is None:
             raise UsageError(f"{why} needs the untouched base", code="GS-230", hint="--base BASE")
         return self.base
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """What a merged model alone can hold: of `Reading.lost`, and what the factors alone do not say.
+
+    replaced: parameter path -> tensor name of a weight or bias that was trained whole. added: bias -> (tensor name, the
+    scale of what it adds). magnitudes: DoRA's, module path -> tensor name. before: the factors of these modules before
+    they are rescaled. stacks: fused parameter -> the update of all its experts. grounds: module path -> tensor name of
+    the embeddings of a resized vocabulary, which the factors were trained over.
+    """
+
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    added: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    magnitudes: Mapping[str, str] = field(default_factory=dict)
+    before: Mapping[str, LoraFactors] = field(default_factory=dict)
+    stacks: Mapping[str, Experts] = field(default_factory=dict)
+    grounds: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the tensors that are among those lost to an adapter."""
+        added = {name for name, _ in self.added.values()}
+        return frozenset({*self.replaced.values(), *added, *self.grounds.values()})
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,7 @@ class Reading:
         none loads it (DoRA, LoHa and the like, which PEFT alone loads).
     initial: P0, what the initialisation took out of the base; None for a family that leaves the base alone.
     edited: W_res itself, as it was saved; None where it is not at hand.
+    beyond: what only a merged model holds.
     full_rank: the update is not low-rank (DoRA, a full fine-tune): it can be had only truncated.
     method: how the initial update was found, or how the family's maths was applied, in one line for the receipt.
     files: what else was read, for the receipt: files, or folders of an adapter or a model.
@@ -70,6 +98,7 @@ class Reading:
     served: Mapping[str, LoraFactors] | None = None
     initial: Mapping[str, LoraFactors] | None = None
     edited: BaseWeights | None = None
+    beyond: Beyond = field(default_factory=Beyond)
     full_rank: bool = False
     method: str = ""
     files: tuple[Path, ...] = ()

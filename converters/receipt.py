@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,13 @@ from converters.detect import Detection
 from converters.reading import Reading
 from converters.source import CONFIG, PICKLED, Source
 from gora_serve.adapter.factors import BaseId
+from gora_serve.adapter.measure import ModuleError, relative
 from gora_serve.config import ConvertConfig
 from gora_serve.integrity.files import sha256_file
 from gora_serve.integrity.record import binding_json
 
 RECEIPT = "conversion.json"
 SCHEMA = "gora-serve/conversion/1"
-
-
-@dataclass(frozen=True)
-class ModuleError:
-    """One module of the output. rank: as written; 0 where the module is left out. full_rank: the numerical rank before.
-
-    norm: |dW| of the exact update. truncated: what the lower rank leaves out. error: exact less written, rounding and
-    all. The three are Frobenius norms.
-    """
-
-    rank: int
-    full_rank: int
-    norm: float
-    truncated: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -52,18 +38,12 @@ class Converted:
     @property
     def error(self) -> float:
         """Relative error of the whole adapter, Frobenius over all modules together."""
-        return _relative(self.modules.values(), "error")
+        return relative(self.modules.values(), "error")
 
     @property
     def truncated(self) -> float:
         """The part of it that truncation caused."""
-        return _relative(self.modules.values(), "truncated")
-
-
-def _relative(modules: Iterable[ModuleError], name: str) -> float:
-    rows = [asdict(module) for module in modules]
-    norm = float(sum(row["norm"] ** 2 for row in rows) ** 0.5)
-    return float(sum(row[name] ** 2 for row in rows) ** 0.5) / norm if norm else 0.0
+        return relative(self.modules.values(), "truncated")
 
 
 def make_receipt(source: Source, done: Converted, config: ConvertConfig) -> dict[str, Any]:

@@ -23,6 +23,10 @@ ServeDevice = Literal["auto", "cpu", "cuda"]
 Form = Literal["unit", "padded", "native"]
 Canary = Literal["auto", "always", "none"]
 TrainedOn = Literal["auto", "stored", "float32", "bfloat16", "float16", "nf4"]
+MergeInto = Literal["model", "adapter"]
+MergeMethod = Literal["cat", "linear", "svd", "ties", "dare"]
+MergeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+BaseAs = Literal["auto", "bf16", "nf4"]
 
 Track = Literal["none", "tensorboard", "wandb"]
 
@@ -273,11 +277,15 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The form of the exported adapter, the dtype of its tensors, and whether it gets a fingerprint of its answers."""
+    """The form of the exported adapter, the dtype of its tensors, and whether it gets a fingerprint of its answers.
+
+    gguf: also as a file for llama.cpp.
+    """
 
     form: Form = "unit"
     dtype: ExportDtype = "float32"
     canary: Canary = "auto"
+    gguf: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,6 +335,45 @@ class GapConfig:
         _require(fits, "--threshold must be finite and not negative", actual=self.threshold)
         _require(self.tasks >= 1, "--tasks must be at least 1", actual=self.tasks)
         _require(self.max_rows >= 1, "--max-rows must be at least 1", actual=self.max_rows)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """How adapters become a model, or one adapter.
+
+    dtype: "auto" keeps the base's for a model, and is float32 for an adapter. base_as: what the updates are added to,
+    for adapters that were trained on a base in 4 bits: the weights as they are stored ("bf16", and what "auto" takes),
+    or what NF4 makes of them. method, rank, tolerance, parameters and form are an adapter's. parameters: how many there
+    may be over all modules.
+    """
+
+    family: str = "auto"
+    into: MergeInto = "model"
+    dtype: MergeDtype = "auto"
+    base_as: BaseAs = "auto"
+    method: MergeMethod = "cat"
+    rank: int | None = None
+    tolerance: float | None = None
+    parameters: int | None = None
+    density: float | None = None
+    form: Form = "unit"
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise UsageError for the first value that makes no sense."""
+        limits = [one for one in (self.rank, self.tolerance, self.parameters) if one is not None]
+        _require(len(limits) <= 1, "give one of --rank, --tolerance and --parameters")
+        _require(self.rank is None or self.rank >= 1, "--rank must be at least 1", actual=self.rank)
+        fits = self.tolerance is None or 0 <= self.tolerance < 1
+        _require(fits, "--tolerance must be at least 0 and less than 1", actual=self.tolerance)
+        fits = self.parameters is None or self.parameters >= 1
+        _require(fits, "--parameters must be at least 1", actual=self.parameters)
+        fits = self.density is None or 0 < self.density <= 1
+        _require(fits, "--density must be above 0 and at most 1", actual=self.density)
+        of_adapter = limits or self.density is not None or self.method != "cat" or self.form != "unit"
+        fits = self.into == "adapter" or not of_adapter
+        _require(fits, "--method, --density, --rank, --tolerance, --parameters and --form are for --into adapter")
+        _require(self.into == "model" or self.base_as == "auto", "--base-as is for --into model")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/tables.py": frozenset({"rich"}),
     "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "gora_serve/cli/render_convert.py": frozenset({"rich"}),
+    "gora_serve/cli/render_merge.py": frozenset({"rich"}),
+    "gora_serve/cli/render_combine.py": frozenset({"rich"}),
     "gora_serve/cli/render_gap.py": frozenset({"rich"}),
     "gora_serve/cli/render_doctor.py": frozenset({"rich"}),
     "gora_serve/cli/render_hub.py": frozenset({"rich"}),
@@ -79,6 +81,8 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/integrity/hub.py": frozenset({"huggingface_hub"}),  # only where something is a hub id
     "gora_serve/integrity/snapshots.py": frozenset({"huggingface_hub"}),
     "gora_serve/integrity/push.py": frozenset({"huggingface_hub"}),
+    "gora_serve/deploy/gguf_file.py": frozenset({"gguf"}),
+    "gora_serve/deploy/gguf_names.py": frozenset({"gguf"}),
     "gora_serve/serving/vllm_cli.py": frozenset({"vllm"}),  # is the engine's process, never ours
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates
     "gora_serve/training/quantize.py": frozenset({"bitsandbytes"}),
@@ -98,7 +102,8 @@ LIGHT = (
     *(name for name in MODULE_LEVEL if name.endswith(".py")),
 )
 CLOSED_TO_GORA = {"os", "io", "pathlib", "json", "shutil", "tempfile"}  # the maths knows no disk
-ASKS_CONVERTERS = {"convert", "gap"}  # the commands whose bodies may import converters
+ASKS_CONVERTERS = {"convert", "gap", "merge", "_into_model", "_into_adapter", "_verify_merge"}
+# The functions of commands that may import converters.
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def model_card(adapter: Adapter, form: Form) -> str:
     """Return README.md: base, ranks, parameters, data digest, settings. The same adapter gives the same text."""
     roots = adapter.base.roots
     origin = adapter.origin
+    made = {"converted_from", "merged_from"} & origin.keys()  # from others, and not trained
     lines = [
         *_front_matter(adapter),
         f"# {_title(origin)}",
@@ -35,7 +36,7 @@ def model_card(adapter: Adapter, form: Form) -> str:
                 ("Base", adapter.base.name + (f" at {adapter.base.revision}" if adapter.base.revision else "")),
                 ("Base weights root", f"`{roots.weights}`" if roots else "not bound"),
                 ("Modules", str(len(adapter.modules))),
-                ("Parameters" if "converted_from" in origin else "Trainable parameters", f"{_trained(adapter):,}"),
+                ("Parameters" if made else "Trainable parameters", f"{_trained(adapter):,}"),
                 ("Ranks", _rank_text(adapter)),
                 ("Form", f"{form} ({USE[form]})"),
                 *_history(origin),
@@ -64,15 +65,19 @@ def model_card(adapter: Adapter, form: Form) -> str:
 
 
 def _title(origin: Mapping[str, str]) -> str:
-    if "converted_from" in origin:
-        return "LoRA adapter, converted"
+    for key, title in (("converted_from", "LoRA adapter, converted"), ("merged_from", "LoRA adapter, merged")):
+        if key in origin:
+            return title
     return f"{origin.get('method', 'LoRA').upper().replace('GORA', 'GoRA').replace('LORA', 'LoRA')} adapter"
 
 
 def _history(origin: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Where the update comes from: training data, or the family that it was converted from, and how."""
+    """Where the update comes from: training data, or the family or the adapters that it was made from, and how."""
     if "converted_from" in origin:
         return [("Converted from", origin["converted_from"]), ("How", origin.get("converted_by", "unknown"))]
+    if "merged_from" in origin:
+        parts = ", ".join(f"`{part['adapter']}` * {part['weight']:g}" for part in json.loads(origin["merged_from"]))
+        return [("Merged from", parts), ("How", origin.get("merged_by", "unknown"))]
     return [("Training data", f"{origin.get('data', 'unknown')}, SHA-256 `{origin.get('data_sha256', 'unknown')}`")]
 
 

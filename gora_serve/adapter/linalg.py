@@ -135,12 +135,18 @@ def leading(factors: LoraFactors, count: int, *, tolerance: float = 0.0, iterati
     return Spectrum(A.contiguous(), B.contiguous(), S[:held], missing, numerical if known else min(M.shape))
 
 
-def _product(factors: LoraFactors) -> Tensor:
-    """Return delta (out, in) in float64, without multiplying by an identity."""
+def full_update(factors: LoraFactors) -> Tensor | None:
+    """Return the update (out, in) in float64 where it is of full rank, as `as_factors` holds it; None elsewhere."""
     for one, other in ((factors.A, factors.B), (factors.B, factors.A)):
         if one.shape[0] == one.shape[1] and torch.equal(one, torch.eye(one.shape[0], dtype=one.dtype)):
             return other.double() * factors.scale
-    return factors.delta()
+    return None
+
+
+def _product(factors: LoraFactors) -> Tensor:
+    """Return delta (out, in) in float64, without multiplying by an identity."""
+    full = full_update(factors)
+    return factors.delta() if full is None else full
 
 
 def _difference_of_squares(whole: float, part: float) -> float:

@@ -74,3 +74,42 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
+
+
+class Renamed(Mapping[str, Tensor]):
+    """Tensors under other names, read at each look-up as the files' own are."""
+
+    def __init__(self, tensors: TensorFiles, names: Mapping[str, str]) -> None:
+        """names: what a tensor is called here -> what it is called in the files."""
+        self._tensors, self._names = tensors, dict(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Both(Mapping[str, Tensor]):
+    """The tensors of two mappings, read at each look-up; the first one's where both have the name."""
+
+    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._first[name] if name in self._first else self._second[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._first or name in self._second
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._first, *self._second]))
+
+    def __len__(self) -> int:
+        return len(dict.fromkeys([*self._first, *self._second]))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
-from gora_serve.cli.options import FILE, FOLDER, json_option, overwrite_option, quick_option
+from gora_serve.cli.options import (
+    FILE,
+    FOLDER,
+    Weighted,
+    json_option,
+    overwrite_option,
+    quick_option,
+    source_options,
+)
 from gora_serve.config import Canary, ExportConfig, ExportDtype, Form
 from gora_serve.errors import UsageError
 
@@ -28,6 +38,12 @@ from gora_serve.errors import UsageError
     " a folder here, of up to 2^30 parameters.",
 )  # fmt: skip
 @click.option(
+    "--gguf", is_flag=True, default=ExportConfig.gguf, help="Write adapter_model.gguf too, for llama.cpp's --lora."
+)
+@click.option(
+    "--base", metavar="BASE", help="With --gguf: where the base's config.json is.  [default: as the adapter says]"
+)
+@click.option(
     "--push", metavar="ORG/NAME", help="Then upload it to this repository of the Hugging Face hub, in one commit."
 )
 @click.option("--public", is_flag=True, help="With --push: a repository that is made is public.  [default: private]")
@@ -39,6 +55,8 @@ def export(
     form: Form,
     dtype: ExportDtype,
     canary: Canary,
+    gguf: bool,
+    base: str | None,
     push: str | None,
     public: bool,
     overwrite: bool,
@@ -46,7 +64,8 @@ def export(
 ) -> None:
     """Write the adapter of a finished run as standard LoRA safetensors, which PEFT and vLLM load.
 
-    RUN may also be an adapter that gora-serve exported or converted before, to write it in another form.
+    RUN may also be an adapter that gora-serve exported or converted before, to write it in another form. With --gguf
+    the folder holds it for llama.cpp as well, with the scale folded in, read back and compared.
 
     --push uploads adapter, manifest and model card, and then compares what the hub says of the commit with the files
     here. The token is HF_TOKEN's, or that of `hf auth login`.
@@ -62,9 +81,14 @@ def export(
             code="GS-264",
             hint="gora-serve COMMAND --help tells what goes together",
         )
+    if base is not None and not gguf:
+        raise UsageError(
+            "--base says which base --gguf is for: it needs --gguf", code="GS-264",
+            hint="gora-serve COMMAND --help tells what goes together",
+        )  # fmt: skip
     target = push_target(push) if push is not None else None
     with watching():
-        done = export_adapter(run, output, ExportConfig(form, dtype, canary), overwrite=overwrite)
+        done = export_adapter(run, output, ExportConfig(form, dtype, canary, gguf), base=base, overwrite=overwrite)
     summary = export_summary(done, form, dtype)
     if target:
         with watching():
@@ -120,7 +144,11 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
 
 @click.command()
 @click.argument("path", type=FOLDER)
-@click.option("--base", help="The base that the adapter must belong to.")
+@click.option("--base", help="The base that the adapter must belong to, or that a merged model was made of.")
+@click.option(
+    "-a", "--adapter", "adapters", multiple=True, type=Weighted(),
+    help="PATH is a merged model: it must be --base with this merged into it. Repeatable.",
+)  # fmt: skip
 @click.option("--manifest", type=FILE, help="PATH is a base: it must be the one of this manifest, made by hash.")
 @click.option(
     "--against", type=click.Choice(["hub"]),
@@ -129,15 +157,22 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
 @click.option("--repo", metavar="ORG/NAME@REV", help="With --against hub: what the folder PATH is a copy of.")
 @click.option("--strict", is_flag=True, help="Refuse another configuration or tokenizer too, not only other weights.")
 @quick_option
+@source_options
 @json_option
 def verify(
     path: Path,
     base: str | None,
+    adapters: tuple[tuple[str, float], ...],
     manifest: Path | None,
     against: str | None,
     repo: str | None,
     strict: bool,
     quick: bool,
+    family: str,
+    init_adapter: Path | None,
+    mutated_base: Path | None,
+    cache: Path | None,
+    allow_pickle: bool,
     as_json: bool,
 ) -> int:
     """Prove an adapter (or the adapter of a run) against its own manifest and its base, by hashing every byte.
@@ -147,12 +182,16 @@ def verify(
     PATH may be a hub id with its revision, ORG/NAME@REV: it is downloaded at that commit and checked. With --against
     hub it is a base or an adapter, as a folder or as an id that is in the cache.
 
+    With --adapter it is a merged model, of gora-serve or of any other tool: every tensor is merged again and compared.
+    The answer is bit-exact, within rounding, or which tensors differ. --from, --init-adapter, --mutated-base, --cache
+    and --allow-pickle are for these adapters.
+
     Exit status: 0 proved; 1 some bytes differ; 4 the adapter belongs to another base; 5 the hub cannot be asked.
     """
     from gora_serve.cli.render import emit, verify_summary, watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.cache import QuickCache
-    from gora_serve.integrity.verify import find_adapter, verify_adapter, verify_base
+    from gora_serve.integrity.verify import find_adapter, is_merged_model, verify_adapter, verify_base, verify_model
 
     if manifest and base:
         raise UsageError(
@@ -168,17 +207,61 @@ def verify(
         )
     if against:
         return _against_hub(path, repo, as_json=as_json)
-    cache = QuickCache() if quick else None
+    given = {"init_adapter": init_adapter, "mutated_base": mutated_base, "cache": cache, "pickles": allow_pickle}
+    if adapters:
+        if base is None or manifest or strict or quick:
+            raise UsageError(
+                "a merged model is proved by --base and --adapter, and by nothing else", code="GS-264",
+                hint="gora-serve verify MERGED --base BASE -a ADAPTER",
+            )  # fmt: skip
+        return _verify_merge(path, base, adapters, family, given, as_json=as_json)
+    if family != "auto" or any(given.values()):
+        raise UsageError(
+            "--from, --init-adapter, --mutated-base, --cache and --allow-pickle go with --adapter", code="GS-264",
+            hint="gora-serve verify MERGED --base BASE -a ADAPTER",
+        )  # fmt: skip
+    quick_cache = QuickCache() if quick else None
     with watching() as listen:
         if manifest:
             folder = path if path.exists() or "@" not in str(path) else locate_base(str(path)).path
-            done = verify_base(folder, manifest, listen=listen, cache=cache)
+            done = verify_base(folder, manifest, listen=listen, cache=quick_cache)
+        elif is_merged_model(path) and base is None:
+            done = verify_model(path, cache=quick_cache)
         else:
             located = locate_base(base).path if base else None
             found = find_adapter(locate_adapter(path))
-            done = verify_adapter(found, base=located, strict=strict, listen=listen, cache=cache)
+            done = verify_adapter(found, base=located, strict=strict, listen=listen, cache=quick_cache)
     emit(verify_summary(done), as_json=as_json)
     return 0
+
+
+def _verify_merge(
+    path: Path, base: str, adapters: tuple[tuple[str, float], ...], family: str, given: Mapping[str, Any], *,
+    as_json: bool,
+) -> int:  # fmt: skip
+    from converters.merging import verify_merged
+    from converters.reading import Inputs
+    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render_merge import refusal, replay_summary
+    from gora_serve.integrity.bases import locate_adapter, locate_base
+    from gora_serve.integrity.reading import naming_inputs
+    from gora_serve.integrity.verify import adapter_of_run
+    from gora_serve.training.quantize import nf4_rounder
+
+    with watching() as listen, naming_inputs():
+        folders = [(adapter_of_run(locate_adapter(name)), weight) for name, weight in adapters]
+        located = locate_base(base)
+        merged = locate_base(str(path)).path
+        inputs = Inputs(listen=listen, **given)
+        done = verify_merged(merged, folders, located, family, inputs, rounder=nf4_rounder)
+    for warning in done.warnings:
+        say(f"warning: {warning}")
+    emit(replay_summary(done), as_json=as_json)
+    if done.replay.verdict != "differs":
+        return 0
+    for line in str(refusal(done)).splitlines():
+        say(line)
+    return 1
 
 
 def _against_hub(path: Path, repo: str | None, *, as_json: bool) -> int:

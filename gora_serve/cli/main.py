@@ -21,6 +21,7 @@ from gora_serve.cli.demo import demo
 from gora_serve.cli.doctor import doctor
 from gora_serve.cli.fitting import fit, probe, ranks
 from gora_serve.cli.gap import gap
+from gora_serve.cli.merge import merge
 from gora_serve.cli.plan import plan
 from gora_serve.cli.report import report
 from gora_serve.cli.serve import serve
@@ -43,6 +44,7 @@ def cli(debug: bool) -> None:
     gap ADAPTER --base BASE              what serving another tool's adapter as it is would cost
     convert ADAPTER --base BASE --output DIR   another tool's adapter, as the same
     bind ADAPTER --base BASE --output DIR      another tool's adapter, with the base that you say it has
+    merge BASE -a ADAPTER --output DIR         adapters and base as one model, or as one adapter
     verify DIR --base BASE               prove files, tensors and base
     serve BASE -a NAME=DIR ...           serve many adapters over the one base
     report RUN ...                       one HTML page about runs: losses, ranks, cost, proof
@@ -50,7 +52,9 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (plan, fit, probe, ranks, export, gap, convert, bind, hash_, verify, serve, report, demo, doctor):
+for command in (
+    plan, fit, probe, ranks, export, gap, convert, bind, merge, hash_, verify, serve, report, demo, doctor,
+):  # fmt: skip
     cli.add_command(command)
 
 

@@ -80,6 +80,27 @@ class Metrics(click.ParamType[tuple[Importance, ...]]):
         return names  # type: ignore[return-value]
 
 
+class Weighted(click.ParamType[tuple[str, float]]):
+    """ADAPTER or ADAPTER:WEIGHT; a path that is there as it is written has no weight."""
+
+    name = "ADAPTER[:WEIGHT]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        text = str(value)
+        place, colon, number = text.rpartition(":")
+        if not colon or Path(text).exists():
+            return text, 1.0
+        try:
+            weight = float(number)
+        except ValueError:
+            return text, 1.0
+        if not place or not abs(weight) < float("inf"):
+            self.fail(f"{text!r} is no adapter with a finite weight", param, ctx)
+        return place, weight
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output, whole, at the end.")
 quick_option = click.option(

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -273,6 +273,9 @@ def export_summary(done: Exported, form: str, dtype: str) -> Summary:
         f"adapter root {done.root}",
         f"fingerprint of its answers: {done.canary}",
     ]
+    if done.gguf:
+        value["gguf"] = asdict(done.gguf)
+        lines.append(f"{done.gguf.file} for llama.cpp ({done.gguf.architecture}), error {done.gguf.error:.1e}")
     return Summary(value, lines)
 
 
@@ -300,7 +303,9 @@ def verify_summary(done: Verified) -> Summary:
     if done.base and not done.warnings:
         lines.append(f"belongs to {done.base}" + (" (asserted, not trained)" if done.claim == ASSERTED else ""))
     elif not done.base and done.bound_to:
-        lines.append(f"bound to base {done.bound_to.weights} ({done.claim}), which was not checked: give --base")
+        how = f"bound to base {done.bound_to.weights} ({done.claim}), which was not checked: give --base"
+        made = f"merged on base {done.bound_to.weights}, which was not checked: give --base BASE -a ADAPTER"
+        lines.append(how if done.claim else made)
     lines += [trained_on_text(done.trained_on)] if done.trained_on else []
     return Summary(done.to_json(), lines + [f"warning: {warning}" for warning in done.warnings])
 

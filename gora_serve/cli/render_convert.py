@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -13,7 +13,8 @@ from gora_serve.cli.render import Summary
 from gora_serve.errors import printable
 
 if TYPE_CHECKING:
-    from converters.receipt import Converted, ModuleError
+    from converters.receipt import Converted
+    from gora_serve.adapter.measure import ModuleError
 
 
 def convert_summary(done: Converted) -> Summary:
@@ -26,24 +27,26 @@ def convert_summary(done: Converted) -> Summary:
     lines += [f"how: {reading.method}"] if reading.method else []
     lines += [f"note: {note}" for note in reading.notes]
     lines.append(f"wrote {done.folder}")
-    lines.append(f"{len(kept)} modules, ranks {_span(module.rank for module in kept)}")
+    lines.append(f"{len(kept)} modules, ranks {rank_span(module.rank for module in kept)}")
     lines += [f"{left} modules whose update is zero, or below what is kept, are left out"] if left else []
     lines += [f"carried as they are: {', '.join(sorted(reading.carried))}"] if reading.carried else []
-    lines.append(f"error of the written update, over all modules: {done.error:.2e} ({_cause(done)})")
-    return Summary(
-        {"adapter": str(done.folder), "warnings": list(done.warnings), **done.receipt}, lines, [_table(done)]
-    )
+    cause = error_cause(done.error, done.truncated)
+    lines.append(f"error of the written update, over all modules: {done.error:.2e} ({cause})")
+    value = {"adapter": str(done.folder), "warnings": list(done.warnings), **done.receipt}
+    return Summary(value, lines, [module_table(done.modules)])
 
 
-def _cause(done: Converted) -> str:
-    return f"truncation alone: {done.truncated:.2e}" if done.truncated > 1e-3 * done.error else "rounding"
+def error_cause(error: float, truncated: float) -> str:
+    """Say what an error comes from."""
+    return f"truncation alone: {truncated:.2e}" if truncated > 1e-3 * error else "rounding"
 
 
-def _table(done: Converted) -> Table:
+def module_table(of: Mapping[str, ModuleError]) -> Table:
+    """Ranks and relative errors by kind of module."""
     table = Table("module", "number", "rank", "rank before", "|dW|", "truncated", "error")
     kinds: dict[str, list[ModuleError]] = {}
-    for path, (kind, _) in kinds_and_layers(done.modules).items():
-        kinds.setdefault(kind, []).append(done.modules[path])
+    for path, (kind, _) in kinds_and_layers(of).items():
+        kinds.setdefault(kind, []).append(of[path])
     for kind, modules in kinds.items():
         norm = sum(module.norm**2 for module in modules) ** 0.5
         shares = [
@@ -51,12 +54,13 @@ def _table(done: Converted) -> Table:
             for name in ("truncated", "error")
         ]
         table.add_row(
-            Text(printable(kind)), str(len(modules)), _span(module.rank for module in modules),
-            _span(module.full_rank for module in modules), f"{norm:.3g}", *(f"{share:.1e}" for share in shares),
+            Text(printable(kind)), str(len(modules)), rank_span(module.rank for module in modules),
+            rank_span(module.full_rank for module in modules), f"{norm:.3g}", *(f"{share:.1e}" for share in shares),
         )  # fmt: skip
     return table
 
 
-def _span(ranks: Iterable[int]) -> str:
+def rank_span(ranks: Iterable[int]) -> str:
+    """Say the smallest and the largest."""
     found = sorted(ranks)
     return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"

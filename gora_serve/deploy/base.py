@@ -6,6 +6,7 @@ add one, tie the head to the embeddings, or keep linear weights as (in, out), as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,11 @@ def split_shared(path: str) -> tuple[str, str]:
     return (path.removesuffix(half), half) if half else (path, "")
 
 
+def is_finite(weight: Tensor) -> bool:
+    """Tell whether there is no NaN and nothing infinite, in one pass without a mask."""
+    return weight.numel() == 0 or all(math.isfinite(float(one)) for one in weight.aminmax())
+
+
 class BaseWeights:
     """The weights of one model folder. Nothing is read before it is asked for, and nothing is kept."""
 
@@ -75,6 +81,11 @@ class BaseWeights:
                 return candidate
         longer = self._by_tail.get(name, [])
         return longer[0] if len(longer) == 1 else None
+
+    def counterpart(self, parameter: str) -> str | None:
+        """Return the checkpoint's name of what a parameter stands for; for a head that is tied, its embeddings."""
+        module, _, kind = parameter.rpartition(".")
+        return self.find(module) if kind == "weight" else self.find_parameter(parameter)
 
     @cached_property
     def is_bare(self) -> bool:
@@ -147,7 +158,7 @@ class BaseWeights:
                 actual=self.dtype(path), hint="give the base as it was before it was quantized",
             )  # fmt: skip
         weight = self.tensors[name]
-        if not weight.isfinite().all():
+        if not is_finite(weight):
             raise InputError(
                 "the model holds NaN or infinite values", code="GS-3142", file=self.tensors.files[name], tensor=name,
                 hint="fetch it again; if it was trained, training diverged: use an earlier checkpoint",

@@ -19,13 +19,16 @@ _RESERVED = {"schema", "files", "status"}
 _SEAL_LIMIT = 64 << 20  # bytes
 
 
-def seal_folder(folder: Path, record: Mapping[str, object]) -> None:
+def seal_folder(
+    folder: Path, record: Mapping[str, object], *, known: Mapping[str, tuple[int, str]] | None = None
+) -> None:
     """Write `gora_manifest.json` into `folder`: size and SHA-256 of every other file, then the keys of `record`.
 
-    To be called last: it is what makes the folder complete.
+    known: of files that were hashed while they were written. To be called last: it is what makes the folder complete.
     """
     assert not _RESERVED & record.keys(), "record must not name keys of the seal"
-    files = {name: dict(zip(("size", "sha256"), sha256_file(folder / name), strict=True)) for name in _files(folder)}
+    hashed = {name: (known or {}).get(name) or sha256_file(folder / name) for name in _files(folder)}
+    files = {name: dict(zip(("size", "sha256"), one, strict=True)) for name, one in hashed.items()}
     write_json(folder / SEAL, {"schema": SCHEMA, "files": files, **record, "status": "complete"})
 
 

@@ -109,6 +109,19 @@ def pieces(fd: int, begin: int, end: int, *, path: Path) -> Iterator[memoryview]
         begin += count
 
 
+def read_into(fd: int, begin: int, buffer: bytearray, *, path: Path) -> None:
+    """Fill `buffer` with the bytes of the open file from `begin` on. Safe in several threads on one descriptor."""
+    view = memoryview(buffer)
+    while view:
+        try:
+            count = os.preadv(fd, [view], begin)
+        except OSError as err:
+            raise unreadable(path, err) from err
+        if count == 0:
+            raise changed_while_reading(path)
+        view, begin = view[count:], begin + count
+
+
 def read_range(fd: int, begin: int, end: int, *, path: Path) -> bytes:
     """Return the bytes [begin, end) of the open file; no more memory than they have, where they come at one read."""
     try:

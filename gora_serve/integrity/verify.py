@@ -18,6 +18,7 @@ from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, differences, hash_adapter, hash_model
 from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record, trained_on
+from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.values import only_types_differ
 from gora_serve.progress import Listener, silent
 
@@ -212,6 +213,24 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() or (folder / WEIGHTS).is_file()
 
 
+def is_merged_model(folder: Path) -> bool:
+    """Tell whether a folder is a model that `merge` has written."""
+    return (folder / SEAL).is_file() and (folder / "config.json").is_file() and not is_adapter(folder)
+
+
+def verify_model(folder: Path, *, cache: QuickCache | None = None) -> Verified:
+    """Prove the files of a merged model by its own manifest; not what it was made of, which takes base and adapters."""
+    sealed = check_folder(folder, cache=cache)
+    made_on = {"base": sealed["merged_on"]} if isinstance(sealed.get("merged_on"), dict) else {}
+    level = cache.level if cache else Level.BYTES
+    return Verified(folder, str(sealed.get("weights_root")), bound_roots(made_on), None, (), level=level)
+
+
+def adapter_of_run(path: Path) -> Path:
+    """Return the adapter of a finished run, and any other path as it is."""
+    return path / "adapter" if (path / "run.json").is_file() and is_adapter(path / "adapter") else path
+
+
 def find_adapter(path: Path) -> Path:
     """Return the adapter folder at `path`: the folder itself, or the adapter of a run folder."""
     if is_adapter(path):
@@ -223,5 +242,6 @@ def find_adapter(path: Path) -> Path:
         raise MachineError("there is no such folder", code="GS-503", file=path, hint=hint)
     raise InputError(
         "neither an adapter nor a finished run", code="GS-346", file=path,
-        hint="give what export or fit wrote; verify also takes a base with --manifest FILE or --against hub",
+        hint="give what export or fit wrote; verify also takes a base with --manifest FILE or --against hub, and a "
+        "merged model with --base BASE -a ADAPTER",
     )  # fmt: skip

@@ -12,7 +12,9 @@ from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter
 from gora_serve.adapter.format import read_adapter, seal_record, write_adapter, written_bytes
 from gora_serve.config import ExportConfig
+from gora_serve.deploy.gguf_file import GGUF, GgufWritten, base_config, need_gguf, write_gguf
 from gora_serve.errors import InputError
+from gora_serve.integrity.bases import Base, locate_settings
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_text
 from gora_serve.integrity.space import require_space
@@ -22,20 +24,31 @@ from gora_serve.training.reference import fingerprint
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the adapter lies, its root, the adapter as it was trained, and what became of its fingerprint."""
+    """Where the adapter lies, its root, the adapter as it was trained, what became of its fingerprint, and the file for
+    llama.cpp if there is one."""
 
     folder: Path
     root: str
     adapter: Adapter
     canary: str = "none"
+    gguf: GgufWritten | None = None
 
 
-def export(source: Path, output: Path, config: ExportConfig | None = None, *, overwrite: bool = False) -> Exported:
+def export(
+    source: Path,
+    output: Path,
+    config: ExportConfig | None = None,
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> Exported:
     """Write the adapter of a run (or of an earlier export) into `output`, in the form asked for.
 
     The files are the same, byte for byte, in every process. The source is checked against its own manifest first. Where
     the base is here, the manifest gets a fingerprint of the adapter's answers (`reference.fingerprint`).
-    Raises InputError for an unfinished run, MismatchError for a damaged one, OutputError for an existing output.
+    base: whose config.json a file for llama.cpp needs, where it is not the one that the adapter names. Raises
+    InputError for an unfinished run, MismatchError for a damaged one, OutputError for an existing output, and what
+    `write_gguf` raises.
     """
     config = config or ExportConfig()
     if source.name.endswith(".partial") and not (source / "adapter").exists():
@@ -43,10 +56,20 @@ def export(source: Path, output: Path, config: ExportConfig | None = None, *, ov
     folder = find_adapter(source)
     check_folder(folder)
     trained = read_adapter(folder)
-    base = Path(trained.base.name)
+    named = Path(trained.base.name)
     links = [path for path in folder.iterdir() if path.is_symlink()]
-    protected = [source, *links, *([base] if base.exists() else [])]
-    return export_adapter(trained, output, config, overwrite=overwrite, protect=protected)
+    protected = [source, *links, *([named] if named.exists() else [])]
+    settings = _settings(trained, base) if config.gguf else None
+    return export_adapter(trained, output, config, gguf_for=settings, overwrite=overwrite, protect=protected)
+
+
+def _settings(trained: Adapter, base: str | None) -> Base:
+    """Return the base with its config.json, of the hub at the adapter's revision."""
+    need_gguf()
+    revision = trained.base.revision
+    found = locate_settings(base or (f"{trained.base.name}@{revision}" if revision else trained.base.name))
+    base_config(trained, found)
+    return found
 
 
 def export_adapter(
@@ -54,21 +77,24 @@ def export_adapter(
     output: Path,
     config: ExportConfig | None = None,
     *,
+    gguf_for: Base | None = None,
     overwrite: bool = False,
     protect: Sequence[Path] = (),
 ) -> Exported:
     """Write an adapter, whoever trained it, as `export` does: tensors, configuration, model card and seal.
 
-    `output` must not lie in or above a folder of `protect`. Raises OutputError for an existing output,
-    MachineError (GS-560) where the disk has no room for it.
+    gguf_for: the base, which a file for llama.cpp needs. `output` must not lie in or above a folder of `protect`.
+    Raises OutputError for an existing output, MachineError (GS-560) where the disk has no room for it.
     """
     config = config or ExportConfig()
+    assert gguf_for is not None or not config.gguf, "a file for llama.cpp needs the base"
     require_space(output, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
     base = Path(adapter.base.name) if adapter.base.name else None
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
+        gguf = write_gguf(stage / GGUF, adapter, gguf_for, config.dtype) if config.gguf and gguf_for else None
         canary, told = fingerprint(stage, base, adapter.base.roots, config)
         record = seal_record(root, adapter.base, adapter.origin, config)
         seal_folder(stage, record | ({"canary": canary} if canary else {}))
-    return Exported(output, root, adapter, f"{'stored' if canary else 'none'}: {told}")
+    return Exported(output, root, adapter, f"{'stored' if canary else 'none'}: {told}", gguf)

@@ -102,7 +102,7 @@ CASES: dict[int, Case] = {
         f"{BASE}test_a_hard_link_to_the_base",
         f"{BAD}test_output_is_in_or_around_the_base",
         f"{BAD}test_hash_never_writes_into_the_base",
-        waits=("command merge", "merge --output: the base, inside it, around it, a hard link and a symlink to it"),
+        f"{BASE}test_a_merge_into_a_hard_link_to_a_shard",
     ),
     44: case(
         "only a pickle",
@@ -158,7 +158,6 @@ CASES: dict[int, Case] = {
         f"{INT}test_files.py::test_a_kill_at_any_moment_leaves_old_or_new",
         f"{TRAIN}test_resume.py::test_killed_at_a_file_operation",
         f"{RIG}test_crash.py::test_killed",
-        waits=("command merge", "merge is one of the rig's commands: killed at every call, old or new"),
     ),
     59: case(
         "no space, quota, limit on files",
@@ -192,7 +191,7 @@ CASES: dict[int, Case] = {
     ),
     64: case(
         "merge of a shard larger than memory",
-        waits=("command merge", "under RLIMIT_AS below the shard's size: streamed, or exit 5; never killed"),
+        f"{WRITING}test_a_shard_larger_than_memory",
     ),
     65: case(
         "no space for the second copy of --overwrite",

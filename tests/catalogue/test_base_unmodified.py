@@ -170,13 +170,22 @@ def test_a_base_that_cannot_be_written(place: Place) -> None:
 
 
 @pytest.mark.parametrize("where", ["base", "base/out", "link", "link/out", "around"])
-@pytest.mark.parametrize("command", ["convert", "bind"])
+@pytest.mark.parametrize("command", ["convert", "bind", "merge", "merge --into adapter"])
 def test_an_output_that_is_the_base_or_in_it(place: Place, command: str, where: str) -> None:
-    """43: refused before anything is written, with --overwrite too. fit is in cli's tests; merge is no command yet."""
+    """43: refused before anything is written, with --overwrite too. fit is in cli's tests."""
     (place.folder / "link").symlink_to(place.base)
     output = place.folder if where == "around" else place.folder / where
-    words = (command, place.adapter(), "--base", place.base, "--output", output, "--overwrite")
+    name, *more = command.split()
+    inputs = ("-a", place.adapter(), place.base) if name == "merge" else (place.adapter(), "--base", place.base)
+    words = (name, *inputs, *more, "--output", output, "--overwrite")
     place.refuses(words, 2, "GS-252" if where == "link" else "GS-251", file=output)
+
+
+def test_a_merge_into_a_hard_link_to_a_shard(place: Place) -> None:
+    """43: a second name of one of the base's files is no folder to write a model into."""
+    os.link(sorted(place.base.glob("model-*"))[0], place.folder / "second")
+    words = ("merge", place.base, "-a", place.adapter(), "--output", place.folder / "second", "--overwrite")
+    place.refuses(words, 2, None, "is a file")
 
 
 @pytest.mark.parametrize("where", ["base", "base/out", "link/out", "input", "input/out", "around"])

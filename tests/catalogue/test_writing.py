@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from shell import command, environment, gora
 
-from catalogue.conftest import Place
+from catalogue.conftest import Place, Q
 from gora_serve.integrity import publishing, staging
+from gora_serve.integrity.headers import encode_header
 
 
 def bind_words(place: Place, *more: object) -> tuple[object, ...]:
@@ -162,3 +164,47 @@ def test_the_words_run_in_a_process_too(place: Place) -> None:
     assert (done.returncode, done.stdout) == (5, "")
     assert "error[GS-520]" in done.stderr
     assert "try:" in done.stderr
+
+
+TIGHT = """
+import resource, sys
+import converters.merging, gora_serve.cli.render_merge
+from gora_serve.cli.main import main
+from safetensors import safe_open
+pages = int(open("/proc/self/statm").read().split()[0])
+room = pages * resource.getpagesize() + {room}
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+try:
+    with safe_open({shard!r}, "pt") as file:
+        file.get_tensor("model.embed_tokens.weight")
+except (MemoryError, RuntimeError, OSError):
+    print("does not fit", file=sys.stderr)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_shard_larger_than_memory(place: Place) -> None:
+    """64: the process may take 192 MiB more than its libraries do; the shard has 320 MiB in one tensor."""
+    rows = 320 * 2**20 // 64
+    layout = [("model.embed_tokens.weight", "BF16", (rows, 32)), (f"{Q}.weight", "BF16", (32, 32))]
+    base = place.model(encode_header(layout, {"format": "pt"}), "large")
+    with base.open("r+b") as stream:
+        stream.truncate(base.stat().st_size + 64 * rows + 2048)  # zeros that take no room
+    adapter = place.adapter(
+        {"base_model.model.model.embed_tokens.lora_embedding_A": np.full((1, rows), 0.5, np.float32),
+         "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((32, 1), np.float32)},
+        r=1, lora_alpha=1, target_modules=["embed_tokens"],
+    )  # fmt: skip
+    place.leaves = [place.out]
+    place.run("--version")
+    script = TIGHT.format(room=192 * 2**20, shard=str(base))
+    words = ["merge", str(base.parent), "-a", str(adapter), "--from", "lora", "--output", str(place.out)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False,
+        env=environment(MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1", GORA_SERVE_CACHE=str(place.folder.parent / "cache")),
+    )  # fmt: skip
+    assert "does not fit" in done.stderr
+    assert done.returncode == 0, done.stderr
+    with (place.out / "model.safetensors").open("rb") as stream:
+        stream.seek(-2048 - 64, os.SEEK_END)
+        assert stream.read(66) == bytes.fromhex("003f") * 32 + b"\0\0"

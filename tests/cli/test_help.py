@@ -20,6 +20,7 @@ from gora_serve.config import (
     ExportConfig,
     FitConfig,
     GapConfig,
+    MergeConfig,
     ModelConfig,
     PlanConfig,
     ProbeConfig,
@@ -145,7 +146,8 @@ SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "bind": (("adapter", "--base", "b", "--output", "o"), []),
     "doctor": ((), []),
     "hash": (("base",), []),
-    "verify": (("path",), []),
+    "verify": (("path",), [MergeConfig()]),
+    "merge": (("base", "-a", "adapter", "--output", "o"), [MergeConfig()]),
 }
 
 

@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_before_anything_is_chosen(
     def full(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("converters.spill.save_file", full)
+    monkeypatch.setattr("gora_serve.adapter.spill.save_file", full)
     before = sorted(tmp_path.iterdir())
     answer = gora_here("convert", adapter, "--base", tiny_base, "--output", tmp_path / "out")
     refused(answer, "GS-505", "No space left", "nothing was changed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from converters.convert import convert
+from converters.merge_receipt import MergedModel
+from converters.merging import merge_model, verify_merged
 from converters.reading import Inputs
 from converters.receipt import Converted
-from gora_serve.config import ConvertConfig
+from gora_serve.config import ConvertConfig, MergeConfig
 from gora_serve.integrity.bases import Base
 
 EXACT = 1e-5  # logits, float32
@@ -73,4 +76,38 @@ def prove_exact(
     untrained = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype="auto"))
     assert off_by(untrained, trained) > 1000 * EXACT, "the adapter does nothing: this test could not fail"
     assert off_by(logits_of(load_on(base, output)), trained) < EXACT
+    prove_merged(adapter, base, output.with_name(f"{output.name}-merged"), trained, inputs=inputs,
+                 family=settings.get("family", "auto"))  # fmt: skip
+    return done
+
+
+def merged(
+    adapter: Path, base: Path, output: Path, *, inputs: Inputs | None = None, weight: float = 1.0, **settings: Any
+) -> MergedModel:
+    """Run the merge of one adapter. `settings` are MergeConfig's."""
+    config = replace(MergeConfig(), **settings)
+    return merge_model([(adapter, weight)], Base(str(base), base), output, config, inputs)
+
+
+def prove_merged(
+    adapter: Path,
+    base: Path,
+    output: Path,
+    trained: Tensor,
+    *,
+    inputs: Inputs | None = None,
+    auto: Any = None,
+    exact: float = EXACT,
+    ask: Callable[[Any], Tensor] = logits_of,
+    **settings: Any,
+) -> MergedModel:
+    """Merge, load the model alone, and assert that the logits are the trained model's; and that a replay agrees."""
+    from transformers import AutoModelForCausalLM
+
+    done = merged(adapter, base, output, inputs=inputs, **settings)
+    model, loading = (auto or AutoModelForCausalLM).from_pretrained(output, dtype="auto", output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    assert off_by(ask(model), trained) < exact * max(1.0, float(trained.abs().max()))  # W0 + dW is rounded to float32
+    check = verify_merged(output, [(adapter, 1.0)], Base(str(base), base), done.config.family, inputs)
+    assert check.replay.verdict == "exact"
     return done

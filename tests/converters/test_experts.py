@@ -18,9 +18,9 @@ from proving import EXACT, converted, load_on, logits_of, off_by, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converters.stacks import level
 from gora_serve.adapter.format import read_adapter
 from gora_serve.deploy.base import BaseWeights
+from gora_serve.deploy.stacks import level
 from gora_serve.errors import BindingError, GoraError, InputError, UsageError
 from gora_serve.integrity.record import WEIGHTS
 
@@ -310,7 +310,7 @@ def test_fused_checkpoints_are_refused(tmp_path: Path) -> None:
     trained(tmp_path, build_gpt_oss)
     with pytest.raises(InputError, match="GS-3120") as refused:
         converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
-    assert "merge_and_unload" in str(refused.value)
+    assert "gora-serve merge BASE" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,11 @@ from faults import KILL, REMOVALS, Call, Fault
 from world import Bench, commands
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EMFILE)
-POINTS = {"fit": 1, "probe": 1, "convert": 2, "export": 4, "bind": 2}  # the others have few, and are done whole
+# Of the commands with many points; the others are done whole.
+POINTS = {
+    "fit": 1, "probe": 1, "convert": 2, "export": 4, "export --gguf": 2, "bind": 2, "merge": 2,
+    "merge --into adapter": 1,
+}  # fmt: skip
 PLACES = [f"{command.name} {how}" for command in commands() for how in ("fresh", "--overwrite")]
 PLACES += ["export fresh without renameat2", "export --overwrite without renameat2"]
 

@@ -24,8 +24,11 @@ from faults import REMOVALS, Call, Counter, Fault, install
 from killing import content as run_content
 from tiny_models import build_llama, build_tokenizer, color_rows, write_jsonl
 
-import converters.convert  # noqa: F401 - imported once, for all forks, as the four below
+import converters.combining
+import converters.convert
+import converters.merging  # noqa: F401 - imported once, for all forks, as those around it
 import gora_serve.cli.render_convert
+import gora_serve.cli.render_merge
 import gora_serve.report.page
 import gora_serve.training.export
 import gora_serve.training.fit
@@ -81,7 +84,14 @@ def commands() -> list[Command]:
                 ("--seed", "1"), ("--seed", "0")),
         Command("ranks", lambda w: ["ranks", w.path("run")], ("--rank", "2"), ("--rank", "4"), "ranks.json"),
         Command("export", lambda w: ["export", w.path("run")], ("--form", "native"), ("--form", "unit")),
+        Command("export --gguf", lambda w: ["export", w.path("run"), "--gguf"],
+                ("--form", "native"), ("--form", "unit")),
         Command("convert", lambda w: ["convert", w.path("foreign"), "--base", w.path("base")],
+                ("--form", "native"), ("--form", "unit")),
+        Command("merge", lambda w: ["merge", w.path("base"), "-a", w.path("foreign")],
+                ("--dtype", "bfloat16"), ("--dtype", "auto")),
+        Command("merge --into adapter",
+                lambda w: ["merge", w.path("base"), "-a", w.path("foreign"), "--into", "adapter"],
                 ("--form", "native"), ("--form", "unit")),
         Command("hash", lambda w: ["hash"], ("--json", "twin"), ("--json", "base"), "manifest.json"),
         Command("hash --oms", lambda w: ["hash"], ("--json", "twin"), ("--json", "base"), "base.oms.json", "--oms"),

@@ -12,9 +12,9 @@ from itertools import count
 
 import torch
 
-from converters.spill import Spill
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.linalg import pad_rank
+from gora_serve.adapter.spectra import Spectra
 from gora_serve.deploy.base import BaseWeights
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.([^.]+)")
@@ -48,11 +48,11 @@ def _experts_of(base: BaseWeights, layer: str) -> Iterator[str]:
         yield from found
 
 
-def levelled_factors(spill: Spill, path: str, rank: int, base: BaseWeights) -> LoraFactors:
+def levelled_factors(spectra: Spectra, path: str, rank: int, base: BaseWeights) -> LoraFactors:
     """Return a module's best update of that rank, with zeros where its own rank is lower."""
-    held = min(rank, len(spill[path].singular)) if path in spill else 0
+    held = min(rank, len(spectra[path].singular)) if path in spectra else 0
     if held:
-        return pad_rank(spill[path].load().first(held), rank)
+        return pad_rank(spectra[path].load().first(held), rank)
     out_features, in_features = base.shape(path)
     zeros = torch.zeros(rank, in_features, dtype=torch.float64), torch.zeros(out_features, rank, dtype=torch.float64)
     return LoraFactors(*zeros, 1.0)

@@ -1,0 +1,223 @@
+"""From adapters of any family to a merged model: read, planned, written tensor by tensor, measured, receipt.
+
+The same for all families. Nothing is published where anything is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from converters.full import NOT_LINEAR
+from converters.merge_receipt import RECEIPT, MergedModel, Opened, make_receipt, merged_roots
+from converters.read import held_to_base, read
+from converters.reading import Inputs
+from gora_serve.adapter.factors import LazyModules
+from gora_serve.adapter.tensors import Both, Renamed
+from gora_serve.config import BaseAs, MergeConfig
+from gora_serve.deploy.base import EMBEDDINGS, MODEL_HEAD, BaseWeights
+from gora_serve.deploy.beside import copy_beside
+from gora_serve.deploy.gap import is_quantizable
+from gora_serve.deploy.merge import write_model
+from gora_serve.deploy.merge_plan import plan_merge
+from gora_serve.deploy.merge_values import ModelPlan, Part
+from gora_serve.deploy.replay import Replay, replay
+from gora_serve.deploy.sum_of import FourBits, Requantize
+from gora_serve.deploy.trained_on import quantization
+from gora_serve.errors import MachineError
+from gora_serve.integrity.bases import Base
+from gora_serve.integrity.binding import check_folder, seal_folder
+from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.digest import weights_root
+from gora_serve.integrity.files import staged_folder, write_json
+from gora_serve.integrity.known import remember_manifest
+from gora_serve.integrity.manifest import Manifest, Roots, hash_model
+from gora_serve.integrity.reading import check_unchanged, stamps
+from gora_serve.integrity.record import binding_json
+from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
+from gora_serve.integrity.staging import SEAL, check_target
+
+Rounder = Callable[[], Requantize]  # makes what rounds to 4 bits, or raises MachineError
+
+
+def open_adapters(adapters: Sequence[tuple[Path, float]], inputs: Inputs, family: str) -> list[Opened]:
+    """Read adapters for a model. inputs: with the base. Raises what `read` does."""
+    inputs = replace(inputs, merging=True)
+    return [Opened(path, weight, *read(path, inputs, family)) for path, weight in adapters]
+
+
+def part_of(opened: Opened, base: BaseWeights) -> Part:
+    """Return an adapter as the merge takes it."""
+    source, reading = opened.source, opened.reading
+    beyond = reading.beyond
+    modules = beyond.before if beyond.magnitudes else reading.adapter.modules
+    part = Part(
+        opened.weight,
+        modules,
+        source.weights,
+        magnitudes=Renamed(source.tensors, beyond.magnitudes),
+        replaced=Both(Renamed(source.tensors, beyond.replaced), reading.adapter.carried),
+        added={bias: source.tensors[name].double() * scale for bias, (name, scale) in beyond.added.items()},
+        stacks=beyond.stacks,
+        grounds=Renamed(source.tensors, beyond.grounds),
+        task_type=reading.adapter.task_type,
+    )
+    return _tied_too(part, base) if source.config.get("ensure_weight_tying") else part
+
+
+def _tied_too(part: Part, base: BaseWeights) -> Part:
+    """PEFT's ensure_weight_tying: the tied head gets the embeddings' update, also where the file does not repeat it."""
+    path = next((one for one in part.modules if one.rpartition(".")[2] in EMBEDDINGS), None)
+    if path is not None and MODEL_HEAD not in part.modules and base.is_tied(MODEL_HEAD, path):
+        modules = part.modules
+        both = LazyModules([*modules, MODEL_HEAD], lambda one: modules[path if one == MODEL_HEAD else one])
+        return replace(part, modules=both)
+    parameter = next((one for one in part.replaced if one.split(".")[-2] in EMBEDDINGS), None)
+    if parameter is None or not base.is_tied(MODEL_HEAD, parameter.removesuffix(".weight")):
+        return part
+    head = {f"{MODEL_HEAD}.weight": part.replaced[parameter]}
+    return replace(part, replaced=Both(part.replaced, head))
+
+
+def merge_model(
+    adapters: Sequence[tuple[Path, float]],
+    base: Base,
+    output: Path,
+    config: MergeConfig | None = None,
+    inputs: Inputs | None = None,
+    *,
+    rounder: Rounder | None = None,
+    overwrite: bool = False,
+) -> MergedModel:
+    """Write `base` with the adapters merged into it as a model of the same shards into `output`, with a receipt.
+
+    rounder: makes what rounds weights to NF4, for adapters that were trained on such a base. Raises what the readers,
+    `plan_merge` and `write_model` raise, and BindingError (GS-401) for an adapter of another base.
+    """
+    config = config or MergeConfig()
+    config.validate()
+    weights = BaseWeights(base.path)
+    inputs = replace(inputs or Inputs(), base=weights)
+    others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
+    protect = [base.path, *(path for path, _ in adapters), *others]
+    with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
+        opened = open_adapters(adapters, inputs, config.family)
+        read_from = [file for one in opened for file in one.files]
+        check_target(output, overwrite=overwrite, protect=read_from)
+        before = stamps(read_from)
+        four_bits, notes = _four_bits(opened, config, rounder)
+        plan = plan_of(opened, weights, config, four_bits)
+        written = write_model(stage, weights, plan, four_bits=four_bits, listen=inputs.listen)
+        copied, left_out = copy_beside(base.path, stage, plan.config, _tokenizer(opened, weights, plan))
+        roots = Roots(weights_root(written.base), config_root(base.path), tokenizer_root(base.path))
+        manifest = Manifest(roots, written.base)
+        warnings = [line for one in opened for line in held_to_base(one.source, lambda: manifest, base.path, inputs)]
+        check_unchanged(before)
+        remember_manifest(manifest)
+        done = MergedModel(
+            output, base, roots, merged_roots(stage, written), tuple(opened), plan, written, config,
+            copied, left_out, (*plan.notes, *notes), tuple(dict.fromkeys(warnings)),
+        )  # fmt: skip
+        done = replace(done, receipt=make_receipt(done))
+        write_json(stage / RECEIPT, done.receipt)
+        seal_folder(stage, _seal(done), known=written.files)
+    return done
+
+
+def plan_of(opened: Sequence[Opened], base: BaseWeights, config: MergeConfig, four_bits: FourBits | None) -> ModelPlan:
+    """Return the plan of a merge. Raises what `plan_merge` does."""
+    paths = [path for path in base.modules() if is_quantizable(path) and not NOT_LINEAR.search(path)]
+    return plan_merge(
+        base, [part_of(one, base) for one in opened], config.dtype, in_4_bits=paths if four_bits else ()
+    )  # fmt: skip
+
+
+def _four_bits(
+    opened: Sequence[Opened], config: MergeConfig, rounder: Rounder | None
+) -> tuple[FourBits | None, tuple[str, ...]]:
+    """Return what compares with, or adds to, a base in 4 bits, where an adapter says or the user does that it was one.
+
+    Raises MachineError (GS-530) where that was asked for and bitsandbytes is not installed.
+    """
+    said = [found for one in opened if (found := _lay_in(one)) is not None]
+    if rounder is None or (config.base_as == "auto" and not said):
+        return None, ()
+    try:
+        made = FourBits(rounder(), config.base_as == "nf4")
+    except MachineError as err:
+        if config.base_as != "auto":
+            raise
+        return None, (f"trained on a base in 4 bits ({said[0]}); what that means is not measured: {err.what}",)
+    why = said[0] if said else "--base-as says so"
+    added = "to what NF4 makes of the weights" if made.add_to else "to the weights as stored"
+    return made, (f"trained on a base in 4 bits ({why}); updates are added {added}",)
+
+
+def _lay_in(one: Opened) -> str | None:
+    found = quantization(one.source.tensors.metadata, one.reading.adapter.base.name, one.source.weights)
+    return found[1] if found else None
+
+
+def _tokenizer(opened: Sequence[Opened], base: BaseWeights, plan: ModelPlan) -> Path | None:
+    """Return the folder of the tokenizer of a vocabulary that an adapter has resized; None: the base's is kept."""
+    resized = [one for one in plan.targets if one.source and one.shape != base.tensors.shape(one.source)]
+    folders = [one.source.folder for one in opened if tokenizer_names(one.source.folder)]
+    return folders[0] if resized and folders else None
+
+
+def _seal(done: MergedModel) -> dict[str, Any]:
+    binding = binding_json(done.base.name, done.base.revision, done.base_roots)
+    roots = {"weights_root": done.roots.weights, "config_root": done.roots.config,
+             "tokenizer_root": done.roots.tokenizer}  # fmt: skip
+    return {**roots, "merged_on": binding, "tool": done.receipt["tool"]}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A model held against the merge that it should be. sealed: whether it has a manifest, which its files fit."""
+
+    folder: Path
+    base: Base
+    adapters: tuple[Opened, ...]
+    replay: Replay
+    sealed: bool
+    warnings: tuple[str, ...]
+
+
+def verify_merged(
+    folder: Path,
+    adapters: Sequence[tuple[Path, float]],
+    base: Base,
+    family: str = MergeConfig.family,
+    inputs: Inputs | None = None,
+    *,
+    rounder: Rounder | None = None,
+) -> Checked:
+    """Make every tensor of the merge again, and hold it against the one in `folder`, whoever made that.
+
+    Raises MismatchError where the folder has a manifest that its files do not fit (after the tensors were compared, so
+    that these are named), BindingError for an adapter of another base, and what reading adapters raises.
+    """
+    weights = BaseWeights(base.path)
+    inputs = replace(inputs or Inputs(), base=weights)
+    opened = open_adapters(adapters, inputs, family)
+    config = MergeConfig(family, base_as=_base_as(folder))
+    four_bits = _four_bits(opened, config, rounder)[0] if config.base_as == "nf4" else None
+    plan = plan_of(opened, weights, config, four_bits)
+    found = replay(BaseWeights(folder), weights, plan, four_bits=four_bits, listen=inputs.listen)
+    manifest = cache(lambda: hash_model(base.path, listen=inputs.listen))
+    warnings = [line for one in opened for line in held_to_base(one.source, manifest, base.path, inputs)]
+    sealed = (folder / SEAL).is_file()
+    if sealed and found.verdict != "differs":
+        check_folder(folder)
+    return Checked(folder, base, tuple(opened), found, sealed, tuple(dict.fromkeys(warnings)))
+
+
+def _base_as(folder: Path) -> BaseAs:
+    """Return what our own receipt says that the updates were added to; other tools add to the weights as stored."""
+    value = read_json(folder / RECEIPT) if (folder / RECEIPT).is_file() else {}
+    settings = value.get("settings") if isinstance(value, dict) else None
+    return "nf4" if isinstance(settings, dict) and settings.get("base_as") == "nf4" else "bf16"

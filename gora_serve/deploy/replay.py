@@ -1,0 +1,248 @@
+"""Whether a model is what a merge would have made: every tensor made again, and held against the one in the files.
+
+The other model may come from any tool: the question is asked element by element, in the type that it has. An edge over
+`sums`; nothing is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gora_serve.deploy.base import FLOATS, HEADS, BaseWeights
+from gora_serve.deploy.blocks import Stored, in_order, opened_tensors, spans, summed_rows
+from gora_serve.deploy.merge_values import TORCH, ModelPlan, Target
+from gora_serve.deploy.sum_of import FourBits, sum_of
+from gora_serve.deploy.sums import Rescaled, Sum, as_matrix
+from gora_serve.progress import Listener, Progress, silent
+
+Verdict = Literal["exact", "rounded", "differs"]
+WORST_FIRST: tuple[Verdict, ...] = ("differs", "rounded", "exact")
+SHARE = 0.05  # how much of an update may be missing, or too much, beyond what rounding explains
+ROUNDINGS = 3  # of an update's parts that another tool may do: of its factors, and of the product
+# Tensors that models compute for themselves, and old checkpoints hold.
+COMPUTED = re.compile(r"(inv_freq|position_ids|\.masked_bias|\battn\.bias|\battention\.bias)$")
+
+
+@dataclass
+class Held:
+    """One tensor of the model against the one that it should be, added up block by block.
+
+    equal: elements with the same bits. off: those that rounding does not explain. error, update: the norms of theirs
+    less the sum, and of the update; ours, theirs: <stored - base, update>, of the sum rounded once and of the tensor in
+    the file; size: |sum|^2. eps: of their type. why: what is wrong before any element is looked at.
+    """
+
+    name: str
+    elements: int = 0
+    equal: int = 0
+    off: int = 0
+    max_error: float = 0.0
+    squared_update: float = 0.0
+    ours: float = 0.0
+    theirs: float = 0.0
+    size: float = 0.0
+    eps: float = 0.0
+    drifts: bool = False
+    why: str = ""
+
+    def add(self, other: Held) -> None:
+        for name in ("elements", "equal", "off", "squared_update", "ours", "theirs", "size"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.max_error, self.eps = max(self.max_error, other.max_error), max(self.eps, other.eps)
+        self.drifts = self.drifts or other.drifts
+
+    @property
+    def share(self) -> float | None:
+        """How many times the update is in the tensor; None where there is none."""
+        return self.theirs / self.squared_update if self.squared_update else None
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.why:
+            return "differs"
+        if self.equal == self.elements:
+            return "exact"
+        return "rounded" if self.off == 0 and self._has_the_update() else "differs"
+
+    def _has_the_update(self) -> bool:
+        """Tell whether the update is there, in sum: an update below the type's steps shows in no single element."""
+        if not self.squared_update:
+            return True
+        update, size = self.squared_update**0.5, self.size**0.5
+        noise = self.eps * size / update  # of DoRA's row lengths, rounded; of single elements it averages out
+        allowed = SHARE + (noise if self.drifts else 8 * noise / max(self.elements, 1) ** 0.5)
+        return bool(abs(self.theirs - self.ours) <= allowed * self.squared_update)
+
+    @property
+    def reason(self) -> str:
+        """Why it differs, in half a sentence."""
+        if self.why:
+            return self.why
+        if self.share is None:
+            return "no update belongs here, and it is not the base's"
+        if abs(self.share) < SHARE:
+            return "the update is not in it"
+        if abs(self.share - self.ours / self.squared_update) > SHARE:
+            return f"the update is in it {self.share:.2f} times"
+        return f"{self.off} of {self.elements} elements are off by more than rounding, at most by {self.max_error:.2g}"
+
+    def to_json(self) -> dict[str, Any]:
+        value = {"verdict": self.verdict, "elements": self.elements, "equal": self.equal, "off": self.off,
+                 "max_error": self.max_error, "update_share": self.share}  # fmt: skip
+        return value | ({"reason": self.reason} if self.verdict == "differs" else {})
+
+
+@dataclass(frozen=True)
+class Replay:
+    """All tensors, of the merge and of the model, by name."""
+
+    tensors: dict[str, Held] = field(default_factory=dict)
+
+    def of(self, verdict: Verdict) -> list[Held]:
+        return [one for one in self.tensors.values() if one.verdict == verdict]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of all."""
+        return next((one for one in WORST_FIRST if self.of(one)), "exact")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One block of a target, which is held against `theirs`."""
+
+    target: Target
+    theirs: Stored
+    source: Stored | None
+    total: Sum | None
+    start: int
+    stop: int
+
+    def run(self) -> Held:
+        size = self.theirs.entry.nbytes // max(self.theirs.elements, 1)
+        data = self.theirs.read(self.start * size, self.stop * size)
+        if self.total is None and self.source is not None and self.source.entry.dtype == self.theirs.entry.dtype:
+            same = data == self.source.read(self.start * size, self.stop * size)
+            count = self.stop - self.start
+            return Held(self.target.name, count, count if same else 0, 0 if same else count)
+        return _held(self, torch.frombuffer(data, dtype=TORCH[self.theirs.entry.dtype]))
+
+
+def replay(
+    merged: BaseWeights, base: BaseWeights, plan: ModelPlan, *, four_bits: FourBits | None = None,
+    listen: Listener = silent,
+) -> Replay:  # fmt: skip
+    """Hold every tensor of a model against the plan of a merge. Raises what `sum_of` does."""
+    found = Replay()
+    pairs = list(_pairs(merged, plan, found))
+    with ExitStack() as stack:
+        ours, theirs = (opened_tensors(stack, one.folder) for one in (base, merged))
+        total, done = sum(theirs[name].entry.nbytes for _, name in pairs), 0
+        jobs = (job for target, name in pairs for job in _jobs(base, target, ours, theirs[name], four_bits))
+        for job, held in in_order(jobs, Job.run):
+            found.tensors.setdefault(job.target.name, Held(job.target.name)).add(held)
+            done += (job.stop - job.start) * job.theirs.entry.nbytes // max(job.theirs.elements, 1)
+            listen(Progress("replay", done, total))
+    return found
+
+
+def _pairs(merged: BaseWeights, plan: ModelPlan, found: Replay) -> Iterator[tuple[Target, str]]:
+    """Yield each target with the model's name for it; note what is missing, extra, of another form, or not in use."""
+    used = set()
+    for target in plan.targets:
+        name = merged.find_parameter(target.name) or (
+            merged.find(target.module) if target.name.endswith(".weight") else None
+        )
+        if name is None:
+            if not COMPUTED.search(target.name):
+                found.tensors[target.name] = Held(target.name, why="the model lacks it")
+            continue
+        used.add(name)
+        entry = merged.tensors.entries[name]
+        if entry.shape != target.shape:
+            why = f"its shape is {entry.shape}, and should be {target.shape}"
+        elif (entry.dtype in FLOATS) != (target.dtype in FLOATS):
+            why = f"its type is {entry.dtype}, and should be {target.dtype}"
+        elif target.fresh and target.module in HEADS and merged.config.get("tie_word_embeddings", True):
+            why = "config.json ties the head to the embeddings, so that the head's own update is lost"
+        else:
+            yield replace(target, dtype=entry.dtype), name
+            continue
+        found.tensors[target.name] = Held(target.name, why=why)
+    tied = {target.module: target for target in plan.targets}
+    for name in merged.tensors:
+        if name in used or COMPUTED.search(name):
+            continue
+        source = _embeddings_of(name, merged, tied)
+        if source is None:
+            found.tensors[name] = Held(name, why="the merge knows no such tensor")
+        else:
+            yield replace(source, name=name, dtype=merged.tensors.entries[name].dtype), name
+
+
+def _embeddings_of(name: str, merged: BaseWeights, targets: dict[str, Target]) -> Target | None:
+    """Return the target that a head stands for which another tool has written out, though the model ties it."""
+    path = name.removesuffix(".weight")
+    if path.rpartition(".")[2] not in HEADS:
+        return None
+    return next((one for module, one in targets.items() if merged.is_embedding(module) and not one.fresh), None)
+
+
+def _jobs(
+    base: BaseWeights, target: Target, places: dict[str, Stored], theirs: Stored, four_bits: FourBits | None
+) -> Iterator[Job]:
+    source = places[target.source] if target.source is not None else None
+    changes = bool(target.pieces) or (target.in_4_bits and four_bits is not None and four_bits.add_to)
+    total = sum_of(base, target, four_bits) if changes else None
+    if source is not None and source.entry.shape != target.shape:
+        source = None
+    sizes = [max(1, one.entry.nbytes // max(one.elements, 1)) for one in (theirs, source) if one is not None]
+    for start, stop in spans(theirs.elements, *sizes):
+        yield Job(target, theirs, source, total, start, stop)
+
+
+def _held(job: Job, theirs: Tensor) -> Held:
+    held = Held(job.target.name, eps=torch.finfo(theirs.dtype).eps)
+    total = job.total or Sum(as_matrix(job.target.shape), (), torch.float64)
+    for row, end, W, inside, place, _ in summed_rows(job.source, total, job.start, job.stop):
+        exact = total.rows(row, end, W)
+        _compare(held, total, (row, end), W, exact, inside, theirs[place])
+    held.drifts = any(isinstance(term, Rescaled) for term in total.terms)
+    return held
+
+
+def _compare(
+    held: Held, total: Sum, rows: tuple[int, int], W: Tensor, exact: Tensor, inside: slice, theirs: Tensor
+) -> None:
+    """Add some rows of a tensor: W, exact and update are (rows, columns), `theirs` the elements of them in `inside`."""
+    value, base = exact.view(-1)[inside], W.reshape(-1)[inside]
+    ours = value.to(theirs.dtype)
+    update, found = value - base, theirs.to(value.dtype)
+    error = (found - value).abs()
+    held.elements += theirs.numel()
+    held.equal += int((ours == theirs).sum())
+    held.max_error = max(held.max_error, float(error.max()) if error.numel() else 0.0)
+    held.squared_update += float(update.dot(update))
+    held.ours += float((ours.to(value.dtype) - base).dot(update))
+    held.theirs += float((found - base).dot(update))
+    held.size += float(value.dot(value))
+    finfo = torch.finfo(theirs.dtype)
+    near = error <= finfo.eps * value.abs() + finfo.tiny
+    if not near.all():
+        spread = total.spread(*rows, W).view(-1)[inside]
+        loose = finfo.eps * (value.abs() + ROUNDINGS * spread) + _sums(total, value.dtype) * spread + finfo.tiny
+        near = error <= loose  # NaN is not
+    held.off += int((~near).sum())
+
+
+def _sums(total: Sum, dtype: torch.dtype) -> float:
+    """What adding up in float32 may cost, of the absolute values: one rounding for each of the added products."""
+    ranks = [term.A.shape[-2] for term in total.terms if hasattr(term, "A")]
+    return float(torch.finfo(torch.float32).eps * sum(ranks))

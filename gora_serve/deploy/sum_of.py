@@ -1,0 +1,119 @@
+"""From what a plan says of a tensor to its sum: the factors that belong there, read, checked and turned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gora_serve.adapter.factors import LoraFactors
+from gora_serve.adapter.linalg import full_update
+from gora_serve.deploy.base import BaseWeights, misfit
+from gora_serve.deploy.merge_values import TORCH, Piece, Target
+from gora_serve.deploy.sums import Dense, Replaced, Rescaled, Stacked, Sum, Term, as_matrix, low_rank
+from gora_serve.deploy.update import check_size, diverged
+from gora_serve.errors import InputError
+
+NARROW = {"F16", "BF16"}  # types whose sums are taken in float32; those of others in float64, to be rounded once too
+Requantize = Callable[[Tensor], Tensor]  # a weight, (out, in) -> the same, rounded to 4 bits, in float32
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """Bases in 4 bits. requantize: rounds a weight. add_to: whether updates are added to what it makes of weights; else
+    the two are compared."""
+
+    requantize: Requantize
+    add_to: bool
+
+
+def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None) -> Sum:
+    """Return the sum of a target that changes. Raises InputError (GS-3105) for NaN and absurd numbers, BindingError
+    (GS-405) for an update of another shape."""
+    source = base.tensors.entries[target.source].dtype if target.source else target.dtype
+    dtype = torch.float64 if {source, target.dtype} - NARROW else torch.float32
+    turned = base.is_transposed(target.module)
+    terms = tuple(_terms(base, target, dtype, turned=turned))
+    grounds = (piece.part.grounds.get(piece.key) for piece in target.pieces)
+    ground = next((one for one in grounds if one is not None), None)
+    four = None
+    if four_bits is not None and target.in_4_bits:
+        four = four_bits.requantize(base.weight(target.module))
+        four = four.T.contiguous() if turned else four
+        ground = four if four_bits.add_to else ground
+    return Sum(as_matrix(target.shape), terms, dtype, ground, four)
+
+
+def _terms(base: BaseWeights, target: Target, dtype: torch.dtype, *, turned: bool) -> list[Term]:
+    thin: list[tuple[float, LoraFactors]] = []
+    terms: list[Term] = []
+    for piece in target.pieces:
+        if piece.kind in ("module", "magnitude"):
+            factors = piece.part.modules[piece.key]
+            _check(base, target, piece, factors, turned=turned)
+            full = full_update(factors)
+            if piece.kind == "magnitude":
+                terms.append(_rescaled(base, piece, factors, dtype, turned=turned))
+            elif full is not None:
+                terms.append(Dense(full.T if turned else full, piece.part.weight))
+            else:
+                thin.append((piece.part.weight, factors))
+        else:
+            terms.append(_other(target, piece, dtype))
+    return [low_rank(thin, dtype, turned=turned), *terms] if thin else terms
+
+
+def _check(base: BaseWeights, target: Target, piece: Piece, factors: LoraFactors, *, turned: bool) -> None:
+    shape = as_matrix(target.shape)
+    expected = shape[::-1] if turned else shape
+    if factors.shape != expected:
+        raise misfit(piece.part.file, piece.key, f"(out, in) {expected}", factors.shape)
+    check_size(piece.key, factors, file=piece.part.file)
+
+
+def _rescaled(base: BaseWeights, piece: Piece, factors: LoraFactors, dtype: torch.dtype, *, turned: bool) -> Term:
+    """DoRA by rows; of a Conv1D, whose rows lie as columns, at once."""
+    m = piece.part.magnitudes[piece.key].double().flatten()
+    if not m.isfinite().all():
+        raise diverged("the magnitude holds NaN or infinite values", piece.part.file, piece.key)
+    A, B = factors.A, factors.B.double() * factors.scale
+    if not turned:
+        return Rescaled(A.to(dtype).contiguous(), B.to(dtype).contiguous(), m, piece.part.weight)
+    W = base.weight(piece.key).double()  # (out, in)
+    moved = W + B @ A.double()
+    return Dense(((m / moved.norm(dim=1))[:, None] * moved - W).T.contiguous(), piece.part.weight)
+
+
+def _other(target: Target, piece: Piece, dtype: torch.dtype) -> Term:
+    if piece.kind == "stack":
+        experts = piece.part.stacks[piece.key]
+        A, B = experts.A.double(), experts.B.double() * piece.part.weight
+        if experts.turned:
+            A, B = B.transpose(1, 2), A.transpose(1, 2)
+        return Stacked(A.to(dtype).contiguous(), B.to(dtype).contiguous())
+    tensor = piece.part.replaced[piece.key] if piece.kind == "replaced" else piece.part.added[piece.key]
+    if tuple(tensor.shape) != target.shape:
+        raise misfit(piece.part.file, piece.key, target.shape, tuple(tensor.shape))
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise diverged("a module that is taken whole holds NaN or infinite values", piece.part.file, piece.key)
+    matrix = tensor.reshape(as_matrix(target.shape))
+    if piece.kind == "added":
+        return Dense(matrix, piece.part.weight)
+    return Replaced(matrix, piece.part.weight)
+
+
+def refuse_odd(base: BaseWeights, target: Target) -> InputError:
+    """Return the error for a sum that is not finite: the base's own fault (GS-3142), or the type's (GS-3401)."""
+    if target.source is not None and not base.tensors[target.source].isfinite().all():
+        return InputError(
+            "the model holds NaN or infinite values", code="GS-3142", file=base.tensors.files[target.source],
+            tensor=target.source,
+            hint="fetch it again; if it was trained, training diverged: use an earlier checkpoint",
+        )  # fmt: skip
+    return InputError(
+        f"the merged weight holds values that {TORCH.get(target.dtype, target.dtype)} cannot", code="GS-3401",
+        file=base.folder, tensor=target.name,
+        hint="--dtype bfloat16 or float32; if it is so in these, training diverged",
+    )  # fmt: skip

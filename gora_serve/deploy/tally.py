@@ -1,0 +1,107 @@
+"""What rounding did to one tensor, added up block by block: elements, changes, errors. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 128
+WORDS = 8 * ROWS
+
+
+@dataclass
+class Tally:
+    """Sums over the elements that were seen so far.
+
+    elements: how many. changed: those whose stored value is another than the base's, in the same type. max_error and
+    squared_error: of the stored value less the sum before rounding. squared_update: of the sum less the base's. along:
+    error times update, from which follows how much of the update is stored. squared_stored and squared_quantized: of
+    what adding to the weights as stored, and to those in 4 bits, is away from the model in training; None elsewhere.
+    """
+
+    elements: int = 0
+    changed: int = 0
+    max_error: float = 0.0
+    squared_error: float = 0.0
+    squared_update: float = 0.0
+    along: float = 0.0
+    squared_stored: float | None = None
+    squared_quantized: float | None = None
+
+    def see(self, before: Tensor, exact: Tensor, stored: Tensor, base: Tensor | None = None) -> None:
+        """Take in a block: the base's values and the sum, both in the type of sums, and what is stored of the sum.
+
+        base: the base's values as they were stored, where that is the type of the sum too. `exact` is used up.
+        """
+        rounded = stored.to(exact.dtype)
+        self.elements += stored.numel()
+        self.changed += count_true(differing(stored, before.to(stored.dtype) if base is None else base))
+        error = rounded.sub_(exact).view(-1)
+        update = exact.sub_(before).view(-1)
+        self.max_error = max(self.max_error, *(abs(float(one)) for one in error.aminmax()))
+        self.squared_error += float(error.dot(error))
+        self.squared_update += float(update.dot(update))
+        self.along += float(error.dot(update))
+
+    def add(self, other: Tally) -> None:
+        """Take in another tally of the same tensor."""
+        self.elements += other.elements
+        self.changed += other.changed
+        self.max_error = max(self.max_error, other.max_error)
+        self.squared_error += other.squared_error
+        self.squared_update += other.squared_update
+        self.along += other.along
+        self.squared_stored = _plus(self.squared_stored, other.squared_stored)
+        self.squared_quantized = _plus(self.squared_quantized, other.squared_quantized)
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.squared_error)
+
+    @property
+    def rms_error(self) -> float:
+        return math.sqrt(self.squared_error / self.elements) if self.elements else 0.0
+
+    @property
+    def update(self) -> float:
+        """The Frobenius norm of the update."""
+        return math.sqrt(self.squared_update)
+
+    @property
+    def held(self) -> float:
+        """How much of the update is stored: <stored - base, update> / |update|^2, 1 for all of it."""
+        return 1 + self.along / self.squared_update if self.squared_update else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the receipt says of a tensor."""
+        value: dict[str, Any] = {
+            "elements": self.elements, "changed": self.changed, "update": self.update, "held": self.held,
+            "max_error": self.max_error, "rms_error": self.rms_error,
+        }  # fmt: skip
+        if self.squared_stored is not None and self.squared_quantized is not None:
+            value["error_on_stored"] = math.sqrt(self.squared_stored)
+            value["error_on_quantized"] = math.sqrt(self.squared_quantized)
+        return value
+
+
+def differing(one: Tensor, other: Tensor) -> Tensor:
+    """Return where the bits of two vectors of one type differ; of 16 bits as integers, which is twice as fast."""
+    return one.view(torch.int16) != other.view(torch.int16) if one.itemsize == 2 else one != other
+
+
+def count_true(mask: Tensor) -> int:
+    """Return how many elements of a vector are true: bytes of 0 and 1, added eight at a time in 64-bit words.
+
+    Ten times as fast as torch's sum of booleans, which was a fifth of a merge.
+    """
+    whole = mask.numel() // WORDS * WORDS
+    words = mask[:whole].view(torch.int64).view(ROWS, -1).sum(0)  # no byte of a word carries over: ROWS < 256
+    return int(words.view(torch.uint8).sum()) + int(mask[whole:].sum())
+
+
+def _plus(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else one + other
