@@ -24,7 +24,7 @@ from converters.source import Source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
 from gora_serve.adapter.peft_config import foreign_pattern, foreign_scales, pattern_values
 from gora_serve.deploy.base import BaseWeights, misfit
-from gora_serve.deploy.merge_plan import Experts
+from gora_serve.deploy.merge_values import Experts
 from gora_serve.errors import InputError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from converters.receipt import files_read
 from converters.source import Source
 from gora_serve.config import MergeConfig
 from gora_serve.deploy.merge import Written
-from gora_serve.deploy.merge_plan import ModelPlan
+from gora_serve.deploy.merge_values import ModelPlan
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.digest import weights_root
 from gora_serve.integrity.files import sha256_file

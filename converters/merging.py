@@ -22,7 +22,8 @@ from gora_serve.deploy.base import EMBEDDINGS, MODEL_HEAD, BaseWeights
 from gora_serve.deploy.beside import copy_beside
 from gora_serve.deploy.gap import is_quantizable
 from gora_serve.deploy.merge import write_model
-from gora_serve.deploy.merge_plan import ModelPlan, Part, plan_merge
+from gora_serve.deploy.merge_plan import plan_merge
+from gora_serve.deploy.merge_values import ModelPlan, Part
 from gora_serve.deploy.replay import Replay, replay
 from gora_serve.deploy.sum_of import FourBits, Requantize
 from gora_serve.deploy.trained_on import quantization

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gora_serve.adapter.factors import Adapter, LoraFactors
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.deploy.merge_plan import Experts
+from gora_serve.deploy.merge_values import Experts
 from gora_serve.errors import UsageError
 from gora_serve.progress import Listener, silent
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gora_serve.deploy.merge_plan import TORCH, Target
+from gora_serve.deploy.merge_values import TORCH, Target
 from gora_serve.deploy.sums import Sum
 from gora_serve.deploy.tally import Tally
 from gora_serve.integrity.digest import CHUNK

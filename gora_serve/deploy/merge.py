@@ -18,7 +18,7 @@ from typing import Any
 
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.deploy.blocks import Made, Stored, cast, copied, in_order, merged, opened_tensors, spans
-from gora_serve.deploy.merge_plan import TORCH, ModelPlan, Target
+from gora_serve.deploy.merge_values import TORCH, ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, refuse_odd, sum_of
 from gora_serve.deploy.sums import Sum
 from gora_serve.deploy.tally import Tally

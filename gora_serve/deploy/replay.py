@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gora_serve.deploy.base import FLOATS, HEADS, BaseWeights
 from gora_serve.deploy.blocks import Stored, in_order, opened_tensors, spans, summed_rows
-from gora_serve.deploy.merge_plan import TORCH, ModelPlan, Target
+from gora_serve.deploy.merge_values import TORCH, ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, sum_of
 from gora_serve.deploy.sums import Rescaled, Sum, as_matrix
 from gora_serve.progress import Listener, Progress, silent

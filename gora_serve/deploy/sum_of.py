@@ -11,7 +11,7 @@ from torch import Tensor
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.linalg import full_update
 from gora_serve.deploy.base import BaseWeights, misfit
-from gora_serve.deploy.merge_plan import TORCH, Piece, Target
+from gora_serve.deploy.merge_values import TORCH, Piece, Target
 from gora_serve.deploy.sums import Dense, Replaced, Rescaled, Stacked, Sum, Term, as_matrix, low_rank
 from gora_serve.deploy.update import check_size, diverged
 from gora_serve.errors import InputError

@@ -1,0 +1,98 @@
+"""Tensors that several modules share, when adapters are merged: a head tied to the embeddings, halves of an
+encoder-decoder. They stay shared where all of them get the same update. A head that does not is given a tensor of its
+own; where the model cannot have that, the merge is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from gora_serve.deploy.base import HALVES, MODEL_HEAD, SHARED, BaseWeights
+from gora_serve.deploy.merge_values import Part, Piece, Pieces
+from gora_serve.errors import BindingError
+
+
+def share_out(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, ...] | None]:
+    """Return the pieces by the base's tensor, and those of a head that has to be untied (None: it stays tied)."""
+    shared: Pieces = {}
+    owners: dict[str, dict[str, tuple[Piece, ...]]] = {}
+    for path, pieces in by_path.items():
+        name = base.counterpart(path)
+        if name is not None:
+            owners.setdefault(name, {})[path] = pieces
+    untied = None
+    for name, updates in owners.items():
+        users = _users(base, name, updates)
+        alike = all(_alike(updates.get(user, ()), next(iter(updates.values()))) for user in users)
+        if alike:
+            shared[name] = next(iter(updates.values()))
+            continue
+        head = next((user for user in users if user.removesuffix(".weight") == MODEL_HEAD), None)
+        rest = {user: updates.get(user, ()) for user in users if user != head}
+        if head is None or not _can_untie(base) or not _all_alike(list(rest.values())):
+            raise _refuse_shared(base, name, updates, users)
+        shared[name] = next(iter(rest.values()), ())
+        untied = updates.get(head) or _resized_head(shared[name])
+    return shared, untied
+
+
+def _resized_head(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """Return what a head starts from that was tied to embeddings of a resized vocabulary; () where they are not."""
+    grounds = [piece.part.grounds[piece.key] for piece in pieces if piece.key in piece.part.grounds]
+    path = f"{MODEL_HEAD}.weight"
+    return tuple(
+        Piece(Part(1.0, {}, pieces[0].part.file, replaced={path: ground}), "replaced", path) for ground in grounds[:1]
+    )
+
+
+def _users(base: BaseWeights, name: str, updated: Iterable[str]) -> dict[str, None]:
+    """Return the weights, by parameter path, that the model reads from this tensor: all, and those that are updated."""
+    path = name.removesuffix(".weight")
+    users = dict.fromkeys(updated)
+    if not base.is_embedding(path):
+        return users
+    others = [f"{path.removesuffix(SHARED)}{half}" for half in HALVES] if path.endswith(SHARED) else []
+    others = [other for other in others if base.find(other) == name]
+    others += [MODEL_HEAD] if base.is_tied(MODEL_HEAD, path) else []
+    others = [f"{other}.weight" for other in others]
+    own = [user for user in users if user not in others] or [f"{path}.weight"]
+    return dict.fromkeys([*own, *others]) if others else users
+
+
+def _can_untie(base: BaseWeights) -> bool:
+    """Encoder-decoders scale what a tied head reads, or tie it whatever their configuration says."""
+    return not base.config.get("is_encoder_decoder", False)
+
+
+def _all_alike(updates: Sequence[tuple[Piece, ...]]) -> bool:
+    return all(_alike(one, updates[0]) for one in updates)
+
+
+def _alike(one: tuple[Piece, ...], other: tuple[Piece, ...]) -> bool:
+    """Tell whether two lists of pieces add the same."""
+    return len(one) == len(other) and all(_same_piece(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _same_piece(one: Piece, other: Piece) -> bool:
+    if one == other:
+        return True
+    if one.part is not other.part or one.kind != other.kind:
+        return False
+    if one.kind == "module":
+        a, b = one.part.modules[one.key], one.part.modules[other.key]
+        return a.scale == b.scale and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
+    return one.kind == "replaced" and torch.equal(one.part.replaced[one.key], one.part.replaced[other.key])
+
+
+def _refuse_shared(
+    base: BaseWeights, name: str, updates: Mapping[str, tuple[Piece, ...]], users: Mapping[str, None]
+) -> BindingError:
+    file = next(iter(updates.values()))[0].part.file
+    return BindingError(
+        "modules that share one tensor are not updated alike, and this model cannot part them", code="GS-4400",
+        file=file, tensor=name, expected=f"one update for {', '.join(users)}",
+        actual=f"updates of {', '.join(updates)}",
+        hint="serve the adapter as it is; or train without the embeddings and the head",
+    )  # fmt: skip
