@@ -53,7 +53,7 @@ def merge_adapters(
     remember_manifest(manifest)
     sources = [source for _, _, source, _, _ in opened]
     warnings = [line for source in sources for line in held_to_base(source, lambda: manifest, base.path, inputs)]
-    asserted = any(map(is_asserted, sources))
+    asserted = any(is_asserted(source, manifest.roots.weights) for source in sources)
     ingredients = [
         Ingredient(
             str(path), reading.adapter, weight, tuple(files_read(source, reading)),

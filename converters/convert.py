@@ -21,7 +21,7 @@ from converters.receipt import RECEIPT, Converted, files_read, make_receipt
 from converters.source import Source
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.format import seal_record, write_adapter
+from gora_serve.adapter.format import seal_record, write_adapter, written_bytes
 from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, leading
 from gora_serve.adapter.measure import measure_written, rounded_away
 from gora_serve.adapter.spill import Spill
@@ -38,6 +38,7 @@ from gora_serve.integrity.files import staged_folder, write_json, write_text
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.manifest import Manifest, hash_model
 from gora_serve.integrity.reading import check_unchanged, stamps
+from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Progress
 
@@ -65,6 +66,7 @@ def convert(
         )  # fmt: skip
     inputs = replace(inputs or Inputs(), base=BaseWeights(base.path))
     others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
+    require_space(output, 0)
     with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:
         source, detection, reading = read(path, inputs, config.family)
         read_from = files_read(source, reading)
@@ -75,7 +77,8 @@ def convert(
         check_carried(inputs.need_base("convert"), reading.adapter.carried, file=source.weights)
         manifest = _hash_base(base, inputs)
         warnings = held_to_base(source, lambda: manifest, base.path, inputs)
-        bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=is_asserted(source))
+        asserted = is_asserted(source, manifest.roots.weights)
+        bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=asserted)
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
             check_update(inputs.need_base("convert"), name, factors, file=source.weights)
@@ -85,6 +88,7 @@ def convert(
         _check_something_is_left(source, reading, ranks)
         ranks = level(ranks, inputs.need_base("convert"))
         adapter = _adapter(reading, detection, bound_to, spill, ranks, inputs)
+        require_space(stage, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
         root = _write(stage, adapter, source, config)
         write_text(stage / "README.md", model_card(adapter, config.form))
         errors = measure_written(stage, spill, ranks)

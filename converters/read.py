@@ -102,6 +102,11 @@ def held_to_base(source: Source, manifest: Callable[[], Manifest], base: Path, i
     return tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base))
 
 
-def is_asserted(source: Source) -> bool:
-    """Return whether the adapter is bound to its base by a person (`bind`)."""
-    return claim_of(read_record(source.tensors.metadata, source.weights)) == ASSERTED
+def is_asserted(source: Source, weights_root: str) -> bool:
+    """Return whether it is a person who says that the adapter belongs to the base with this root: by --base or `bind`.
+
+    It is not where the adapter itself says so, as the tool that made it recorded.
+    """
+    record = read_record(source.tensors.metadata, source.weights)
+    bound = bound_roots(record)
+    return bound is None or bound.weights != weights_root or claim_of(record) == ASSERTED

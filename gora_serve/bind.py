@@ -27,6 +27,7 @@ from gora_serve.integrity.levels import Level
 from gora_serve.integrity.manifest import Roots, hash_adapter, hash_model
 from gora_serve.integrity.reading import changed_while_reading, open_regular, pieces
 from gora_serve.integrity.record import ASSERTED, RECORD_SCHEMA, WEIGHTS, binding_json, bound_roots, read_record
+from gora_serve.integrity.space import require_space, size_of_files
 from gora_serve.integrity.verify import check_bound
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.adapter_dir import CONFIG_FILE, AdapterDir, read_adapter_dir
@@ -69,9 +70,10 @@ def bind(adapter: Path, base: str, output: Path, *, overwrite: bool = False, lis
 
     Raises InputError for a pickle (GS-337), NaN (GS-339) and what `preflight` finds; BindingError for shapes that the
     base does not have (GS-404, GS-462) and for an adapter that says that it belongs to another base (GS-401);
-    UsageError (GS-271) for one that is bound to this base already.
+    UsageError (GS-271) for one that is bound to this base already; MachineError (GS-560) where the disk has no room.
     """
     located = locate_base(base)
+    require_space(output, size_of_files(adapter))
     with staged_folder(output, overwrite=overwrite, protect=[adapter, located.path]) as stage:
         _refuse_pickles(adapter)
         read = read_adapter_dir("adapter", adapter)

@@ -18,6 +18,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["none", "nf4"]
 Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
+ServeDevice = Literal["auto", "cpu", "cuda"]
 Form = Literal["unit", "padded", "native"]
 TrainedOn = Literal["auto", "stored", "float32", "bfloat16", "float16", "nf4"]
 MergeInto = Literal["model", "adapter"]
@@ -362,3 +363,18 @@ class MergeConfig:
         fits = self.into == "adapter" or not of_adapter
         _require(fits, "--method, --density, --rank, --tolerance, --parameters and --form are for --into adapter")
         _require(self.into == "model" or self.base_as == "auto", "--base-as is for --into model")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How to serve. `device` "auto" is decided by the installed engine; `kv_cache_gib` counts on CPU only."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    device: ServeDevice = "auto"
+    kv_cache_gib: int = 1
+    ready_timeout: float = 600.0
+    shutdown_timeout: int = 10
+    served_name: str | None = None

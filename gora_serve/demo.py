@@ -14,7 +14,7 @@ from gora_serve.config import DemoConfig, FitConfig, InitConfig, ModelConfig, Pr
 from gora_serve.errors import MachineError
 from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.files import refuse_existing, write_json
-from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.manifest import make_manifest
 from gora_serve.integrity.verify import verify_adapter, verify_base
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.client import ChatRequest, ask_all
@@ -94,7 +94,7 @@ def run_demo(
     with clock.stage("base"):
         name = base or str(_smollm2(output / "base"))
         folder = locate_base(name).path
-        write_json(output / "base-manifest.json", hash_model(folder, listen=listen).to_json())
+        write_json(output / "base-manifest.json", make_manifest(folder, listen=listen).to_json())
     adapters = [(task, _adapter(task, name, data, output, config, clock, listen)) for task in TASKS]
     rows = [(task, row) for task in TASKS for row in _rows(data / task / "test.jsonl", config.prompts)]
     with clock.stage("serve"):

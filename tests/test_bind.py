@@ -109,7 +109,7 @@ def test_serve_takes_it_and_says_asserted(foreign: Path, tiny_base: Path, tmp_pa
     words = ("serve", tiny_base, "-a", f"a={tmp_path / 'bound'}", "--dry-run", "--json")
     answer = gora_here(*words, "--strict")
     assert answer.code == 0, answer.err
-    assert "note: a: its base was asserted (gora-serve bind)" in answer.err
+    assert "note: a: its base was asserted (gora-serve bind or convert)" in answer.err
     told = json.loads(answer.out)
     assert (told["bound"], told["warnings"]) == ({"a": "asserted"}, [])
     answer = gora_here("serve", tiny_base, "-a", f"a={foreign}", "-a", f"b={foreign}", "--dry-run", "--json")
@@ -162,6 +162,26 @@ def test_an_export_of_it_still_says_asserted(foreign: Path, tiny_base: Path, tmp
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["base"]["claim"] == "asserted"
     assert read_adapter(tmp_path / "plain").base.asserted
+
+
+@pytest.mark.parametrize(("says", "claim"), [("nothing", "asserted"), ("this base", "trained")])
+def test_a_conversion_says_who_knows_the_base(
+    foreign: Path, tiny_base: Path, tmp_path: Path, says: str, claim: str
+) -> None:
+    """Of an adapter that names no base, only the person who gives --base does."""
+    source = foreign
+    if says == "this base":
+        source = tmp_path / "bound"
+        bind(foreign, str(tiny_base), source)
+        (source / "gora_manifest.json").unlink()
+        weights = source / WEIGHTS
+        record = json.loads(read_header(weights).metadata["gora_serve"])
+        del record["base"]["claim"]  # as the tool that trained it writes it
+        save_file(load_file(weights), weights, {"format": "pt", "gora_serve": json.dumps(record)})
+    answer = gora_here("convert", source, "--base", tiny_base, "--output", tmp_path / "plain", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["base"].get("claim", "trained") == claim
+    assert verify_adapter(tmp_path / "plain", base=tiny_base).claim == claim
 
 
 def test_embeddings_fit_the_other_way_round(tiny_base: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "vllm_plugin": frozenset({"torch", "vllm"}),
     "flow": frozenset(),
     "cli": frozenset({"click"}),
-    "gora_serve/cli/render.py": frozenset({"rich"}),
+    "gora_serve/cli/bars.py": frozenset({"rich"}),
+    "gora_serve/cli/tables.py": frozenset({"rich"}),
     "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "gora_serve/cli/render_convert.py": frozenset({"rich"}),
     "gora_serve/cli/render_merge.py": frozenset({"rich"}),
@@ -72,6 +73,7 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates
     "gora_serve/training/quantize.py": frozenset({"bitsandbytes"}),
     "gora_serve/report.py": frozenset({"matplotlib"}),
+    "gora_serve/cli/render.py": frozenset({"rich"}),  # 30 ms, of what shows tables alone
     "gora_serve/demo.py": frozenset({"torch"}),  # asks for a GPU
 }
 # Modules that never bring torch with them, through whatever they import.

@@ -118,6 +118,15 @@ def write_adapter(folder: Path, adapter: Adapter, form: Form, dtype: torch.dtype
     return root
 
 
+def written_bytes(adapter: Adapter, form: Form, dtype: torch.dtype) -> int:
+    """Return how many bytes of tensors `write_adapter` will write."""
+    sizes = [(factors.rank, sum(factors.shape)) for factors in adapter.modules.values()]
+    widest = max((rank for rank, _ in sizes), default=0)
+    padded = next((rank for rank in ENGINE_RANKS if rank >= widest), widest) if form == "padded" else 0
+    factors = dtype.itemsize * sum(max(rank, padded) * edges for rank, edges in sizes)
+    return factors + sum(tensor.numel() * tensor.itemsize for tensor in adapter.carried.values())
+
+
 def unusual_type(tensor: str, dtype: str, *, file: Path | None = None) -> InputError:
     """Return the error (GS-3119) for a type that no module is kept in."""
     return InputError(

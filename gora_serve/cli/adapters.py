@@ -108,7 +108,7 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
     from gora_serve.integrity.files import refuse_existing, write_json
     from gora_serve.integrity.known import remember_manifest
     from gora_serve.integrity.levels import Level
-    from gora_serve.integrity.manifest import hash_model
+    from gora_serve.integrity.manifest import hash_model, make_manifest
     from gora_serve.integrity.oms import oms_statement
 
     cache = QuickCache() if quick else None
@@ -122,7 +122,8 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
             if path.resolve().is_relative_to(located.path.resolve()):
                 hint = "choose a place outside of it"
                 raise UsageError("the manifest is never written into the base", code="GS-208", file=path, hint=hint)
-        manifest = hash_model(located.path, listen=listen, cache=cache)
+        of_folder = make_manifest if outputs or as_json else hash_model
+        manifest = of_folder(located.path, listen=listen, cache=cache)
         remember_manifest(manifest)
         statement = oms_statement(located.path, manifest, cache=cache) if oms else None
     if located.revision:

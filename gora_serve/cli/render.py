@@ -14,12 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
-from rich.text import Text
-
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import MachineError, printable
 from gora_serve.integrity.levels import Level
@@ -27,6 +21,9 @@ from gora_serve.integrity.record import ASSERTED, trained_on_text
 from gora_serve.progress import Listener, Progress, silent
 
 if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
     from gora_serve.adapter.factors import Adapter
     from gora_serve.bind import Bound
     from gora_serve.demo import DemoResult
@@ -62,18 +59,12 @@ def _print(summary: Summary, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary.value, indent=2))
         return
-    console = _Output(width=None if sys.stdout.isatty() else 120, highlight=False)
     for line in summary.lines:
-        console.print(printable(line), markup=False, soft_wrap=True)
-    for table in summary.tables:
-        console.print(table)
+        print(printable(line))
+    if summary.tables:
+        from gora_serve.cli.tables import print_tables  # rich takes 30 ms to import
 
-
-class _Output(Console):
-    """Rich's console, without its exit code 1 when the reader has gone."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
+        print_tables(summary.tables)
 
 
 @contextmanager
@@ -135,27 +126,12 @@ def watching() -> Iterator[Listener]:
     if not _speaks():
         yield silent
     elif sys.stderr is not None and sys.stderr.isatty():
-        with _bars() as listen:
+        from gora_serve.cli.bars import bars
+
+        with bars() as listen:
             yield listen
     else:
         yield _lines()
-
-
-@contextmanager
-def _bars() -> Iterator[Listener]:
-    columns = (
-        TextColumn("{task.description:>7}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
-    )  # fmt: skip
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def listen(event: Progress) -> None:
-            if event.stage not in tasks:
-                tasks[event.stage] = bars.add_task(event.stage, total=event.total, numbers="")
-            bars.update(tasks[event.stage], completed=event.done, total=event.total, numbers=_numbers(event.fields))
-
-        yield listen
 
 
 def _lines() -> Listener:
@@ -167,12 +143,12 @@ def _lines() -> Listener:
         if not last and now - shown.get(event.stage, now - QUIET_SECONDS) < QUIET_SECONDS:
             return
         shown[event.stage] = now
-        say(f"{event.stage} {event.done}/{event.total} {_numbers(event.fields)}".rstrip())
+        say(f"{event.stage} {event.done}/{event.total} {numbers(event.fields)}".rstrip())
 
     return listen
 
 
-def _numbers(fields: Mapping[str, float]) -> str:
+def numbers(fields: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in fields.items())
 
 
@@ -211,6 +187,9 @@ def _data_lines(data: Mapping[str, Any]) -> list[str]:
 
 def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
     """A probe: how much data, and the mean importance of each kind of module."""
+    from rich.table import Table
+    from rich.text import Text
+
     value = {
         "probe": str(folder), "steps": statistics.steps, "samples": statistics.samples, "tokens": statistics.tokens,
         "loss": statistics.loss, "modules": len(statistics.modules), "mode": statistics.mode,
@@ -265,6 +244,9 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 def rank_table(plan: RankPlan) -> Table:
     """Ranks by kind of module, with a small curve over the layers."""
+    from rich.table import Table
+    from rich.text import Text
+
     share = plan.parameters / plan.lora_parameters
     title = f"{plan.parameters:,} parameters, {share:.1%} of LoRA's at rank {plan.rank}"
     table = Table("module", "number", "least", "mean", "most", "first to last layer", title=title, title_justify="left")
@@ -358,6 +340,8 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
 
 def demo_summary(result: DemoResult) -> Summary:
     """The answers side by side, and exact match before and after."""
+    from rich.table import Table
+
     models = list(result.answers[0].answers)
     table = Table("task", "unseen prompt", "right answer", *(f"{model} says" for model in models), show_lines=True)
     for answer in result.answers:
@@ -373,5 +357,7 @@ def demo_summary(result: DemoResult) -> Summary:
 
 
 def _shortened(text: str, limit: int = 100) -> Text:
+    from rich.text import Text
+
     text = " ".join(text.split())
     return Text(printable(text if len(text) <= limit else text[: limit - 1] + "…"))

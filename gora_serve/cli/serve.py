@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from gora_serve.cli.options import FILE
-from gora_serve.serving.plan import ServeConfig
+from gora_serve.config import ServeConfig
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -61,7 +61,8 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
         say(f"warning: {warning}")
     for adapter in plan.adapters:
         if adapter.claim == ASSERTED:
-            say(f"note: {adapter.name}: its base was asserted (gora-serve bind), not recorded by the tool that made it")
+            who = "was asserted (gora-serve bind or convert), not recorded by the tool that made it"
+            say(f"note: {adapter.name}: its base {who}")
     if options["dry_run"]:
         emit(plan_summary(plan, warnings), as_json=options["as_json"])
         return 0

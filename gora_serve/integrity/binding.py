@@ -12,6 +12,7 @@ from gora_serve.integrity.files import list_files, sha256_file, write_json
 from gora_serve.integrity.known import known_tensors
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, TensorRecord, differences
 from gora_serve.integrity.staging import SEAL
+from gora_serve.integrity.values import only_types_differ
 
 SCHEMA = "gora-serve/output-manifest/1"
 _RESERVED = {"schema", "files", "status"}
@@ -155,8 +156,10 @@ def check_binding(
         expected = known_tensors(bound.weights, bound_name)
         diff = differences(expected, manifest.tensors) if expected is not None else None
         residual = diff is not None and _looks_residual(diff, expected or {}, manifest.tensors, adapter_tensors)
+        equal = expected is not None and only_types_differ(base, expected, manifest)
+        why = EQUAL_VALUES if equal else RESIDUAL if residual else ""
         raise BindingError(
-            f"this adapter belongs to a base with other weights: {which_differ(diff)}" + (RESIDUAL if residual else ""),
+            f"this adapter belongs to a base with other weights: {which_differ(diff)}" + why,
             code="GS-401", file=base, expected=bound.weights, actual=actual.weights, hint=_WAY if residual else _OTHER,
         )  # fmt: skip
     pairs = [("configuration", bound.config, actual.config), ("tokenizer", bound.tokenizer, actual.tokenizer)]
@@ -177,6 +180,7 @@ def check_binding(
 
 _OTHER = "use the base that the adapter was made for, or fit an adapter on this one"
 _WAY = "gora-serve gap or convert, with the untouched base as --base and the edited one as --mutated-base"
+EQUAL_VALUES = "; all values are equal, in another type: give the base as it was, in its own type"
 RESIDUAL = (
     "; these are the adapter's own target modules and nothing else, so one of the two looks like a residual base"
     " (PiSSA, LoRA-GA)"

@@ -5,29 +5,34 @@ Whatever happens to the process, the target is the old folder, the new one, or a
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
-import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gora_serve.errors import MachineError, OutputError, UsageError
+from gora_serve.integrity.locks import locked
+from gora_serve.integrity.publishing import (
+    beside,
+    delete_old,
+    fsync_path,
+    fsync_tree,
+    probe_folder,
+    publish,
+    remove_folder,
+    sync_published,
+)
 from gora_serve.integrity.reading import unreadable
+from gora_serve.integrity.targets import SEAL, UNCHANGED, check_target
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "SEAL", "UNCHANGED", "check_partial", "check_target", "fsync_path", "partial_of", "probe_folder", "publish",
+    "staged_folder", "sync_published",
+]  # fmt: skip
 
-_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
-UNCHANGED = "nothing was changed"
 _LEFTOVER = re.compile(r"\.(.+\.)?gora-\d+-[0-9a-f]{8}\.(tmp|old)|\..+\.lock")  # of a killed process
-SEAL = "gora_manifest.json"  # what a finished output folder of ours holds
-REPLACEABLE = (SEAL, "run.json", "adapter_config.json")  # one of these is in a folder that --overwrite may replace
 
 
 @contextmanager
@@ -55,7 +60,7 @@ def staged_folder(
     with _os_errors(target, UNCHANGED):
         target.parent.mkdir(parents=True, exist_ok=True)
         target = target.parent.resolve() / target.name
-    with _locked(target):
+    with _held(target):
         with _os_errors(target, UNCHANGED):
             _recover(target)
             check_target(target, overwrite=overwrite, protect=protect, resume=resume)
@@ -68,7 +73,7 @@ def staged_folder(
                 yield stage
                 if visible:
                     _sweep(stage)
-                _fsync_tree(stage)
+                fsync_tree(stage)
                 old = publish(stage, target, overwrite=overwrite)
         except BaseException as err:
             if not visible:
@@ -80,72 +85,10 @@ def staged_folder(
             sync_published(target)
         except (KeyboardInterrupt, SystemExit):
             if old is not None:
-                _delete_old(old, target)
+                delete_old(old, target)
             raise
         if old is not None:
-            _delete_old(old, target)
-
-
-def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Path] = (), resume: bool = False) -> None:
-    """Raise UsageError or OutputError if `staged_folder` would refuse `target` before work starts; changes nothing."""
-    if target.name in ("", ".."):
-        raise UsageError("the output needs a name of its own", code="GS-255", file=target, hint="name a folder")
-    if target.is_symlink():
-        raise UsageError(
-            "the output is a symlink", code="GS-252", file=target, hint="name the folder that it points to"
-        )
-    for path in protect:
-        relation = _relation(target, path)
-        if relation:
-            hint = "choose an output folder outside the inputs"
-            what = f"the output {relation} an input, {path}"
-            raise UsageError(what, code="GS-251", file=target, kept=UNCHANGED, hint=hint)
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise UsageError("the output is not a folder", code="GS-253", file=target, kept=UNCHANGED)
-    if not overwrite:
-        hint = "choose another output, or pass --overwrite"
-        if resume:
-            hint = "it is complete, there is nothing to resume; to start anew: --overwrite without --resume"
-        raise OutputError("the output exists", code="GS-601", file=target, kept=UNCHANGED, hint=hint)
-    if (target / "config.json").exists() and not (target / SEAL).exists():
-        hint = "choose another output; a model folder is not overwritten"
-        raise UsageError("the output is a model folder", code="GS-256", file=target, kept=UNCHANGED, hint=hint)
-    for place in (Path.cwd(), Path.home()):
-        if _relation(target, place) in ("is", "contains"):
-            what = f"the output to be replaced is or contains {place}"
-            raise UsageError(what, code="GS-254", file=target, kept=UNCHANGED)
-    if any(target.iterdir()) and not any((target / mark).exists() for mark in REPLACEABLE):
-        hint = "choose another output; --overwrite replaces runs and adapters, and nothing else"
-        raise UsageError(
-            "the folder to be replaced holds other things", code="GS-257", file=target, kept=UNCHANGED, hint=hint
-        )
-
-
-def _relation(target: Path, other: Path) -> str | None:
-    """Return "is", "contains" or "lies in" as `target` does so with `other`, by path and by (device, inode)."""
-    real, real_other = Path(os.path.realpath(target)), Path(os.path.realpath(other))
-    ids, ids_other = _identities(real), _identities(real_other)
-    if real == real_other or (ids[0] is not None and ids[0] == ids_other[0]):
-        return "is"
-    if real in real_other.parents or (ids[0] is not None and ids[0] in ids_other):
-        return "contains"
-    if real_other in real.parents or (ids_other[0] is not None and ids_other[0] in ids):
-        return "lies in"
-    return None
-
-
-def _identities(real: Path) -> list[tuple[int, int] | None]:
-    """Return (device, inode) of the path and of each of its parents, None where there is nothing."""
-    result: list[tuple[int, int] | None] = []
-    for path in (real, *real.parents):
-        try:
-            status = path.stat()
-            result.append((status.st_dev, status.st_ino))
-        except OSError:
-            result.append(None)
-    return result
+            delete_old(old, target)
 
 
 @contextmanager
@@ -174,60 +117,12 @@ def _is_of_output(path: Path, stage: Path, target: Path) -> bool:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock of `target` for as long as the block runs; it is a file beside the target, removed at the end."""
-    path = target.with_name(f".{target.name}.lock")
-    with _os_errors(target, UNCHANGED):
-        fd = _lock(path, target)
-    try:
+def _held(target: Path) -> Iterator[None]:
+    """Hold the lock of `target`; an error of the system that keeps from it is one of the output."""
+    with ExitStack() as stack:
+        with _os_errors(target, UNCHANGED):
+            stack.enter_context(locked(target))
         yield
-    finally:
-        _unlock(path, fd)
-
-
-def _unlock(path: Path, fd: int) -> None:
-    """Remove the lock while it is still held: who opened it before sees another inode and tries again."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as err:  # the work is done or has its own error; a lock that nobody holds stops nobody
-        log.warning("%s cannot be removed (%s); it holds nothing up, delete it", path, err.strerror)
-    finally:
-        os.close(fd)
-
-
-def _lock(path: Path, target: Path) -> int:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(fd)
-            what = f"another process is writing this output, pid {holder}"
-            raise OutputError(what, code="GS-602", file=target, kept=UNCHANGED) from err
-        except BaseException:
-            os.close(fd)
-            raise
-        if _is_open_file(path, fd):
-            try:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            except BaseException:
-                _unlock(path, fd)
-                raise
-            return fd
-        os.close(fd)
-
-
-def _is_open_file(path: Path, fd: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(fd))
-    except FileNotFoundError:
-        return False
-
-
-def _beside(target: Path, ending: str) -> Path:
-    return target.with_name(f".{target.name}.gora-{os.getpid()}-{secrets.token_hex(4)}.{ending}")
 
 
 def _recover(target: Path) -> None:
@@ -242,7 +137,7 @@ def _recover(target: Path) -> None:
 
 
 def _new_stage(target: Path) -> Path:
-    stage = _beside(target, "tmp")
+    stage = beside(target, "tmp")
     stage.mkdir()
     return stage
 
@@ -284,7 +179,7 @@ def _open_partial(target: Path, *, overwrite: bool, resume: bool, mark: str | No
         _sweep(stage)
         return stage
     if stage.exists():
-        _remove(stage, target)
+        remove_folder(stage, target)
     stage.mkdir()
     return stage
 
@@ -297,123 +192,3 @@ def _sweep(folder: Path) -> None:
         for name in [name for name in folders if _LEFTOVER.fullmatch(name)]:
             shutil.rmtree(Path(place, name))
             folders.remove(name)
-
-
-def fsync_path(path: Path) -> None:
-    """Wait until the file or folder at `path` is on disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _fsync_tree(folder: Path) -> None:
-    for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            path = Path(place, name)
-            if not path.is_symlink():
-                fsync_path(path)
-        fsync_path(Path(place))
-
-
-def sync_published(target: Path) -> None:
-    """Make the rename that published `target` durable; MachineError (GS-506) says that the output is there anyway."""
-    try:
-        fsync_path(target.parent)
-    except OSError as err:
-        kept = "the new output is in place; it is not confirmed that it would survive a power failure"
-        what = f"the folder cannot be synchronised: {err.strerror}"
-        raise MachineError(what, code="GS-506", file=target, kept=kept) from err
-
-
-def publish(stage: Path, target: Path, *, overwrite: bool) -> Path | None:
-    """Rename `stage`, a folder or a file, to `target`; return where the old one is now, if there was one."""
-    exists = os.path.lexists(target)
-    if exists and not overwrite:
-        raise _appeared(target)
-    try:
-        if _renameat2(stage, target, _EXCHANGE if exists else _NOREPLACE):
-            return stage if exists else None
-    except FileExistsError as err:
-        raise _appeared(target) from err
-    if not exists:
-        stage.rename(target)
-        return None
-    old = _beside(target, "old")
-    target.rename(old)
-    try:
-        stage.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    return old
-
-
-def _appeared(target: Path) -> OutputError:
-    what = "the output exists: another process wrote it meanwhile"
-    hint = "choose another output, or pass --overwrite"
-    return OutputError(what, code="GS-601", file=target, kept=UNCHANGED, hint=hint)
-
-
-def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Call renameat2 and return True, or False where the C library or file system does not know it."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
-        return False
-    paths = os.fsencode(source), os.fsencode(target)
-    if function(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], ctypes.c_uint(flags)) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _UNSUPPORTED:
-        return False
-    raise OSError(number, os.strerror(number), os.fspath(source), None, os.fspath(target))
-
-
-def _remove(folder: Path, target: Path) -> None:
-    """Delete a folder beside `target`, under a name that the next run sweeps: half of it is never taken for a whole."""
-    aside = _beside(target, "tmp")
-    folder.rename(aside)
-    try:
-        shutil.rmtree(aside)
-    except (KeyboardInterrupt, SystemExit):
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _delete_old(old: Path, target: Path) -> None:
-    try:
-        _remove(old, target)
-    except OSError as err:
-        log.warning("the new output is in place, but the old one cannot be removed from %s: %s", old, err.strerror)
-
-
-def probe_folder(folder: Path) -> tuple[bool, bool]:
-    """Return whether folders can be exchanged atomically in `folder`, and whether a lock there holds off a second one.
-
-    Writes a folder of its own and removes it. Raises OSError where it cannot.
-    """
-    place = folder / f".gora-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    place.mkdir()
-    try:
-        (place / "a").mkdir()
-        (place / "b").mkdir()
-        return _renameat2(place / "a", place / "b", _EXCHANGE), _locks(place / "lock")
-    finally:
-        shutil.rmtree(place)
-
-
-def _locks(path: Path) -> bool:
-    first, second = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666) for _ in range(2))
-    try:
-        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # the file system knows no locks
-        return False
-    else:
-        return False
-    finally:
-        os.close(first)
-        os.close(second)

@@ -16,9 +16,10 @@ from gora_serve.integrity.finite import check_finite
 from gora_serve.integrity.headers import read_header
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.levels import Level
-from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_adapter, hash_model
+from gora_serve.integrity.manifest import Differences, Manifest, Roots, differences, hash_adapter, hash_model
 from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record, trained_on
 from gora_serve.integrity.staging import SEAL
+from gora_serve.integrity.values import only_types_differ
 from gora_serve.progress import Listener, silent
 
 
@@ -152,18 +153,29 @@ def verify_base(
     expected = Manifest.from_json(read_json(manifest_file, limit=1 << 28), file=manifest_file)
     actual = hash_model(folder, listen=listen, cache=cache)
     changed = differences(expected.resolved(), actual.resolved())
-    first = next(iter((*changed.changed, *changed.missing, *changed.extra)), None)
-    if first is not None:
-        count = sum(map(len, (changed.changed, changed.missing, changed.extra)))
-        raise MismatchError(
-            f"{count} tensors differ from the manifest{damaged_chunk(expected, actual, first)}", code="GS-113",
-            file=_holder(folder, first), tensor=first,
-            expected=expected.roots.weights, actual=actual.roots.weights,
-            hint="restore the base, or hash it again if the change was meant",
-        )  # fmt: skip
+    if changed:
+        raise _other_tensors(folder, expected, actual, changed)
     _check_settings(folder, {"configuration": (expected.roots.config, actual.roots.config)})
     _check_settings(folder, {"tokenizer": (expected.roots.tokenizer, actual.roots.tokenizer)})
     return Verified(folder, actual.roots.weights, None, None, (), level=cache.level if cache else Level.BYTES)
+
+
+def _other_tensors(folder: Path, expected: Manifest, actual: Manifest, changed: Differences) -> MismatchError:
+    """Return GS-150 where all values are equal and only types differ, else GS-113; both name the first tensor."""
+    names = (*changed.changed, *changed.missing, *changed.extra)
+    first, ours, theirs = names[0], expected.roots.weights, actual.roots.weights
+    if only_types_differ(folder, expected.resolved(), actual):
+        was, now = expected.resolved()[first].dtype, actual.resolved()[first].dtype
+        return MismatchError(
+            f"all values are equal to the manifest's, but {len(names)} tensors have another type: {now}, not {was}",
+            code="GS-150", file=_holder(folder, first), tensor=first, expected=ours, actual=theirs,
+            hint="use the base as it was, or hash this one anew; adapters are bound to bytes, not to values",
+        )  # fmt: skip
+    return MismatchError(
+        f"{len(names)} tensors differ from the manifest{damaged_chunk(expected, actual, first)}", code="GS-113",
+        file=_holder(folder, first), tensor=first, expected=ours, actual=theirs,
+        hint="restore the base, or hash it again if the change was meant",
+    )  # fmt: skip
 
 
 def damaged_chunk(expected: Manifest, actual: Manifest, name: str) -> str:

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from gora_serve.config import ServeConfig as ServeConfig
+from gora_serve.config import ServeDevice as Device
 from gora_serve.errors import GoraError, InputError, MachineError, UsageError
 from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require_adapter_files
 from gora_serve.serving.options import check_options, group_options, single, whole_number
 from gora_serve.serving.preflight import LARGEST_RANK, Fault, check_adapter, refuse
-
-Device = Literal["auto", "cpu", "cuda"]
 
 # vLLM 0.32, config/lora.py, MaxLoRARanks. Every slot of every module is padded to the chosen bucket.
 RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
@@ -42,21 +42,6 @@ SAME_NAMES = frozenset(
     }
 )  # fmt: skip
 Flags = dict[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """How to serve. `device` "auto" is decided by the installed engine; `kv_cache_gib` counts on CPU only."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    device: Device = "auto"
-    kv_cache_gib: int = 1
-    ready_timeout: float = 600.0
-    shutdown_timeout: int = 10
-    served_name: str | None = None
 
 
 @dataclass(frozen=True)

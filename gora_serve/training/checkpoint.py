@@ -21,7 +21,7 @@ from gora_serve.errors import BindingError, GoraError, InputError
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_bytes, write_json
 from gora_serve.training.loop import Position
-from gora_serve.training.run_files import read_object
+from gora_serve.training.run_files import RUN_SCHEMA, read_object
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +185,14 @@ def discard_all(run: Path) -> None:
         shutil.rmtree(run / FOLDER)
     except OSError as err:
         log.warning("the run is in place, but its checkpoints cannot be removed from %s: %s", run, err.strerror)
+
+
+def sweep_finished(run: Path) -> None:
+    """Delete the checkpoints that a process left in its finished run, as it was killed between publishing and this."""
+    if not (run / FOLDER).is_dir() or (run / FOLDER).is_symlink() or not (run / "run.json").is_file():
+        return
+    if read_object(run / "run.json", RUN_SCHEMA).get("status") == "complete":
+        discard_all(run)
 
 
 def discard_after(run: Path, step: int) -> None:

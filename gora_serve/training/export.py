@@ -10,13 +10,14 @@ import torch
 
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter
-from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
+from gora_serve.adapter.format import read_adapter, seal_record, write_adapter, written_bytes
 from gora_serve.config import ExportConfig
 from gora_serve.deploy.gguf_file import GGUF, GgufWritten, base_config, need_gguf, write_gguf
 from gora_serve.errors import InputError
 from gora_serve.integrity.bases import Base, locate_settings
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_text
+from gora_serve.integrity.space import require_space
 from gora_serve.integrity.verify import find_adapter
 
 
@@ -52,7 +53,8 @@ def export(
     check_folder(folder)
     trained = read_adapter(folder)
     named = Path(trained.base.name)
-    protected = [source, *([named] if named.exists() else [])]
+    links = [path for path in folder.iterdir() if path.is_symlink()]
+    protected = [source, *links, *([named] if named.exists() else [])]
     settings = _settings(trained, base) if config.gguf else None
     return export_adapter(trained, output, config, gguf_for=settings, overwrite=overwrite, protect=protected)
 
@@ -78,10 +80,12 @@ def export_adapter(
     """Write an adapter, whoever trained it, as `export` does: tensors, configuration, model card and seal.
 
     gguf_for: the base, which a file for llama.cpp needs. `output` must not lie in or above a folder of
-    `protect`. Raises OutputError for an existing output.
+    `protect`. Raises OutputError for an existing output, MachineError (GS-560) where the disk has no room for it.
     """
     config = config or ExportConfig()
     assert gguf_for is not None or not config.gguf, "a file for llama.cpp needs the base"
+    wanted = written_bytes(adapter, config.form, getattr(torch, config.dtype))
+    require_space(output, 2 * wanted if config.gguf else wanted)
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gora_serve.config import FitConfig
+from gora_serve.config import FitConfig, RankConfig
 from gora_serve.errors import GoraError, MachineError, Stopped, UsageError
+from gora_serve.gora.ranks import RankPlan, lora_parameters
 from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.files import staged_folder
+from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_partial, check_target, partial_of
 from gora_serve.progress import Listener, Progress, silent
-from gora_serve.training.checkpoint import discard_all
+from gora_serve.training.checkpoint import discard_all, sweep_finished
 from gora_serve.training.resume import RUN, check_settings
 from gora_serve.training.run import FitResult, Run
 from gora_serve.training.run_files import read_ranks
@@ -61,6 +63,8 @@ def fit(
             hint="leave one of them out",
         )
     started = time.perf_counter()
+    if resume:
+        sweep_finished(output)
     check_target(output, overwrite=overwrite, protect=[locate_base(base).path], resume=resume)
     partial = check_partial(output, overwrite=overwrite, resume=resume, mark=RUN)
     if resume:
@@ -70,6 +74,7 @@ def fit(
     held_out = session.load(eval_data, config.data) if eval_data else None
     shapes = {path: weight_shape(module) for path, module in session.modules.items()}
     given = read_ranks(ranks_file, shapes) if ranks_file else None
+    require_space(output, run_bytes(shapes, config.ranks, given))
     listen = stoppable(listen, stop, kept=f"the stages that were finished are in {partial}", hint=NEXT)
     with _run_folder(output, session, overwrite=overwrite, resume=resume) as folder:
         run = Run(session, config, folder, held_out=held_out, given=given, stop=stop, listen=listen)
@@ -87,6 +92,17 @@ def fit(
     if folder.writes:
         discard_all(output)
     return result
+
+
+def run_bytes(shapes: Mapping[str, tuple[int, int]], ranks: RankConfig, given: RankPlan | None = None) -> int:
+    """Return about how many bytes a run takes beside its small files, for modules of these shapes, (out, in).
+
+    The adapter, and three checkpoints (two that are kept and one that is written) with AdamW's two moments, in float32
+    at the ranks given, or at what LoRA has at --rank; the probe's statistics at the highest rank.
+    """
+    parameters = given.parameters if given else lora_parameters(shapes, ranks.rank)
+    highest = max(ranks.highest, given.rank_max if given else 0)
+    return 4 * ((1 + 3 * 3) * parameters + lora_parameters(shapes, highest))
 
 
 def stoppable(listen: Listener, stop: Stop, *, kept: str, hint: str | None = None) -> Listener:

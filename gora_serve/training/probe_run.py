@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gora_serve.config import FitConfig, ProbeConfig, RankConfig
+from gora_serve.gora.ranks import lora_parameters
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.files import staged_folder, write_json
+from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_target
 from gora_serve.progress import Listener, silent
 from gora_serve.training.data import schedule
@@ -174,6 +176,8 @@ def probe_only(
     config.validate()
     check_target(output, overwrite=overwrite, protect=[locate_base(base).path])
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=listen)
+    shapes = {path: weight_shape(module) for path, module in session.modules.items()}
+    require_space(output, 4 * lora_parameters(shapes, rank_max))  # A_max and G A_maxᵀ, float32
     with naming_memory():
         rows, probing = session.data.examples, config.probe
         statistics = probe_session(session, rows, probing, config.ranks, rank_max=rank_max, listen=listen)

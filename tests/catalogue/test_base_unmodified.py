@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,12 +107,25 @@ def test_the_same_weights_in_another_layout(place: Place) -> None:
     place.accepts("verify", place.base, "--manifest", manifest)
 
 
-def test_a_copy_in_another_type(place: Place) -> None:
-    """38: other bytes are other weights, though the values are equal."""
-    folder = write(place.folder / "model", {"a": torch.ones(3, dtype=torch.bfloat16)})
+@pytest.mark.parametrize("copy", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("original", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_copy_in_another_type(place: Place, original: torch.dtype, copy: torch.dtype) -> None:
+    """38: other bytes are other weights; that the values are equal is said, where they are, and nowhere else."""
+    tensors = {"a": torch.tensor([[1.0, -0.0, 2.0**-14], [0.5, float("inf"), -3.0]]), "b": torch.ones(300_000)}
+    folder = write(place.folder / "model", {name: value.to(original) for name, value in tensors.items()})
     manifest = sealed(place, folder)
-    save_file({"a": torch.ones(3)}, folder / SINGLE, {"format": "pt"})
-    place.refuses(("verify", folder, "--manifest", manifest), 1, "GS-113", file=folder / SINGLE, tensor="a")
+    words = ("verify", folder, "--manifest", manifest)
+    save_file({name: value.to(copy) for name, value in tensors.items()}, folder / SINGLE, {"format": "pt"})
+    if copy == original:
+        place.accepts(*words)
+        return
+    kinds = {original, copy} == {torch.bfloat16, torch.float16}
+    said = ("GS-113", "2 tensors differ") if kinds else ("GS-150", "all values are equal")
+    place.refuses(words, 1, *said, file=folder / SINGLE, tensor="a")
+    tensors["b"][-1] += 2.0**-7  # of which each type knows: the last value, after more than one reading
+    save_file({name: value.to(copy) for name, value in tensors.items()}, folder / SINGLE, {"format": "pt"})
+    place.before = None
+    place.refuses(words, 1, "GS-113", "2 tensors differ", file=folder / SINGLE, tensor="a")
 
 
 @pytest.mark.parametrize("first", ["with", "without"])
@@ -128,7 +143,7 @@ def test_a_tied_model_with_and_without_its_head(place: Place, first: str) -> Non
 
 def test_a_base_that_is_edited_while_it_is_hashed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """41: while it is hashed; while fit runs is in training's tests."""
-    from gora_serve.integrity import manifest as module
+    from gora_serve.integrity import hashing as module
 
     file, real = sorted(place.base.glob("model-*"))[0], module.tensor_leaves
     whole = file.read_bytes()
@@ -171,6 +186,35 @@ def test_a_merge_into_a_hard_link_to_a_shard(place: Place) -> None:
     os.link(sorted(place.base.glob("model-*"))[0], place.folder / "second")
     words = ("merge", place.base, "-a", place.adapter(), "--output", place.folder / "second", "--overwrite")
     place.refuses(words, 2, None, "is a file")
+
+
+@pytest.mark.parametrize("where", ["base", "base/out", "link/out", "input", "input/out", "around"])
+@pytest.mark.parametrize("named", ["base", "org/name", "moved/away"])
+def test_an_export_into_a_base_or_its_input(place: Place, where: str, named: str) -> None:
+    """43: whatever the adapter calls its base."""
+    adapter = place.adapter()
+    place.accepts("bind", adapter, "--base", place.base, "--output", place.folder / "input")
+    rename_base(place.folder / "input", str(place.base) if named == "base" else named)
+    place.before = None
+    (place.folder / "link").symlink_to(place.base)
+    output = place.folder / where
+    if where == "around":
+        shutil.copytree(place.folder / "input", output)
+        shutil.copytree(place.base, output / "base")
+    words = ("export", place.folder / "input", "--output", output, "--overwrite")
+    code = "GS-251" if where.startswith("input") or (named == "base" and where != "around") else "GS-256"
+    place.refuses(words, 2, code, file=output)
+
+
+def rename_base(adapter: Path, name: str) -> None:
+    """As of an adapter whose base was given by that name, when it was made."""
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+    seal = adapter / "gora_manifest.json"
+    value = json.loads(seal.read_text())
+    raw = config.read_bytes()
+    value["files"]["adapter_config.json"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    seal.write_text(json.dumps(value))
 
 
 def test_a_hard_link_to_the_base(place: Place) -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from shell import command, environment, gora
 
 from catalogue.conftest import Place, Q
-from gora_serve.integrity import staging
+from gora_serve.integrity import publishing, staging
 from gora_serve.integrity.headers import encode_header
 
 
@@ -99,6 +100,24 @@ def bind_words_after(place: Place) -> tuple[object, ...]:
     return bind_words(place)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_no_room_for_the_second_copy(place: Place, monkeypatch: pytest.MonkeyPatch, missing: int) -> None:
+    """65: what --overwrite replaces stays until the new output is whole, so its bytes are of no help."""
+    words = bind_words(place)
+    place.accepts(*words)
+    place.before = None
+    needed = sum(path.stat().st_size for path in Path(str(words[1])).iterdir())
+    free = needed + (64 << 20) - missing
+    status = SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1 << 40)
+    monkeypatch.setattr(os, "statvfs", lambda _: status)
+    if not missing:
+        place.accepts(*words, "--overwrite")
+        return
+    answer = place.refuses((*words, "--overwrite"), 5, "GS-560", kept="nothing was changed", file=place.out)
+    assert str(needed) in str(answer.field("expected"))
+    assert str(free) in str(answer.field("actual"))
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
 def test_modes(place: Place, umask: int, mode: int) -> None:
     """66."""
@@ -132,7 +151,7 @@ def test_a_file_system_without_exchange(place: Place, monkeypatch: pytest.Monkey
     words = bind_words(place)
     place.accepts(*words)
     first = contents(place.out)
-    monkeypatch.setattr(staging, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(publishing, "renameat2", lambda *_: False)
     place.accepts(*words, "--overwrite")
     assert contents(place.out) == first
     place.leaves = [place.out]

@@ -97,8 +97,8 @@ def test_help_of_a_command_is_light_and_complete(name: str, flag: str) -> None:
 
 
 def test_the_check_for_light_modules_can_fail() -> None:
-    """`ranks` of nothing is refused, after rich was imported to render."""
-    code, _, modules = run_help("hash", "--output", "/nothing", "/nothing/base", "--json")
+    """`plan` of nothing is refused, after rich was imported to render."""
+    code, _, modules = run_help("plan", "/nothing/base", "--json")
     assert code != 0
     assert "rich" in modules
 

@@ -13,7 +13,7 @@ from layouts import base_tensors, bound_adapter, save_base
 
 from gora_serve.errors import MismatchError
 from gora_serve.integrity import cache as module
-from gora_serve.integrity import manifest
+from gora_serve.integrity import hashing
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.cache import Digests, QuickCache, cache_folder
 from gora_serve.integrity.files import sha256_file
@@ -43,7 +43,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("a weight file was read")
 
-        monkeypatch.setattr(manifest, "pieces", refuse)
+        monkeypatch.setattr(hashing, "pieces", refuse)
 
     return forbid
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gora_serve.errors import GoraError, MachineError, OutputError, UsageError
-from gora_serve.integrity import staging
+from gora_serve.integrity import publishing
 from gora_serve.integrity.files import sha256_file, staged_folder, write_bytes, write_json, write_stream
 from gora_serve.integrity.staging import SEAL
 
@@ -211,7 +211,7 @@ def test_a_neighbour_is_not_protected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_without_renameat2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
-    monkeypatch.setattr(staging, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(publishing, "renameat2", lambda *_: False)
     target = tmp_path / "out"
     if overwrite:
         target.mkdir()
@@ -266,7 +266,7 @@ def test_every_failing_call_leaves_old_or_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, exists: bool, number: int
 ) -> None:
     target = tmp_path / "out"
-    owner, name = (staging, "_renameat2") if call == "renameat2" else (os, call)
+    owner, name = (publishing, "renameat2") if call == "renameat2" else (os, call)
     for when in range(1, 60):
         shutil.rmtree(target, ignore_errors=True)
         if exists:

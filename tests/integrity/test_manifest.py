@@ -9,6 +9,7 @@ import random
 import shutil
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gora_serve.errors import InputError, MachineError, MismatchError
+from gora_serve.integrity import hashing
+from gora_serve.integrity.hashing import SPAN
+from gora_serve.integrity.headers import encode_header
 from gora_serve.integrity.manifest import (
     Manifest,
     Roots,
@@ -26,6 +30,7 @@ from gora_serve.integrity.manifest import (
     differences,
     hash_adapter,
     hash_model,
+    make_manifest,
     tensor_digest,
     tokenizer_root,
     weights_root,
@@ -113,7 +118,7 @@ def test_hash_model_agrees_with_the_naive_scheme_and_sha256sum(tmp_path: Path) -
     folder = save_model(tmp_path / "m", tensors)
     (folder / "config.json").write_text("{}")
     events: list[Progress] = []
-    manifest = hash_model(folder, listen=events.append)
+    manifest = make_manifest(folder, listen=events.append)
     assert manifest.roots == Roots(naive_root(tensors), config_root(folder), None)
     assert {name: item.digest for name, item in manifest.tensors.items()} == {
         name: naive_digest(raw_bytes(tensor)) for name, tensor in tensors.items()
@@ -125,6 +130,33 @@ def test_hash_model_agrees_with_the_naive_scheme_and_sha256sum(tmp_path: Path) -
     assert [item.size for item in manifest.files] == [(folder / item.path).stat().st_size for item in manifest.files]
     assert events[-1].done == events[-1].total
     assert hash_adapter(folder / "model.safetensors") == (manifest.roots.weights, dict(manifest.tensors))
+    assert hash_model(folder) == replace(manifest, files=())
+
+
+@pytest.mark.parametrize("size", [0, 1, 2 * SPAN - 1, 2 * SPAN, 2 * SPAN + 1, 3 * SPAN + 5])
+def test_a_tensor_that_several_threads_share(tmp_path: Path, size: int) -> None:
+    data = {"a": b"", "large": random.Random(size).randbytes(size), "z": b"zz"}
+    layout = [(name, "U8", (len(blob),)) for name, blob in data.items()]
+    (tmp_path / "model.safetensors").write_bytes(encode_header(layout, {}) + b"".join(data.values()))
+    found = hash_model(tmp_path)
+    assert {name: item.digest for name, item in found.tensors.items()} == {
+        name: naive_digest(blob) for name, blob in data.items()
+    }
+    assert list(found.leaves) == (["large"] if size > MIB4 else [])
+    assert len(found.leaves.get("large", ())) == (-(-size // MIB4) if size > MIB4 else 0)
+
+
+def test_only_a_stored_manifest_hashes_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tmp_path / "m", model_tensors())
+    expected = make_manifest(folder)
+
+    def refuse(_: object) -> None:
+        raise AssertionError("a file is hashed whole")
+
+    monkeypatch.setattr(hashing, "_whole_file", refuse)
+    assert hash_model(folder) == replace(expected, files=())
+    with pytest.raises(AssertionError):
+        make_manifest(folder)
 
 
 @SLOW_DISK
@@ -221,7 +253,7 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m", model_tensors())
     (folder / "config.json").write_text('{"tie_word_embeddings": true, "rope_theta": 1e4, "eps": 1e-5}')
     (folder / "tokenizer.json").write_text("{}")
-    manifest = hash_model(folder)
+    manifest = make_manifest(folder)
     value = json.loads(json.dumps(manifest.to_json()))
     assert Manifest.from_json({**value, "unknown": 1}) == manifest
     assert value["totals"] == {"tensors": 8, "bytes": 244, "params": 81}

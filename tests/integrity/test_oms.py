@@ -10,7 +10,7 @@ import pytest
 from layouts import base_tensors, save_base
 
 from gora_serve.errors import InputError
-from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.manifest import make_manifest
 from gora_serve.integrity.oms import oms_statement
 
 FILES = {"config.json": "{}", "sub/a": "a", "sub-b": "b", "z.txt": "", ".gitattributes": "x", ".git/config": "x",
@@ -67,16 +67,16 @@ GOLDEN = """
 
 def test_golden_statement(tmp_path: Path) -> None:
     place = folder(tmp_path)
-    statement = oms_statement(place, hash_model(place))
+    statement = oms_statement(place, make_manifest(place))
     assert statement == json.loads(GOLDEN)
 
 
 def test_links_are_followed_and_said(tmp_path: Path) -> None:
     place = save_base(tmp_path / "m", base_tensors())
-    before = oms_statement(place, hash_model(place))
+    before = oms_statement(place, make_manifest(place))
     (place / "model.safetensors").rename(place / "moved")
     (place / "model.safetensors").symlink_to("moved")
-    after = oms_statement(place, hash_model(place))
+    after = oms_statement(place, make_manifest(place))
     assert after["predicate"]["serialization"]["allow_symlinks"] is True
     names = [resource["name"] for resource in after["predicate"]["resources"]]
     assert names == ["config.json", "model.safetensors", "moved"]
@@ -85,7 +85,7 @@ def test_links_are_followed_and_said(tmp_path: Path) -> None:
 
 def test_links_to_folders_and_out_of_the_model_are_refused(tmp_path: Path) -> None:
     place = save_base(tmp_path / "m", base_tensors())
-    manifest = hash_model(place)
+    manifest = make_manifest(place)
     (place / "out").symlink_to("/etc/passwd")
     with pytest.raises(InputError, match="GS-325"):
         oms_statement(place, manifest)

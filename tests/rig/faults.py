@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gora_serve.integrity import staging
+from gora_serve.integrity import publishing
 
 BY_PATH = ("mkdir", "rmdir", "unlink", "remove", "truncate", "link", "symlink", "chmod", "rename", "replace")
 BY_DESCRIPTOR = ("write", "pwrite", "fsync", "fdatasync", "ftruncate")
@@ -71,7 +71,7 @@ def install(counter: Counter) -> None:
     for name in BY_DESCRIPTOR:
         setattr(os, name, _by_descriptor(counter, name, getattr(os, name)))
     os.open = _opening(counter, os.open)  # type: ignore[assignment]
-    staging._renameat2 = _renaming(counter, staging._renameat2)
+    publishing.renameat2 = _renaming(counter, publishing.renameat2)
     io.open = builtins.open = _streams(counter, io.open)  # type: ignore[assignment]
     os.fdopen = lambda fd, *args, **options: io.open(fd, *args, **options)  # type: ignore[assignment]
 

@@ -165,7 +165,7 @@ def test_a_small_disk(benches: Mapping[str, Bench], place: str, small_disk: Call
                 bench.reset()
             except OSError:  # the earlier output alone is too large for it
                 continue
-            ended = bench.run()
+            ended = bench.run(before=nobody_asks)
             state = bench.judge()
             seen.add(ended.status)
             assert ended.status in (0, 5), ended.stderr
@@ -176,3 +176,38 @@ def test_a_small_disk(benches: Mapping[str, Bench], place: str, small_disk: Call
     finally:
         bench.folder = usual
     assert 5 in seen
+
+
+def nobody_asks() -> None:
+    """As on a file system that does not say what is free: the disk is found to be full in the midst of writing."""
+
+    def refuse(_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    os.statvfs = refuse  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("place", ["bind --overwrite", "export --overwrite", "convert fresh", "fit fresh"])
+def test_no_room_is_told_before_work(
+    benches: Mapping[str, Bench], place: str, small_disk: Callable[[int], Path]
+) -> None:
+    bench = benches[place]
+    usual = bench.folder
+    try:
+        bench.folder = small_disk(2048) / "outputs"
+        bench.reset()
+        ended = bench.run()
+        assert ended.status == 5, ended.stderr
+        said = re.search(
+            r"error\[GS-560\].*\n  file:.*\n  expected: (\d+) bytes free: (\d+) for the output.*\n"
+            r"  actual: (\d+) bytes free\n  kept: nothing was changed\n  try: ",
+            ended.stderr,
+        )
+        assert said, ended.stderr
+        needed, output, free = map(int, said.groups())
+        assert output + (64 << 20) == needed > free
+        assert free <= 2 << 20
+        assert bench.judge() == ("old" if bench.over else "absent")
+        assert bench.left() == []
+    finally:
+        bench.folder = usual

@@ -34,7 +34,7 @@ import gora_serve.training.fit
 import gora_serve.training.probe_run  # noqa: F401 - imported once, for all forks
 from gora_serve.cli.main import cli, main
 from gora_serve.errors import GoraError
-from gora_serve.integrity import staging
+from gora_serve.integrity import publishing
 from gora_serve.integrity.binding import check_folder
 
 State = Mapping[str, object]
@@ -227,7 +227,7 @@ _write = os.write
 
 def without_renameat2() -> None:
     """As on a file system that cannot exchange two folders in one step."""
-    staging._renameat2 = lambda *_: False
+    publishing.renameat2 = lambda *_: False
 
 
 def digests(place: Path) -> State | None:

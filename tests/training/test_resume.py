@@ -509,6 +509,20 @@ def test_resume_and_overwrite_exclude_each_other(fitting: Fit, copied: Path) -> 
     assert state(copied.parent) == before
 
 
+def test_checkpoints_that_a_kill_left_in_a_finished_run_are_swept(fitting: Fit, tmp_path: Path) -> None:
+    fitting(tmp_path / "run", LORA)
+    before = state(tmp_path)
+    left = tmp_path / "run" / "checkpoints" / "step-4"
+    left.mkdir(parents=True)
+    (left / "state.json").write_text("{}")
+    with pytest.raises(OutputError, match="GS-601"):
+        fitting(tmp_path / "run", LORA)
+    assert left.exists()  # nothing was asked of it
+    with pytest.raises(OutputError, match="nothing to resume"):
+        fitting(tmp_path / "run", LORA, resume=True)
+    assert state(tmp_path) == before
+
+
 def test_a_complete_run_is_not_resumed(fitting: Fit, tmp_path: Path) -> None:
     fitting(tmp_path / "run", LORA)
     before = state(tmp_path)
