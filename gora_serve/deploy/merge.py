@@ -27,6 +27,7 @@ from gora_serve.integrity.digest import TensorRecord, digest_of_leaves
 from gora_serve.integrity.files import write_json
 from gora_serve.integrity.headers import encode_header, read_header
 from gora_serve.integrity.layout import INDEX, confined, find_model
+from gora_serve.integrity.space import require_space
 from gora_serve.progress import Listener, Progress, silent
 
 PIECE = 1 << 17  # bytes of a write: larger ones were up to seven times as slow, in page cache alone
@@ -70,10 +71,12 @@ def write_model(
     stage: Path, base: BaseWeights, plan: ModelPlan, *, four_bits: FourBits | None = None, listen: Listener = silent
 ) -> Written:
     """Write the merged weights, and their index where the base has one, into `stage`. Raises InputError: GS-3401 for
-    sums that the type cannot hold, GS-3142 and GS-3105 for numbers that are none; MismatchError (GS-101)."""
+    sums that the type cannot hold, GS-3142 and GS-3105 for numbers that are none; MismatchError (GS-101); MachineError
+    (GS-560) where the disk has no room."""
     model = find_model(base.folder)
     shards = _shards(base, plan, {path: name for name, path in model.weights.items()})
     done, total = Written(), sum(target.nbytes for target in plan.targets)
+    require_space(stage, total)
     with ExitStack() as stack:
         places = opened_tensors(stack, base.folder)
         writer = stack.enter_context(ShardWriter(stage))
