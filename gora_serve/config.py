@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from gora_serve.errors import UsageError
@@ -26,7 +27,11 @@ MergeMethod = Literal["cat", "linear", "svd", "ties", "dare"]
 MergeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 BaseAs = Literal["auto", "bf16", "nf4"]
 
-FREE_SETTINGS = frozenset({"model.offload", "train.save_every"})  # decide no number: a run may be resumed with others
+Track = Literal["none", "tensorboard", "wandb"]
+
+FREE_SETTINGS = frozenset(
+    {"model.offload", "train.save_every", "train.track"}
+)  # decide no number: a run may be resumed with others
 MOST_STEPS = 10**7  # an order of batches is drawn for all steps at once
 IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
 
@@ -156,7 +161,7 @@ class TrainConfig:
 
     `lr` is that of A; B learns `lr_ratio` times faster (16 for GoRA, 1 for LoRA where it is None). One of
     `steps` (optimiser steps) and `epochs` is given; both None means one epoch. `save_every`: optimiser steps between
-    two checkpoints; None means a tenth of the run.
+    two checkpoints; None means a tenth of the run. `track`: where the lines of metrics.jsonl go as well.
     """
 
     method: Method = "gora"
@@ -174,6 +179,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     eval_every: int | None = None
     save_every: int | None = None
+    track: Track = "none"
     seed: int = 42
 
     @property
@@ -378,3 +384,10 @@ class ServeConfig:
     ready_timeout: float = 600.0
     shutdown_timeout: int = 10
     served_name: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Where the page of `report` goes where no place is given."""
+
+    output: Path = Path("report.html")

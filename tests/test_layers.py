@@ -17,10 +17,22 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("gora_serve", "converters")
 
 # From the top down. The package's own __init__ holds the version and nothing else.
-ROOMS = ("root", "integrity", "adapter", "gora", "deploy", "training", "serving", "vllm_plugin", "flow", "cli")
+ROOMS = (
+    "root",
+    "integrity",
+    "adapter",
+    "gora",
+    "deploy",
+    "training",
+    "serving",
+    "vllm_plugin",
+    "flow",
+    "report",
+    "cli",
+)
 ROOT_FILES = ("gora_serve/__init__.py", "gora_serve/errors.py", "gora_serve/config.py", "gora_serve/progress.py")
 FLOW_FILES = (
-    "gora_serve/report.py",
+    "gora_serve/pictures.py",
     "gora_serve/demo.py",
     "gora_serve/bind.py",
     "gora_serve/doctor.py",
@@ -50,6 +62,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "serving": frozenset(),
     "vllm_plugin": frozenset({"torch", "vllm"}),
     "flow": frozenset(),
+    "report": frozenset(),
     "cli": frozenset({"click"}),
     "gora_serve/cli/bars.py": frozenset({"rich"}),
     "gora_serve/cli/tables.py": frozenset({"rich"}),
@@ -72,12 +85,20 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/serving/vllm_cli.py": frozenset({"vllm"}),  # is the engine's process, never ours
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates
     "gora_serve/training/quantize.py": frozenset({"bitsandbytes"}),
-    "gora_serve/report.py": frozenset({"matplotlib"}),
     "gora_serve/cli/render.py": frozenset({"rich"}),  # 30 ms, of what shows tables alone
+    "gora_serve/pictures.py": frozenset({"matplotlib"}),
     "gora_serve/demo.py": frozenset({"torch"}),  # asks for a GPU
 }
 # Modules that never bring torch with them, through whatever they import.
-LIGHT = ("root", "integrity", "serving", "flow", "cli", *(name for name in MODULE_LEVEL if name.endswith(".py")))
+LIGHT = (
+    "root",
+    "integrity",
+    "serving",
+    "flow",
+    "report",
+    "cli",
+    *(name for name in MODULE_LEVEL if name.endswith(".py")),
+)
 CLOSED_TO_GORA = {"os", "io", "pathlib", "json", "shutil", "tempfile"}  # the maths knows no disk
 ASKS_CONVERTERS = {"convert", "gap", "merge", "_into_model", "_into_adapter", "_verify_merge"}
 # The functions of commands that may import converters.

@@ -80,7 +80,7 @@ def _fit_config(options: dict[str, Any]) -> FitConfig:
     """Sort the options of `fit` into its dataclasses. Fields without an option keep their default."""
     train = ("method", "steps", "epochs", "grad_accum", "lr", "lr_ratio", "warmup", "weight_decay", "max_grad_norm",
              "mixed_precision", "gradient_checkpointing", "eval_every", "save_every",
-             "seed")  # fmt: skip
+             "track", "seed")  # fmt: skip
     return FitConfig(
         model=_model_config(options),
         data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
@@ -169,7 +169,7 @@ def ranks(
     from gora_serve.training.run_files import probe_importances, probe_shapes, ranks_json, read_probe
 
     if plot:
-        from gora_serve.report import check_picture
+        from gora_serve.pictures import check_picture
 
         check_picture(plot)
     for path in (output, plot):
@@ -181,7 +181,7 @@ def ranks(
     if output:
         write_json(output, ranks_json(plan), overwrite=options["overwrite"])
     if plot:
-        from gora_serve.report import plot_ranks
+        from gora_serve.pictures import plot_ranks
 
         plot_ranks(plan, plot)
     emit(ranks_summary(plan, output, plot), as_json=options["as_json"])

@@ -86,7 +86,7 @@ def gap(
     rows = DataConfig(max_length, chat_template, batch_size)
     rows.validate()
     if plot:
-        from gora_serve.report import check_picture
+        from gora_serve.pictures import check_picture
 
         check_picture(plot)
     with watching() as listen, naming_inputs():
@@ -95,7 +95,7 @@ def gap(
         report = find_gap(locate_adapter(adapter), located, config, inputs, data=data, rows=rows)
     report = replace(report, adapter=str(adapter))  # as it was given: a hub id, not its folder
     if plot:
-        from gora_serve.report import plot_gap
+        from gora_serve.pictures import plot_gap
 
         plot_gap(report.gap, plot, dtype=dtype, title=f"{adapter.name} ({report.detection.family}) on {located.name}")
     for warning in report.warnings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import click
 
@@ -17,6 +17,7 @@ from gora_serve.config import (
     ModelConfig,
     ProbeConfig,
     RankConfig,
+    Track,
     TrainConfig,
 )  # fmt: skip
 
@@ -237,6 +238,10 @@ train_options = together(
     click.option(
         "--save-every", type=int, default=TrainConfig.save_every, show_default="a tenth of the run",
         help="Steps between checkpoints, for --resume; the newest two are kept.",
+    ),
+    click.option(
+        "--track", default=TrainConfig.track, show_default=True, type=click.Choice(get_args(Track)),
+        help="Where the lines of metrics.jsonl go as well: TensorBoard files in RUN/tracking, or Weights & Biases.",
     ),
 )  # fmt: skip
 seed_option = click.option("--seed", default=TrainConfig.seed, show_default=True)

@@ -28,7 +28,10 @@ AS_TEXT = dict.fromkeys(("prompt", "completion", "text"), str)  # columns in whi
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised rows, and what is known about where they come from. places: file and line of each example."""
+    """Tokenised rows, and what is known about where they come from.
+
+    places: file and line of each example. given: the file or dataset as it was named.
+    """
 
     name: str
     examples: tuple[Example, ...]
@@ -37,11 +40,13 @@ class Dataset:
     cut: int
     left_out: int
     places: tuple[str, ...]
+    given: str = ""
 
     def summary(self) -> dict[str, Any]:
-        """Return what run.json records: name, sha256 of the file, and how many rows were used, cut, left out."""
+        """Return what run.json records: names, sha256 of the file, and how many rows were used, cut, left out."""
         return {
             "name": self.name,
+            "given": self.given,
             "sha256": self.digest,
             "rows": self.rows,
             "used": len(self.examples),
@@ -79,7 +84,7 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decode
             file=source, expected=f"prompts under {config.max_length} tokens", hint="raise --max-length",
         )  # fmt: skip
     name = path.name if path.exists() else source
-    return Dataset(name, tuple(examples), digest, len(rows), cut, left_out, tuple(places))
+    return Dataset(name, tuple(examples), digest, len(rows), cut, left_out, tuple(places), source)
 
 
 def check_ids(data: Dataset, vocabulary: int, *, padding: int) -> None:

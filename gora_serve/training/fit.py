@@ -24,7 +24,8 @@ from gora_serve.training.resume import RUN, check_settings
 from gora_serve.training.run import FitResult, Run
 from gora_serve.training.run_files import read_ranks
 from gora_serve.training.run_folder import RunFolder
-from gora_serve.training.session import Session, naming_memory, open_session
+from gora_serve.training.session import Session, naming_memory, open_session, peak_bytes
+from gora_serve.training.tracking import check_tracking, tracking
 from gora_serve.training.train_stage import NEXT, Stop
 from gora_serve.training.weights import weight_shape
 
@@ -56,6 +57,7 @@ def fit(
     """
     config = config or FitConfig()
     config.validate()
+    check_tracking(config.train.track)
     if resume and overwrite:
         raise UsageError(
             "--resume goes on and --overwrite starts anew: give one of them",
@@ -76,7 +78,7 @@ def fit(
     given = read_ranks(ranks_file, shapes) if ranks_file else None
     require_space(output, run_bytes(shapes, config.ranks, given))
     listen = stoppable(listen, stop, kept=f"the stages that were finished are in {partial}", hint=NEXT)
-    with _run_folder(output, session, overwrite=overwrite, resume=resume) as folder:
+    with _run_folder(output, session, config, overwrite=overwrite, resume=resume) as folder:
         run = Run(session, config, folder, held_out=held_out, given=given, stop=stop, listen=listen)
         if resume:
             run.resume()
@@ -88,7 +90,7 @@ def fit(
             _note_end(run, err, time.perf_counter() - started)
             raise
         seconds = time.perf_counter() - started
-        run.note(status="complete", seconds=seconds, result=_summary(result), base_after=result.base_after)
+        run.note(status="complete", seconds=seconds, result=_summary(result, session), base_after=result.base_after)
     if folder.writes:
         discard_all(output)
     return result
@@ -119,14 +121,16 @@ def stoppable(listen: Listener, stop: Stop, *, kept: str, hint: str | None = Non
 
 
 @contextmanager
-def _run_folder(output: Path, session: Session, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
+def _run_folder(
+    output: Path, session: Session, config: FitConfig, *, overwrite: bool, resume: bool
+) -> Iterator[RunFolder]:
     if not session.accelerator.is_main_process:
         yield RunFolder(partial_of(output), writes=False)
         return
     protect = [session.base.path]
     staged = staged_folder(output, overwrite=overwrite, protect=protect, visible=True, resume=resume, mark=RUN)
-    with staged as path:
-        yield RunFolder(path, writes=True)
+    with staged as path, tracking(config.train.track, path, output.name, asdict(config)) as also:
+        yield RunFolder(path, writes=True, also=also)
 
 
 def _note_end(run: Run, err: BaseException, seconds: float) -> None:
@@ -145,10 +149,11 @@ def _error_json(err: BaseException) -> object:
     return {"what": "interrupted" if isinstance(err, KeyboardInterrupt | SystemExit) else type(err).__name__}
 
 
-def _summary(result: FitResult) -> dict[str, Any]:
+def _summary(result: FitResult, session: Session) -> dict[str, Any]:
     return {
         "gamma": result.gamma,
         "parameters": result.adapter.parameters,
         "losses": dict(result.losses),
         "seconds_by_stage": dict(result.seconds),
+        "peak_bytes": peak_bytes(session.accelerator.device),
     }

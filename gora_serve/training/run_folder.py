@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,20 @@ from gora_serve.integrity.staging import fsync_path
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+Metrics = Callable[[Mapping[str, Any]], None]  # takes a line of metrics.jsonl
+
+
+def nowhere(_: Mapping[str, Any]) -> None:
+    """Take a line and do nothing with it."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The unfinished run at `path`. Where `writes` is false, nothing is written."""
+    """The unfinished run at `path`. Where `writes` is false, nothing is written. also: takes the metrics too."""
 
     path: Path
     writes: bool
+    also: Metrics = nowhere
 
     def json(self, name: str, value: Mapping[str, Any]) -> None:
         if self.writes:
@@ -38,6 +44,7 @@ class RunFolder:
                     file.write(json.dumps(finite) + "\n")
             except OSError as err:  # of a full disk; it does not know the file's name by itself
                 raise OSError(err.errno, err.strerror, str(self.path / METRICS)) from err
+            self.also(value)
 
     def sync_metrics(self) -> None:
         """Wait until the lines so far are on disk."""

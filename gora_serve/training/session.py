@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -114,6 +116,12 @@ class Session:
 
 def roots_json(roots: Roots) -> dict[str, str | None]:
     return {"weights": roots.weights, "config": roots.config, "tokenizer": roots.tokenizer}
+
+
+def peak_bytes(device: torch.device) -> dict[str, int | None]:
+    """Return the most bytes so far: of this process on the host, of torch on its device (None on a CPU)."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
 
 
 def versions() -> dict[str, str]:

@@ -25,6 +25,7 @@ from gora_serve.config import (
     PlanConfig,
     ProbeConfig,
     RankConfig,
+    ReportConfig,
     TrainConfig,
 )
 from gora_serve.serving.plan import ServeConfig
@@ -61,6 +62,7 @@ OF_THE_CALL = {
     "init_adapter", "mutated_base", "cache", "allow_pickle", "leave_out", "carry",
     "quick", "oms", "engine",
     "push", "public", "against", "repo",
+    "gaps",
 }  # fmt: skip
 
 
@@ -140,6 +142,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "demo": ((), [DemoConfig()]),
     "convert": (("adapter", "--base", "b", "--output", "o"), [ConvertConfig()]),
     "gap": (("adapter", "--base", "b"), [GapConfig()]),
+    "report": (("run",), [ReportConfig()]),
     "bind": (("adapter", "--base", "b", "--output", "o"), []),
     "doctor": ((), []),
     "hash": (("base",), []),
@@ -206,7 +209,7 @@ def test_every_option_of_fit_reaches_the_configuration() -> None:
         "importance": "gradient-nuclear", "rank": "5", "rank_min": "1", "rank_max": "64", "rank_rule": "exact",
         "method": "lora", "alpha": "3", "gamma": "0.5", "steps": "7", "epochs": "2", "grad_accum": "2", "lr": "1",
         "lr_ratio": "2", "warmup": "0.5", "weight_decay": "0.5", "max_grad_norm": "1", "mixed_precision": "bf16",
-        "eval_every": "3", "save_every": "2", "seed": "1",
+        "eval_every": "3", "save_every": "2", "track": "wandb", "seed": "1",
     }  # fmt: skip
     flags = {"chat_template": "--no-chat-template", "gradient_checkpointing": "--gradient-checkpointing"}
     spelled = {

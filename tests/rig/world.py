@@ -29,6 +29,7 @@ import converters.convert
 import converters.merging  # noqa: F401 - imported once, for all forks, as those around it
 import gora_serve.cli.render_convert
 import gora_serve.cli.render_merge
+import gora_serve.report.page
 import gora_serve.training.export
 import gora_serve.training.fit
 import gora_serve.training.probe_run  # noqa: F401 - imported once, for all forks
@@ -95,6 +96,7 @@ def commands() -> list[Command]:
         Command("hash", lambda w: ["hash"], ("--json", "twin"), ("--json", "base"), "manifest.json"),
         Command("hash --oms", lambda w: ["hash"], ("--json", "twin"), ("--json", "base"), "base.oms.json", "--oms"),
         Command("bind", lambda w: ["bind", w.path("foreign")], ("--base", "twin"), ("--base", "base")),
+        Command("report", lambda w: ["report"], ("second",), ("run",), "report.html"),
     ]  # fmt: skip
     return [command for command in known if command.name.split()[0] in cli.commands]
 
@@ -113,6 +115,7 @@ def build_world(work: Path) -> World:
     run = fork(["fit", world.path("base"), "--data", world.path("data.jsonl"), *SMALL, "--output", world.path("run")],
                work / "made")  # fmt: skip
     assert run.status == 0, run.stderr
+    shutil.copytree(world.inputs / "run", world.inputs / "second")
     return world
 
 
@@ -267,8 +270,9 @@ class Bench:
 
     def argv(self, settings: tuple[str, ...] | None = None, *more: str, folder: Path | None = None) -> list[str]:
         words = self.command.argv(self.world, folder or self.folder, settings or self.command.new)
-        # "hash" and "bind" name an input by its last words
-        return [self.world.path(word) if word in ("base", "twin") else word for word in words] + list(more)
+        # "hash", "bind" and "report" name an input by their last words
+        inputs = ("base", "twin", "run", "second")
+        return [self.world.path(word) if word in inputs else word for word in words] + list(more)
 
     def new_argv(self) -> list[str]:
         return self.argv(None, *(["--overwrite"] if self.over else []))

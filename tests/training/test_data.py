@@ -170,7 +170,7 @@ def test_every_kind_of_file_gives_the_same_examples(
     dataset = load(path, tokenizer)
     assert [with_loss(example, tokenizer) for example in dataset.examples] == [f"{word}<|im_end|>\n" for word in words]
     assert dataset.summary() == {
-        "name": f"rows.{ending}", "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "name": f"rows.{ending}", "given": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "rows": 4, "used": 4, "cut": 0, "left_out": 0,
     }  # fmt: skip
 

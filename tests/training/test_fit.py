@@ -105,7 +105,7 @@ def test_run_json(finished: Any, tiny_base: Path, tiny_data: Path, held_out: Pat
     assert all(root for root in run_json["base"]["roots"].values())
     assert run_json["base_after"] == {"roots": run_json["base"]["roots"], "memory_root": run_json["memory_root"]}
     assert run_json["data"] == {
-        "name": "colors.jsonl", "sha256": hashlib.sha256(tiny_data.read_bytes()).hexdigest(),
+        "name": "colors.jsonl", "given": str(tiny_data), "sha256": hashlib.sha256(tiny_data.read_bytes()).hexdigest(),
         "rows": 40, "used": 40, "cut": 0, "left_out": 0,
     }  # fmt: skip
     assert run_json["eval_data"]["sha256"] == hashlib.sha256(held_out.read_bytes()).hexdigest()
@@ -113,6 +113,8 @@ def test_run_json(finished: Any, tiny_base: Path, tiny_data: Path, held_out: Pat
     assert run_json["config"]["ranks"]["rank"] == 4
     assert run_json["versions"]["torch"] == torch.__version__
     assert run_json["processes"] == 1
+    assert run_json["result"]["peak_bytes"]["host"] > 2**20
+    assert run_json["result"]["peak_bytes"]["device"] is None
     assert run_json["result"]["gamma"] == result.gamma
     assert run_json["result"]["parameters"] == result.adapter.parameters
     assert run_json["seconds"] > 0

@@ -1,0 +1,105 @@
+"""The command that repeats a run, out of the settings that run.json holds."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from gora_serve.config import FitConfig
+from gora_serve.report.runs import Run
+
+# Setting -> option. A test runs the words through the command itself and compares what comes out.
+OPTIONS: Mapping[str, str] = {
+    "model.targets": "--targets", "model.dtype": "--dtype", "model.quantize": "--quantize",
+    "model.offload": "--offload",
+    "data.max_length": "--max-length", "data.batch_size": "--batch-size",
+    "probe.steps": "--probe-steps", "probe.mode": "--probe", "probe.memory": "--probe-memory",
+    "probe.error": "--probe-error", "probe.lr": "--probe-lr", "probe.importance": "--importance",
+    "ranks.rank": "--rank", "ranks.rank_min": "--rank-min", "ranks.rank_max": "--rank-max", "ranks.rule": "--rank-rule",
+    "train.method": "--method", "init.alpha": "--alpha", "init.gamma": "--gamma", "train.steps": "--steps",
+    "train.epochs": "--epochs", "train.grad_accum": "--grad-accum", "train.lr": "--lr", "train.lr_ratio": "--lr-ratio",
+    "train.warmup": "--warmup", "train.weight_decay": "--weight-decay", "train.max_grad_norm": "--max-grad-norm",
+    "train.mixed_precision": "--mixed-precision", "train.eval_every": "--eval-every",
+    "train.save_every": "--save-every", "train.track": "--track", "train.seed": "--seed",
+}  # fmt: skip
+SWITCHES: Mapping[str, tuple[str, str]] = {  # setting -> option when true, when false
+    "data.chat_template": ("--chat-template", "--no-chat-template"),
+    "train.gradient_checkpointing": ("--gradient-checkpointing", ""),
+}
+DEFAULTS = {
+    f"{stage}.{name}": value for stage, part in asdict(FitConfig()).items() for name, value in part.items()
+}  # fmt: skip
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Return every setting of the run, as "stage.name"."""
+    found: dict[str, Any] = {}
+    for stage, part in run.record.parts("config"):
+        found |= {f"{stage}.{name}": value for name, value in part.value.items()}
+    return found
+
+
+def lines_of(run: Run, *, whole: bool) -> list[str]:
+    """Return the command, an option a line: all settings, or those that are not this version's defaults."""
+    chosen = settings_of(run)
+    if not whole:
+        chosen = {name: value for name, value in chosen.items() if _plain(DEFAULTS.get(name)) != _plain(value)}
+    processes = run.record.whole("processes") or 1
+    start = "gora-serve" if processes == 1 else f"accelerate launch --num_processes {processes} -m gora_serve"
+    return [
+        f"{start} fit {_quoted(_base(run))}",
+        *_files(run),
+        *(line for one in chosen for line in _option(one, chosen[one])),
+    ]
+
+
+def without_option(run: Run) -> dict[str, Any]:
+    """Return the settings that differ from the defaults and that the command line has no option for."""
+    known = OPTIONS.keys() | SWITCHES.keys()
+    return {
+        name: value
+        for name, value in settings_of(run).items()
+        if name not in known and _plain(DEFAULTS.get(name)) != _plain(value)
+    }
+
+
+def _base(run: Run) -> str:
+    base = run.record.part("base")
+    revision = base.text("revision")
+    return f"{run.base}@{revision}" if revision else run.base
+
+
+def _files(run: Run) -> list[str]:
+    """Data and output. Ranks that were given are those of the run's own ranks.json."""
+    lines = []
+    for option, name in (("--data", "data"), ("--eval-data", "eval_data")):
+        data = run.record.part(name)
+        given = data.text("given") or data.text("name")
+        lines += [f"{option} {_quoted(given)}"] if given else []
+    lines += [f"--ranks {_quoted(str(run.folder / 'ranks.json'))}"] if run.record.text("ranks_file") else []
+    return [*lines, f"--output {_quoted(str(run.folder).removesuffix('.partial'))}"]
+
+
+def _option(name: str, value: object) -> list[str]:
+    if name in SWITCHES:
+        word = SWITCHES[name][0 if value else 1]
+        return [word] if word else []
+    if name not in OPTIONS or value is None:
+        return []
+    return [f"{OPTIONS[name]} {_quoted(_word(value))}"]
+
+
+def _quoted(word: str) -> str:
+    return shlex.quote(word)
+
+
+def _word(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
