@@ -52,9 +52,10 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (
+COMMANDS = (
     plan, fit, probe, ranks, export, gap, convert, bind, merge, hash_, verify, serve, report, demo, doctor,
-):  # fmt: skip
+)  # fmt: skip
+for command in COMMANDS:
     cli.add_command(command)
 
 

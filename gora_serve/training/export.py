@@ -83,12 +83,13 @@ def export_adapter(
 ) -> Exported:
     """Write an adapter, whoever trained it, as `export` does: tensors, configuration, model card and seal.
 
-    gguf_for: the base, which a file for llama.cpp needs. `output` must not lie in or above a folder of `protect`.
-    Raises OutputError for an existing output, MachineError (GS-560) where the disk has no room for it.
+    gguf_for: the base, which a file for llama.cpp needs. `output` must not lie in or above a folder of
+    `protect`. Raises OutputError for an existing output, MachineError (GS-560) where the disk has no room for it.
     """
     config = config or ExportConfig()
     assert gguf_for is not None or not config.gguf, "a file for llama.cpp needs the base"
-    require_space(output, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
+    wanted = written_bytes(adapter, config.form, getattr(torch, config.dtype))
+    require_space(output, 2 * wanted if config.gguf else wanted)
     base = Path(adapter.base.name) if adapter.base.name else None
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
