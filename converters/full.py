@@ -88,8 +88,7 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
         if ours is not None and not (merging and is_resized(model.tensors.shape(name), base, ours)):
             _check_shape(model, base, name, ours)
         if leave_out.match(name):
-            found.known[name] = f"{LEFT_OUT}, relative change {_change(model, base, name, ours)}"
-            found.left_out.append(name)
+            _leave_out(model, base, name, ours, found)
         elif name.rpartition(".")[0] in whole:
             found.carried[f"{path}.{kind}"] = name
         elif ours is not None and kind == "weight" and _is_linear(model, path, name):
@@ -102,6 +101,14 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
     _tied_head(model, base, found)
     _missing(model, base, leave_out, found)
     return found
+
+
+def _leave_out(model: BaseWeights, base: BaseWeights, name: str, ours: str | None, found: _Sorted) -> None:
+    if ours is not None and (reason := same(model.tensors[name], base.tensors[ours])):
+        found.known[name] = reason
+        return
+    found.known[name] = f"{LEFT_OUT}, relative change {_change(model, base, name, ours)}"
+    found.left_out.append(name)
 
 
 def _longer(name: str, ours: str | None) -> str:

@@ -181,11 +181,12 @@ def check_vocabulary(name: str, actual: tuple[int, ...], base: BaseWeights, ours
 
 
 def same(theirs: Tensor, ours: Tensor) -> str | None:
-    """Return why a tensor adds nothing, or None: it is the base's, or the base's rounded to the other's dtype."""
+    """Return why a tensor adds nothing, or None: it is the base's in its own dtype, widened or rounded to it.
+
+    A wider tensor is never rounded to the base's dtype: that would hide a small change.
+    """
     if theirs.shape != ours.shape or theirs.dtype.itemsize == 1:  # of 8 bits: scales elsewhere say what they stand for
         return None
     if theirs.dtype == ours.dtype:
         return "the base's own" if torch.equal(theirs, ours) else None
-    if torch.equal(theirs, ours.to(theirs.dtype)) or torch.equal(theirs.to(ours.dtype), ours):
-        return f"the base's own, as {theirs.dtype}"
-    return None
+    return f"the base's own, as {theirs.dtype}" if torch.equal(theirs, ours.to(theirs.dtype)) else None

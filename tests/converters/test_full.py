@@ -318,7 +318,7 @@ def test_each_tensor_is_applied_carried_left_out_or_refused(changed: set[str], l
     assert set(tensors["carried"]) == carried
     assert tensors["without_effect"].keys() == set(NAMES) - applied - carried
     for name, why in tensors["without_effect"].items():
-        assert ("left out" in why) == (name in left)
+        assert ("left out" in why) == (name in left & changed)
 
 
 # What LoRA cannot hold
@@ -539,6 +539,28 @@ def test_bfloat16_on_float32(tmp_path: Path, linear: Tuned) -> None:
     exact = dense(tmp_path / "model", linear.base)
     after = written(tmp_path / "out", exact)
     assert all(float((after[path] - exact[path]).norm()) < 1e-6 * float(exact[path].norm()) for path in LINEAR)
+
+
+def test_a_change_below_the_rounding_of_the_base_counts(tmp_path: Path) -> None:
+    """The base in bfloat16, the model in float32: what moved by 1e-4 equals the base only once it is rounded."""
+    from transformers import AutoModelForCausalLM
+
+    build_llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    fine_tune(tmp_path / "model", model, lambda name: "mlp" in name)
+    done = converted(tmp_path / "model", tmp_path / "base", tmp_path / "same", rank=4)
+    assert done.reading.known == dict.fromkeys(OTHERS, "the base's own, as torch.float32")
+    for name in (NORMS[0], "model.embed_tokens.weight"):
+        model.get_parameter(name).data.mul_(1 + 1e-4)
+        assert torch.equal(model.get_parameter(name).bfloat16(), tensors_of(tmp_path / "base")[name])
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="2 tensors changed") as refused:
+        converted(tmp_path / "model", tmp_path / "base", tmp_path / "out", rank=4)
+    assert refused.value.code == "GS-3157"
+    inputs = Inputs(leave_out=("norm", "embed_tokens"))
+    left = converted(tmp_path / "model", tmp_path / "base", tmp_path / "out", rank=4, inputs=inputs)
+    assert sum("left out" in why for why in left.reading.known.values()) == 2  # of 6 that the names fit
+    assert any("the changes of 2 tensors" in note for note in left.reading.notes)
 
 
 def test_shards_give_the_same_adapter(tmp_path: Path, linear: Tuned) -> None:
