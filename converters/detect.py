@@ -22,7 +22,7 @@ from converters.detect_files import (
     siblings,
 )
 from converters.detect_weights import ORTHOGONAL, Projections, differs, halves, kinship, orthogonality, projections
-from converters.initial import KINSHIP
+from converters.kinship import KINSHIP
 from converters.reading import Inputs
 from converters.residual import base_beside
 from converters.source import CONFIG, Source, open_source

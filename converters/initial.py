@@ -7,32 +7,27 @@ noticed and refused: by its modules and scales, by what it has in common with th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-
-import torch
 
 from converters import lora
 from converters.decompose import transposed
 from converters.detect_files import BACKUP, siblings
 from converters.detect_weights import spread
 from converters.fresh import is_rounded
+from converters.kinship import check_kinship, check_plain, check_same_form
 from converters.mutated import MutatedBase
 from converters.reading import Inputs, Reading
 from converters.source import CONFIG, Source, open_source
 from gora_serve.adapter.factors import LazyModules, LoraFactors
 from gora_serve.adapter.linalg import norm, subtract
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.errors import BindingError, InputError, UsageError
+from gora_serve.errors import BindingError, GoraError, InputError, UsageError
 
 ROUNDED_NOTE = "The edited base was rounded to 16 bits: that has full rank, and no adapter can hold it."
 GROWN = 0.03  # cosine of the trained update with P0: 0.06 after 150 large steps at rank 1, below 0 where swapped
-KINSHIP = 0.25  # mean cosine of trained and initial factors: another run's is near 0, one's own above 0.5
-OTHERS = re.compile(r"\.lora_(magnitude_vector|E|diag)(\.|$)")
-TURNED = 0.02  # share of A's rows with a cosine below -0.5
 
 Factors = Callable[[str, int], LoraFactors]  # (module path, rank) -> P0
 Check = Callable[[str, LoraFactors, Path], None]  # raises where P0 of an initial adapter cannot be
@@ -101,19 +96,29 @@ def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Readin
 def find_initial(source: Source, inputs: Inputs, plain: Reading, rules: Rules, stored: Sequence[str]) -> Initial:
     """Return P0 from the most trusted source there is. stored: the modules with factors of their own in the file.
 
-    Raises UsageError (GS-232) where there is none, BindingError where the sources belong to another run or base,
-    InputError (GS-3125) for a head that the base ties to its embeddings.
+    What was found beside the adapter and does not fit is left aside with a note, where there is another source.
+    Raises UsageError (GS-232) where there is none, BindingError where the sources belong to another run or base (GS-405
+    for its shapes), InputError (GS-3125) for a head that the base ties to its embeddings.
     """
     base = inputs.need_base(f"{rules.family} edits the base; its conversion")
     paths = [path for path in stored if _can_be_edited(path, plain, base)]
     _refuse_tied(source, base, paths, rules)
+    for path in paths:
+        base.check_shape(path, plain.adapter.modules[path].shape)
     mutated = inputs.mutated_base or rules.mutated
     pair = MutatedBase(base, BaseWeights(mutated), rules.quantized) if mutated else None
     if pair:
         pair.check(paths)
-    folder = initial_folder(source, inputs, mutated) if rules.in_adapter else inputs.init_adapter
-    if folder is not None:
-        return _from_adapter(folder, inputs, plain, rules, paths, pair)
+    if inputs.init_adapter is not None:
+        return _from_adapter(inputs.init_adapter, inputs, plain, rules, paths, pair)
+    found, aside = _from_found(source, inputs, plain, rules, paths, pair) if rules.in_adapter else (None, ())
+    initial = found or _without_adapter(source, plain, rules, paths, pair, base)
+    return replace(initial, notes=(*aside, *initial.notes))
+
+
+def _without_adapter(
+    source: Source, plain: Reading, rules: Rules, paths: list[str], pair: MutatedBase | None, base: BaseWeights
+) -> Initial:
     if pair:
         return _from_mutated(pair, plain, rules, paths)
     if rules.compute is None:
@@ -201,7 +206,7 @@ def _from_adapter(
         origin = replace(origin, config={**origin.config, "peft_type": "LORA"})
     stored = rules.stored(origin, inputs)
     base = inputs.need_base("an initial adapter")
-    _check_plain(origin)
+    check_plain(origin)
     check_same_form(origin, plain.adapter.modules, stored)
     check_kinship(origin, plain.adapter.modules, stored, paths)
 
@@ -226,6 +231,36 @@ def _from_adapter(
     return Initial(modules, agreed, (folder, pair.mutated.folder), _remainder_note(pair), pair.mutated)
 
 
+def _from_found(
+    source: Source, inputs: Inputs, plain: Reading, rules: Rules, paths: list[str], pair: MutatedBase | None
+) -> tuple[Initial | None, tuple[str, ...]]:
+    """Return P0 from the first initial adapter beside this one that is its own, and a note for each that is not.
+
+    Such a folder can be a neighbour's: nobody named it. Where there is no other source, its fault is raised.
+    """
+    aside: list[str] = []
+    fault = None
+    for folder in left_beside(source, pair.mutated.folder if pair else None):
+        try:
+            initial = _from_adapter(folder, inputs, plain, rules, paths, pair)
+            for path in spread(paths):
+                _ = initial.modules[path]  # held to the base
+            return initial, tuple(aside)
+        except GoraError as err:
+            fault = fault or _not_its_own(err, folder)
+            aside.append(f"{folder} lies there, but is not this adapter's, and is left aside: {err.what}")
+    if fault and not pair and rules.compute is None:
+        raise fault
+    return None, tuple(aside)
+
+
+def _not_its_own(err: GoraError, folder: Path) -> GoraError:
+    return err.advising(
+        f"{folder} was found by itself and is not this adapter's: name its own by --init-adapter, or the edited base "
+        "by --mutated-base"
+    )
+
+
 def _if_rounded(base: BaseWeights, paths: Iterable[str]) -> tuple[str, ...]:
     """Nothing in the files says in which type the base lay in training."""
     has_16_bits = any(base.dtype(path) in ("BF16", "F16") for path in paths)
@@ -241,69 +276,6 @@ def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:
     return (ROUNDED_NOTE,)
 
 
-def initial_folder(source: Source, inputs: Inputs, mutated: Path | None) -> Path | None:
-    """Return the initial adapter: as given, or as tools leave it in the adapter's folder, beside it or in W_res."""
-    if inputs.init_adapter is not None:
-        return inputs.init_adapter
-    folders = siblings(source, mutated)
-    return next((one for one in folders if (one / CONFIG).is_file() and one.name != BACKUP), None)
-
-
-def _check_plain(origin: Source) -> None:
-    """Raise BindingError (GS-430) where the initial adapter has factors of another family beside A and B."""
-    odd = next((name for name in origin.tensors if OTHERS.search(name)), None)
-    if odd is not None:
-        raise BindingError(
-            "the initial adapter is of another family than the trained one", code="GS-430", file=origin.weights,
-            tensor=odd, hint="give the initial adapter of the same run",
-        )  # fmt: skip
-
-
-def check_same_form(origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors]) -> None:
-    """Raise BindingError (GS-430) unless modules, ranks, shapes and scales of both are the same."""
-    missing = sorted(trained.keys() ^ initial.keys())
-    if missing:
-        raise BindingError(
-            "the initial adapter has other modules than the trained one", code="GS-430", file=origin.weights,
-            tensor=missing[0], hint="give the initial adapter of the same run",
-        )  # fmt: skip
-    for path, ours in trained.items():
-        one = initial[path]
-        expected, actual = [f"rank {x.rank}, shape {x.shape}, scale {x.scale:.6g}" for x in (ours, one)]
-        if expected != actual:
-            raise BindingError(
-                "the initial adapter has another rank, shape or scale than the trained one", code="GS-430",
-                file=origin.weights, tensor=path, expected=expected, actual=actual,
-                hint="give the initial adapter of the same run, with the configuration of the same run",
-            )  # fmt: skip
-
-
-def check_kinship(
-    origin: Source, trained: Mapping[str, LoraFactors], initial: Mapping[str, LoraFactors], paths: list[str]
-) -> None:
-    """Raise BindingError where the trained adapter cannot have grown out of the initial one.
-
-    Training moves each row of A and column of B a little from where it began: their mean cosine over all modules stays
-    well above 0 in A or in B, and none is turned around. Another run's are near 0 in both; those of the same gradient
-    by another randomized SVD are large, of random sign. GS-438: B0 A0 is zero.
-    """
-    rows, columns, size = [], [], 0.0
-    for path in paths:
-        one, other = trained[path], initial[path]
-        rows.append(torch.cosine_similarity(one.A.double(), other.A.double(), dim=1))  # (r,)
-        columns.append(torch.cosine_similarity(one.B.double(), other.B.double(), dim=0))
-        size += float(other.A.double().norm() * other.B.double().norm())
-    if size == 0:
-        raise BindingError(
-            "the initial adapter adds nothing: it was not made by the initialisation", code="GS-438",
-            file=origin.weights, hint="save it after the initialisation, and before any step of training",
-        )  # fmt: skip
-    of_A, of_B = float(torch.cat(rows).mean()), float(torch.cat(columns).mean())
-    turned = float((torch.cat(rows) < -0.5).double().mean())  # B0 can be so small that training turns it around
-    if max(of_A, of_B) < KINSHIP or turned > TURNED:
-        raise BindingError(
-            "the trained adapter did not grow out of this initial one", code="GS-431", file=origin.weights,
-            expected=f"a mean cosine of their factors above {KINSHIP}, and no row of A turned around",
-            actual=f"{of_A:.2f} for A, {of_B:.2f} for B; {turned:.0%} of A turned around",
-            hint="give the initial adapter of the same run, or the edited base by --mutated-base",
-        )  # fmt: skip
+def left_beside(source: Source, mutated: Path | None) -> list[Path]:
+    """Return what may be the initial adapter, as tools leave it in the adapter's folder, beside it or in W_res."""
+    return [one for one in siblings(source, mutated) if (one / CONFIG).is_file() and one.name != BACKUP]

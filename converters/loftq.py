@@ -6,17 +6,20 @@ B0 A0 is the best rank-r part of W0 - Q and was made without the scale, so that 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 from converters import lora
-from converters.detect_weights import spread
+from converters.detect_weights import kinship, spread
 from converters.fresh import check_orthogonal, likeness
-from converters.initial import Rules, initial_folder, read_without_initial
+from converters.initial import Rules, left_beside, read_without_initial
+from converters.kinship import KINSHIP
 from converters.reading import Inputs, Reading
 from converters.residual import base_beside
 from converters.source import Source, open_source
-from gora_serve.errors import BindingError
+from gora_serve.errors import BindingError, GoraError
 
 NOTE = "Trained over a quantized base; what quantization took beyond P0 has full rank and is not in the result."
 LOFTQ, PISSA = "loftq", "pissa"
@@ -50,7 +53,7 @@ def _which(source: Source, inputs: Inputs) -> str:
     """
     text = str(source.config.get("init_lora_weights")).lower()
     word = next((kind for kind in (LOFTQ, PISSA) if text.startswith(kind)), None)
-    folder = initial_folder(source, inputs, base_beside(source, inputs))
+    folder = inputs.init_adapter or _found_folder(source, inputs)
     if folder is None:
         return word or LOFTQ
     base, origin = inputs.need_base("LoftQ"), open_source(folder, pickles=inputs.pickles)
@@ -67,3 +70,14 @@ def _which(source: Source, inputs: Inputs) -> str:
             hint='set init_lora_weights to "loftq" or "pissa" in adapter_config.json, as in training',
         )  # fmt: skip
     return found.pop()
+
+
+def _found_folder(source: Source, inputs: Inputs) -> Path | None:
+    """Return the initial adapter that lies beside this one, if its numbers say that it is this one's."""
+    trained = lora.modules_of(source, inputs)
+    for folder in left_beside(source, inputs.mutated_base or base_beside(source, inputs)):
+        with suppress(GoraError):
+            origin = open_source(folder, pickles=inputs.pickles)
+            if kinship(trained, lora.modules_of(origin, inputs)) >= KINSHIP:
+                return folder
+    return None

@@ -17,9 +17,11 @@ from tiny_models import build_llama
 
 from converters.convert import convert
 from converters.decompose import nearest
+from converters.gap import find_gap
 from converters.mutated import MutatedBase
 from converters.reading import Inputs
 from gora_serve.adapter.linalg import distance, norm
+from gora_serve.config import GapConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError, MismatchError, UsageError
 from gora_serve.integrity.bases import Base
@@ -81,6 +83,57 @@ def test_flags_come_before_what_lies_beside_the_adapter(tmp_path: Path, tiny_bas
     with pytest.raises(BindingError, match="adds nothing") as refused:
         converted(run.adapter, tiny_base, tmp_path / "other", family="pissa")
     assert refused.value.code == "GS-438"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("neighbour", [{"r": 4}, {"r": 8}, {"target_modules": ["q_proj"]}, {"init": True}])
+def test_a_neighbours_initial_adapter_does_not_block(
+    tmp_path: Path, tiny_base: Path, init: str, neighbour: dict[str, Any]
+) -> None:
+    """Beside the adapter lies another's pissa_init: nobody named it, and the base says what P0 is."""
+    run = make_run(tmp_path / "runs", init)
+    settings = {"init": "pissa_niter_4" if init == "pissa" else "pissa", **neighbour}
+    other = make_run(tmp_path / "other", **settings, prepare=lambda *_: torch.manual_seed(9))
+    shutil.copytree(other.initial, tmp_path / "runs" / "pissa_init")
+    done = prove_exact_as(run, tiny_base, tmp_path, init)
+    if neighbour == {"r": 4} and init == "pissa":  # its niter part is this one's too, but for rounding
+        return
+    assert any("pissa_init lies there, but is not this adapter's" in note for note in done.reading.notes)
+    assert done.reading.files == ()
+
+
+def test_of_several_beside_it_the_adapters_own_is_taken(tmp_path: Path, tiny_base: Path) -> None:
+    run = make_run(tmp_path / "runs", "pissa_niter_1", r=2, prepare=lambda *_: torch.manual_seed(1))
+    other = make_run(tmp_path / "other", True, r=2)
+    shutil.copytree(other.initial, run.adapter / "pissa_init")
+    shutil.copytree(run.initial, tmp_path / "runs" / "pissa_init")
+    done = prove_exact_as(run, tiny_base, tmp_path, "pissa")
+    assert done.reading.files == (tmp_path / "runs" / "pissa_init",)
+
+
+def test_a_neighbours_initial_adapter_is_refused_where_nothing_else_is_there(tmp_path: Path, tiny_base: Path) -> None:
+    run = make_run(tmp_path / "runs", "pissa_niter_1", r=2, prepare=lambda *_: torch.manual_seed(1))
+    other = make_run(tmp_path / "other", "pissa", r=4)
+    shutil.copytree(other.initial, tmp_path / "runs" / "pissa_init")
+    with pytest.raises(BindingError, match="found by itself and is not this adapter's") as refused:
+        converted(run.adapter, tiny_base, tmp_path / "out")
+    assert refused.value.code == "GS-430"
+    named = converted(run.adapter, tiny_base, tmp_path / "out", inputs=Inputs(mutated_base=run.mutated))
+    assert any("left aside" in note for note in named.reading.notes)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("way", ["computed", "init"])
+def test_a_base_of_other_shapes(tmp_path: Path, init: str, way: str) -> None:
+    run = make_run(tmp_path, init)
+    shutil.copytree(run.initial, tmp_path / "adapter" / "pissa_init")
+    build_llama(hidden_size=48, num_attention_heads=4, num_key_value_heads=2).save_pretrained(tmp_path / "wider")
+    inputs = inputs_of(run, way)
+    with pytest.raises(BindingError, match="does not fit this base") as refused:
+        converted(run.adapter, tmp_path / "wider", tmp_path / "out", inputs=inputs)
+    assert refused.value.code == "GS-405"
+    with pytest.raises(BindingError, match="GS-405"):
+        find_gap(run.adapter, Base("wider", tmp_path / "wider"), GapConfig(), inputs)
 
 
 def test_modules_that_were_not_edited_have_no_initial_part(tmp_path: Path, tiny_base: Path) -> None:
