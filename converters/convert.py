@@ -21,9 +21,9 @@ from converters.receipt import RECEIPT, Converted, files_read, make_receipt
 from converters.source import Source
 from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.format import seal_record, write_adapter, written_bytes
+from gora_serve.adapter.format import ENGINE_RANKS, seal_record, write_adapter, written_bytes
 from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, leading
-from gora_serve.adapter.measure import measure_written, rounded_away
+from gora_serve.adapter.measure import ModuleError, measure_written, rounded_away
 from gora_serve.adapter.spill import Spill
 from gora_serve.adapter.truncate import LEADING, choose_ranks
 from gora_serve.config import ConvertConfig, ExportConfig
@@ -99,7 +99,18 @@ def convert(
         check_unchanged(before)
         write_json(stage / RECEIPT, done.receipt)
         seal_folder(stage, seal_record(root, done.base, done.origin, ExportConfig(config.form, config.dtype)))
-    return done
+    return replace(done, warnings=(*warnings, *_above_engines(errors)))
+
+
+def _above_engines(modules: Mapping[str, ModuleError]) -> tuple[str, ...]:
+    large = {path: module.rank for path, module in modules.items() if module.rank > ENGINE_RANKS[-1]}
+    if not large:
+        return ()
+    path = max(large, key=lambda one: large[one])
+    return (
+        f"{len(large)} modules have a rank above {ENGINE_RANKS[-1]}, the largest that vLLM serves: {path} has "
+        f"{large[path]}; a lower --rank or a larger --tolerance makes it less",
+    )
 
 
 def _hash_base(base: Base, inputs: Inputs) -> Manifest:

@@ -178,8 +178,9 @@ def _refuse_problems(source: Source, found: _Sorted) -> None:
         return
     lines = [f"{name} {change}" for name, change in found.problems.items()]
     more = f"; and {len(lines) - 12} more" if len(lines) > 12 else ""
+    count = f"{len(lines)} tensors" if len(lines) > 1 else "a tensor"
     raise InputError(
-        f"{len(lines)} tensors changed that LoRA cannot hold (norms, biases, embeddings): they would be lost",
+        f"{count} changed that LoRA cannot hold (norms, biases, embeddings): they would be lost",
         code="GS-3157", file=source.folder, tensor=next(iter(found.problems)), actual="; ".join(lines[:12]) + more,
         expected="the base's own; the numbers are |W - W0| / |W0|",
         hint="--carry NAMES keeps modules whole (PEFT loads them, vLLM does not), --leave-out NAMES drops the change",
@@ -195,7 +196,8 @@ def _task(model: BaseWeights) -> str | None:
 
 def _notes(found: _Sorted, model: BaseWeights, base: BaseWeights) -> Iterable[str]:
     if found.left_out:
-        yield f"the changes of {len(found.left_out)} tensors are left out: without_effect names them"
+        where = "tensors.without_effect in conversion.json names them"
+        yield f"the changes of {len(found.left_out)} tensors are left out: {where}"
     if found.carried:
         yield CARRIED
     kinds = [{one.tensors.entries[name].dtype for name in one.tensors} for one in (model, base)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from converters.detect import Detection
+from converters.initial import IF_ROUNDED
 from converters.read import held_to_base, read
 from converters.reading import Inputs, Reading
 from converters.source import Source
@@ -70,6 +71,8 @@ def find_gap(
     source, detection, reading = read(path, inputs, config.family)
     warnings = held_to_base(source, lambda: hash_model(base.path, listen=inputs.listen), base.path, inputs)
     lay_in = _lay_in(source, reading, config)
+    if lay_in and lay_in[0] == "float32":
+        reading = replace(reading, notes=tuple(note for note in reading.notes if note != IF_ROUNDED))
     parts = Parts(
         weights, reading.adapter.modules, reading.served, reading.initial, reading.edited, _rounder(lay_in),
         STORED.get(lay_in[0]) if lay_in else None, reading.full_rank, source.weights,

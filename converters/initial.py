@@ -27,6 +27,7 @@ from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, GoraError, InputError, UsageError
 
 ROUNDED_NOTE = "The edited base was rounded to 16 bits: that has full rank, and no adapter can hold it."
+IF_ROUNDED = f"If the base lay in its 16 bits in training: {ROUNDED_NOTE}"
 GROWN = 0.03  # cosine of the trained update with P0: 0.06 after 150 large steps at rank 1, below 0 where swapped
 
 Factors = Callable[[str, int], LoraFactors]  # (module path, rank) -> P0
@@ -264,7 +265,7 @@ def _not_its_own(err: GoraError, folder: Path) -> GoraError:
 def _if_rounded(base: BaseWeights, paths: Iterable[str]) -> tuple[str, ...]:
     """Nothing in the files says in which type the base lay in training."""
     has_16_bits = any(base.dtype(path) in ("BF16", "F16") for path in paths)
-    return (f"If the base lay in its 16 bits in training: {ROUNDED_NOTE}",) if has_16_bits else ()
+    return (IF_ROUNDED,) if has_16_bits else ()
 
 
 def _remainder_note(pair: MutatedBase) -> tuple[str, ...]:

@@ -69,6 +69,11 @@ def open_source(path: Path, *, pickles: bool = False) -> Source:
     if not path.is_dir():
         with open_regular(path):  # no device and no pipe
             pass
+        if path.suffix == ".json":
+            raise InputError(
+                "this is a JSON file, and an adapter's numbers are in its weights", code="GS-3196", file=path,
+                expected="a folder, or a .safetensors file", hint=f"give the folder: {path.parent}",
+            )  # fmt: skip
     folder = path if path.is_dir() else path.parent
     if is_model(path):
         return Source(path, path, {}, _whole(path, TensorFiles(find_model(path).weights.values())))

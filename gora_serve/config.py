@@ -37,9 +37,12 @@ MOST_STEPS = 10**7  # an order of batches is drawn for all steps at once
 IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
 
 
+TAKES = "gora-serve COMMAND --help says what each option takes, and its default"
+
+
 def _require(condition: bool, what: str, **fields: object) -> None:
     if not condition:
-        raise UsageError(what, code="GS-201", **fields)  # type: ignore[arg-type]
+        raise UsageError(what, code="GS-201", **({"hint": TAKES} | fields))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -305,10 +308,14 @@ class ConvertConfig:
 
     def validate(self) -> None:
         """Raise UsageError for the first value that makes no sense."""
-        _require(self.rank is None or self.tolerance is None, "give --rank or --tolerance, not both")
-        _require(self.rank is None or self.rank >= 1, "--rank must be at least 1", actual=self.rank)
+        _require(
+            self.rank is None or self.tolerance is None, "give --rank or --tolerance", hint="leave one of them out"
+        )
+        hint = "a whole number such as --rank 16; without --rank, as many as the update has"
+        _require(self.rank is None or self.rank >= 1, "--rank must be at least 1", actual=self.rank, hint=hint)
         fits = self.tolerance is None or 0 <= self.tolerance < 1
-        _require(fits, "--tolerance must be at least 0 and less than 1", actual=self.tolerance)
+        hint = "a share of the update's norm, such as --tolerance 0.01"
+        _require(fits, "--tolerance must be at least 0 and less than 1", actual=self.tolerance, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gora_serve.cli.options import FOLDER, json_option, overwrite_option, source_options
+from gora_serve.cli.options import FOLDER, json_option, keep_options, overwrite_option, source_options
 from gora_serve.config import ConvertConfig, ExportDtype, Form
 
 
@@ -40,19 +40,7 @@ from gora_serve.config import ConvertConfig, ExportDtype, Form
 @click.option(
     "--dtype", default=ConvertConfig.dtype, show_default=True, type=click.Choice(["float32", "bfloat16", "float16"])
 )
-@click.option(
-    "--leave-out",
-    multiple=True,
-    metavar="NAMES",
-    help="Drop tensors that LoRA cannot hold (biases, norms), where their name has this (a regular expression). "
-    "Repeatable.",
-)
-@click.option(
-    "--carry",
-    multiple=True,
-    metavar="NAMES",
-    help="Of a fine-tuned model: keep such modules whole (modules_to_save): PEFT loads them, vLLM does not.",
-)
+@keep_options
 @overwrite_option
 @json_option
 def convert(

@@ -8,7 +8,7 @@ from typing import get_args
 
 import click
 
-from gora_serve.cli.options import FILE, data_options, json_option, source_options
+from gora_serve.cli.options import FILE, data_options, json_option, keep_options, source_options
 from gora_serve.config import DataConfig, ExportDtype, GapConfig, TrainedOn
 
 
@@ -16,6 +16,7 @@ from gora_serve.config import DataConfig, ExportDtype, GapConfig, TrainedOn
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The untouched base: a model folder or a hub id.")
 @source_options
+@keep_options
 @click.option(
     "--threshold",
     default=GapConfig.threshold,
@@ -55,6 +56,8 @@ def gap(
     mutated_base: Path | None,
     cache: Path | None,
     allow_pickle: bool,
+    leave_out: tuple[str, ...],
+    carry: tuple[str, ...],
     threshold: float,
     dtype: ExportDtype,
     trained_on: TrainedOn,
@@ -90,7 +93,7 @@ def gap(
 
         check_picture(plot)
     with watching() as listen, naming_inputs():
-        inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen)
+        inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen, leave_out, carry)
         located = locate_base(base)
         report = find_gap(locate_adapter(adapter), located, config, inputs, data=data, rows=rows)
     report = replace(report, adapter=str(adapter))  # as it was given: a hub id, not its folder
@@ -103,6 +106,11 @@ def gap(
     emit(gap_summary(report, plot), as_json=as_json)
     if report.gap.within(threshold):
         return 0
-    for line in str(refusal(report)).splitlines():
+    given = {"--init-adapter": init_adapter, "--mutated-base": mutated_base, "--cache": cache}
+    words = [word for option, path in given.items() if path is not None for word in (option, str(path))]
+    words += [word for option, names in (("--leave-out", leave_out), ("--carry", carry)) for name in names
+              for word in (option, name)]  # fmt: skip
+    words += ["--allow-pickle"] if allow_pickle else []
+    for line in str(refusal(report, words)).splitlines():
         say(line)
     return 1

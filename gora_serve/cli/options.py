@@ -22,8 +22,20 @@ from gora_serve.config import (
 )  # fmt: skip
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class Folder(click.Path):
+    """A folder, which need not be there yet; a file is refused with what to give instead."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if Path(value).is_file():
+            better = "choose another name" if param and param.name == "output" else "give the folder that it lies in"
+            self.fail(f"{str(value)!r} is a file, and a folder is needed: {better}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = Folder(file_okay=False, path_type=Path)
 
 
 def together(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -126,6 +138,17 @@ source_options = together(
     click.option("--cache", type=FILE, metavar="FILE", help="CorDA's cache file: the same, as CorDA keeps it."),
     click.option(
         "--allow-pickle", is_flag=True, help="Open .bin, .pt and .ckpt files too, by torch's loader for weights only."
+    ),
+)  # fmt: skip
+keep_options = together(
+    click.option(
+        "--leave-out", multiple=True, metavar="NAMES",
+        help="Drop tensors that LoRA cannot hold (biases, norms), where their name has this (a regular expression). "
+        "Repeatable.",
+    ),
+    click.option(
+        "--carry", multiple=True, metavar="NAMES",
+        help="Of a fine-tuned model: keep such modules whole (modules_to_save): PEFT loads them, vLLM does not.",
     ),
 )  # fmt: skip
 model_options = together(

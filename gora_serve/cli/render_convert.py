@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -29,11 +29,16 @@ def convert_summary(done: Converted) -> Summary:
     lines.append(f"wrote {done.folder}")
     lines.append(f"{len(kept)} modules, ranks {rank_span(module.rank for module in kept)}")
     lines += [f"{left} modules whose update is zero, or below what is kept, are left out"] if left else []
-    lines += [f"carried as they are: {', '.join(sorted(reading.carried))}"] if reading.carried else []
+    lines += [f"carried as they are: {_some(sorted(reading.carried))}"] if reading.carried else []
     cause = error_cause(done.error, done.truncated)
     lines.append(f"error of the written update, over all modules: {done.error:.2e} ({cause})")
     value = {"adapter": str(done.folder), "warnings": list(done.warnings), **done.receipt}
     return Summary(value, lines, [module_table(done.modules)])
+
+
+def _some(names: Sequence[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more (tensors.carried in conversion.json)" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def error_cause(error: float, truncated: float) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,19 @@ from gora_serve.errors import MismatchError, printable
 
 if TYPE_CHECKING:
     from converters.gap import GapReport
+    from gora_serve.deploy.gap import Gap
     from gora_serve.training.compare import Comparison
 
 SCHEMA = "gora-serve/gap/1"
 NOBODY = "no engine loads it as LoRA"
 
 
-def refusal(report: GapReport) -> MismatchError:
-    """Return the answer "no" as an error. It is printed, not raised: standard output keeps the whole report."""
-    hint = "gora-serve convert" + (" with --rank or --tolerance, or merge" if report.reading.full_rank else "")
+def refusal(report: GapReport, given: Sequence[str] = ()) -> MismatchError:
+    """Return the answer "no" as an error. It is printed, not raised: standard output keeps the whole report.
+
+    given: options of this call that a conversion needs too.
+    """
+    hint = _conversion(report, given)
     if not report.gap.loads:
         return MismatchError(NOBODY, code="GS-122", file=report.adapter, hint=hint)
     share = report.gap.shares()["unconverted_of_update"]
@@ -33,6 +38,15 @@ def refusal(report: GapReport) -> MismatchError:
         expected=f"an error of at most {report.config.threshold:g} of the update",
         actual="an update of zero, served as something" if share is None else f"{share:.3g}", hint=hint,
     )  # fmt: skip
+
+
+def _conversion(report: GapReport, given: Sequence[str]) -> str:
+    """Return the command that converts the adapter."""
+    name = Path(report.adapter.partition("@")[0]).name or "adapter"
+    words = ["gora-serve", "convert", report.adapter, "--base", report.base, "--output", f"{name}-plain", *given]
+    words += ["--from", report.config.family] if report.config.family != "auto" else []
+    words += ["--rank", "16"] if report.reading.full_rank else []
+    return shlex.join(words)
 
 
 def gap_summary(report: GapReport, plot: Path | None) -> Summary:
@@ -93,8 +107,8 @@ def _rounding(report: GapReport) -> list[str]:
     error = f"{_percent(shares['base_rounding_of_update'])} of the update, which no adapter can hold"
     if not gap.estimated:
         return [f"rounding of the edited base, measured: {error}"]
-    dtype = f"in {report.lay_in[0]}" if report.lay_in else "in the dtype that the base is stored in"
-    return [f"rounding of the base if it lay {dtype} in training: {error} (see --mutated-base, --trained-on)"]
+    dtype = report.lay_in[0] if report.lay_in else "the dtype of its files"
+    return [f"rounding of the base, if training kept it in {dtype}: {error} (see --mutated-base, --trained-on)"]
 
 
 def _verdict(report: GapReport) -> str:
@@ -136,12 +150,25 @@ def _table(report: GapReport) -> Table:
         table.add_column("\n".join(HEADS[name]), justify="right")
     for kind, paths in kinds.items():
         shares = gap.shares(paths)
-        ranks = sorted(gap.modules[path].rank for path in paths)
-        span = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
         cells = [_number(shares[name]) for name in shown]
-        table.add_row(Text(printable(kind)), str(len(paths)), span, *cells, end_section=kind == list(kinds)[-1])
-    table.add_row("all", str(len(gap.modules)), "", *(_number(total[name]) for name in shown))
+        first = (Text(printable(kind)), _changed(gap, paths), _ranks(report, paths))
+        table.add_row(*first, *cells, end_section=kind == list(kinds)[-1])
+    table.add_row("all", _changed(gap, list(gap.modules)), "", *(_number(total[name]) for name in shown))
     return table
+
+
+def _changed(gap: Gap, paths: Sequence[str]) -> str:
+    """Say how many modules have an update or a part taken out, and of how many where these are more."""
+    modules = [gap.modules[path] for path in paths]
+    changed = sum(bool(module.update or module.initial or module.unconverted) for module in modules)
+    return str(changed) if changed == len(modules) else f"{changed} of {len(modules)}"
+
+
+def _ranks(report: GapReport, paths: Sequence[str]) -> str:
+    if report.reading.full_rank:
+        return "full"
+    ranks = sorted(report.gap.modules[path].rank for path in paths)
+    return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
 
 
 def _outcomes(comparison: Comparison) -> Table:

@@ -52,7 +52,10 @@ def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, 
         raise MachineError("there is no such folder", code="GS-503", hint="check the path", file=folder)
     seal = folder / SEAL
     if not seal.exists():
-        hint = "the folder was not finished, or another tool wrote it"
+        hint = (
+            "an adapter of another tool: gora-serve bind (plain LoRA) or gora-serve convert makes a copy that can be "
+            "verified; one of gora-serve's own was not finished"
+        )
         raise InputError(f"there is no {SEAL}", code="GS-332", file=folder, hint=hint)
     value = _read_seal(seal)
     files = value["files"]

@@ -19,7 +19,7 @@ from typing import BinaryIO, NoReturn
 from gora_serve.errors import MachineError, OutputError
 from gora_serve.integrity.cache import Digests, QuickCache, now
 from gora_serve.integrity.reading import open_regular, pieces
-from gora_serve.integrity.staging import publish, staged_folder, sync_published
+from gora_serve.integrity.staging import file_in_the_way, publish, staged_folder, sync_published
 
 __all__ = [
     "list_files", "refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_stream",
@@ -84,6 +84,7 @@ def write_stream(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     """
     temporary, held = path, -1
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_temporaries(path)
         temporary, fd = _open_temporary(path)
         with os.fdopen(fd, "wb") as stream:
@@ -96,6 +97,8 @@ def write_stream(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         else:
             publish(temporary, path, overwrite=False)
     except OSError as err:
+        if (blocked := file_in_the_way(path, "nothing was changed")) is not None:
+            raise blocked from err
         what = f"this file cannot be written: {err.strerror}"
         hint = "check the folder's permissions, and the space that is left on the disk"
         raise MachineError(what, code="GS-505", file=path, kept="nothing was changed", hint=hint) from err

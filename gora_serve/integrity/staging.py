@@ -104,9 +104,25 @@ def _os_errors(target: Path, kept: str, stage: Path | None = None) -> Iterator[N
             path = Path(os.fsdecode(where)).absolute()
             if not _is_of_output(path, stage, target):
                 raise unreadable(path, err).keeping(kept) from err
+        if (blocked := file_in_the_way(target, kept)) is not None:
+            raise blocked from err
+        if stage is None and isinstance(where, str | bytes | os.PathLike):
+            ours = Path(os.fsdecode(where)).name.startswith(f".{target.name}.")  # the lock, or a stage
+            where = target if ours else where
         what = f"the output cannot be written: {err.strerror or err}"
         hint = "check the folder's permissions, and the space that is left on the disk"
         raise MachineError(what, code="GS-505", file=where, kept=kept, hint=hint) from err
+
+
+def file_in_the_way(target: Path, kept: str) -> MachineError | None:
+    """Return the error (GS-505) for an output below something that is no folder; None where nothing is in the way."""
+    found = next((place for place in target.absolute().parents if os.path.lexists(place) and not place.is_dir()), None)
+    if found is None:
+        return None
+    return MachineError(
+        "the output cannot be written: a part of its path is no folder", code="GS-505", file=target, actual=str(found),
+        kept=kept, hint="choose an output below a folder",
+    )  # fmt: skip
 
 
 def _is_of_output(path: Path, stage: Path, target: Path) -> bool:

@@ -15,6 +15,7 @@ from gora_serve.adapter.names import parse_key
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry, read_header
+from gora_serve.integrity.layout import INDEX, SINGLE
 from gora_serve.integrity.record import claim_of, read_record, trained_on
 
 CONFIG_FILE = "adapter_config.json"
@@ -60,7 +61,7 @@ class AdapterDir:
 
 def require_adapter_files(path: Path) -> None:
     """Raise MachineError when the folder or one of its two files is missing, InputError where something else is there:
-    a file instead of a folder (GS-3222), pickles instead of safetensors (GS-3221).
+    a file instead of a folder (GS-3222), pickles instead of safetensors (GS-3221), a whole model (GS-3195).
     """
     if path.is_file():
         raise InputError(
@@ -73,6 +74,13 @@ def require_adapter_files(path: Path) -> None:
             "this adapter has only pickles, which can run code and are not read", code="GS-3221",
             file=path / pickles[0], expected=WEIGHTS_FILE,
             hint="where you trust it: gora-serve convert --allow-pickle, which builds tensors alone",
+        )  # fmt: skip
+    model = next((path / name for name in (SINGLE, INDEX) if (path / name).is_file()), None)
+    if model and not (path / CONFIG_FILE).exists():
+        raise InputError(
+            "this is a whole model, and no adapter", code="GS-3195", file=path, actual=model.name,
+            expected=f"{CONFIG_FILE} and {WEIGHTS_FILE}",
+            hint=f"if it is fine-tuned: gora-serve convert {path} --from full --base BASE --output DIR --rank R",
         )  # fmt: skip
     for needed in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
         if not needed.exists():

@@ -27,6 +27,7 @@ from gora_serve.serving.unserved import (
 
 LARGEST_RANK = 512  # vLLM 0.32, config/lora.py, MaxLoRARanks
 LARGEST_LOGITS = 258_048  # vLLM 0.32, lora/layers/logits_processor.py: tokens of a head that LoRA may adapt
+LOWER = "gora-serve convert with a lower --rank, or a larger --tolerance"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 MEND = "export or fetch the adapter again; gora-serve convert reads those of other tools"
 SHOWN = 4  # modules that one fault names beside the first
@@ -240,7 +241,7 @@ def _pair_faults(adapter: AdapterDir, module: str, pair: FactorPair, ranks_reada
         what = "vLLM adapts no head of so many tokens"
         yield Fault("GS-3353", what, file, module, f"<= {LARGEST_LOGITS} tokens", b[0], "train it without lm_head")
     if a[0] > LARGEST_RANK:
-        yield Fault("GS-387", "the rank is above what vLLM serves", file, module, f"<= {LARGEST_RANK}", a[0])
+        yield Fault("GS-387", "the rank is above what vLLM serves", file, module, f"<= {LARGEST_RANK}", a[0], LOWER)
     said = config_rank(adapter.config, module)
     if ranks_readable and _is_rank(said) and said != a[0] <= LARGEST_RANK:
         what = "the configuration's rank is not the tensors': the adapter would be scaled wrongly"

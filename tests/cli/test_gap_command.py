@@ -127,10 +127,42 @@ def test_dora_is_served_by_nobody(dora: Path, tiny_base: Path, tiny_data: Path) 
     assert (answer.code, answer.gs) == (1, "GS-122")
     assert "served as it is: no engine loads it as LoRA" in answer.out
     assert "full rank" in answer.out
-    assert "--rank or --tolerance" in str(answer.field("try"))
+    command = f"gora-serve convert {dora} --base {tiny_base} --output adapter-plain --rank 16"
+    assert answer.field("try") == command
+    rows = [line.split() for line in answer.out.splitlines() if "q_proj" in line]
+    assert rows
+    assert all("full" in row for row in rows)
     told = parsed(gora_here(*words, "--json").out)
     assert (told["full_rank"], told["total"]["unconverted"], told["total"]["stored"]) == (True, None, None)
     assert list(told["comparison"]["outcomes"]) == ["as trained", "the base itself"]
+
+
+def test_a_fine_tune_says_which_modules_changed_and_what_is_left_out(tiny_base: Path, tmp_path: Path) -> None:
+    model = build_llama()
+    for path in ("model.layers.0.mlp.up_proj", "model.norm"):
+        model.get_submodule(path).weight.data += 0.1
+    model.save_pretrained(tmp_path / "model")
+    words = ("gap", tmp_path / "model", "--base", tiny_base)
+    answer = gora_here(*words)
+    assert (answer.code, answer.gs) == (3, "GS-3157")
+    assert "--leave-out" in str(answer.field("try"))
+    answer = gora_here(*words, "--leave-out", "norm")
+    assert (answer.code, answer.gs) == (1, "GS-122")
+    assert "1 of 15" in answer.out
+    assert "1 of 2" in next(line for line in answer.out.splitlines() if "up_proj" in line)
+    hint = str(answer.field("try"))
+    assert hint.endswith("--output model-plain --leave-out norm --rank 16")
+    assert gora_here(*hint.split()[1:-6], "--output", tmp_path / "out", *hint.split()[-4:]).code == 0
+
+
+def test_a_base_that_lay_in_float32_was_not_rounded(tmp_path: Path) -> None:
+    build_llama().bfloat16().save_pretrained(tmp_path / "base")
+    adapter = train_pissa(tmp_path / "run", tmp_path / "base").adapter
+    words = ("gap", adapter, "--base", tmp_path / "base")
+    told = gora_here(*words).out
+    assert "If the base lay in its 16 bits" in told
+    assert "if training kept it in the dtype of its files" in told
+    assert "16 bits" not in gora_here(*words, "--trained-on", "float32").out
 
 
 def test_an_untrained_adapter_is_no_division_by_zero(edited: Edited, tiny_base: Path) -> None:
