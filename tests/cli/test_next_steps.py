@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -89,7 +88,7 @@ def test_an_output_where_nobody_can_write(adapter: Path, tiny_base: Path) -> Non
     answer = gora_here("convert", adapter, "--base", tiny_base, "--output", "/proc/gora-out")
     assert (answer.code, answer.gs) == (5, "GS-505")
     assert answer.field("file") == "/proc/gora-out"
-    assert not os.path.exists("/proc/gora-out")
+    assert not Path("/proc/gora-out").exists()
 
 
 @pytest.mark.parametrize("command", ["verify", "bind"])
