@@ -36,6 +36,7 @@ FLOW_FILES = (
     "gora_serve/demo.py",
     "gora_serve/bind.py",
     "gora_serve/doctor.py",
+    "gora_serve/inspect.py",
     "gora_serve/parity.py",
 )  # whole flows, which commands call
 
@@ -73,6 +74,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render_combine.py": frozenset({"rich"}),
     "gora_serve/cli/render_gap.py": frozenset({"rich"}),
     "gora_serve/cli/render_doctor.py": frozenset({"rich"}),
+    "gora_serve/cli/render_inspect.py": frozenset({"rich"}),
     "gora_serve/cli/render_hub.py": frozenset({"rich"}),
     "converters": frozenset({"torch", "safetensors"}),
 }

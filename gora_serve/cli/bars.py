@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from gora_serve.cli.render import numbers
+from gora_serve.cli.render import amount, numbers
 from gora_serve.progress import Listener, Progress
 
 
@@ -17,7 +17,7 @@ from gora_serve.progress import Listener, Progress
 def bars() -> Iterator[Listener]:
     """Show a bar for each stage on standard error while open."""
     columns = (
-        TextColumn("{task.description:>7}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:>7}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
     )  # fmt: skip
     with Bars(*columns, console=Console(stderr=True)) as shown:
@@ -25,7 +25,8 @@ def bars() -> Iterator[Listener]:
 
         def listen(event: Progress) -> None:
             if event.stage not in tasks:
-                tasks[event.stage] = shown.add_task(event.stage, total=event.total, numbers="")
-            shown.update(tasks[event.stage], completed=event.done, total=event.total, numbers=numbers(event.fields))
+                tasks[event.stage] = shown.add_task(event.stage, total=event.total, numbers="", amount="")
+            task, told = tasks[event.stage], numbers(event.fields)
+            shown.update(task, completed=event.done, total=event.total, numbers=told, amount=amount(event))
 
         yield listen

@@ -21,6 +21,7 @@ from gora_serve.cli.demo import demo
 from gora_serve.cli.doctor import doctor
 from gora_serve.cli.fitting import fit, probe, ranks
 from gora_serve.cli.gap import gap
+from gora_serve.cli.inspect import inspect
 from gora_serve.cli.merge import merge
 from gora_serve.cli.plan import plan
 from gora_serve.cli.report import report
@@ -44,6 +45,7 @@ def cli(debug: bool) -> None:
     gap ADAPTER --base BASE              what serving another tool's adapter as it is would cost
     convert ADAPTER --base BASE --output DIR   another tool's adapter, as the same
     bind ADAPTER --base BASE --output DIR      another tool's adapter, with the base that you say it has
+    inspect PATH                         what a folder is, by its headers
     merge BASE -a ADAPTER --output DIR         adapters and base as one model, or as one adapter
     verify DIR --base BASE               prove files, tensors and base
     serve BASE -a NAME=DIR ...           serve many adapters over the one base
@@ -53,7 +55,7 @@ def cli(debug: bool) -> None:
 
 
 COMMANDS = (
-    plan, fit, probe, ranks, export, gap, convert, bind, merge, hash_, verify, serve, report, demo, doctor,
+    plan, fit, probe, ranks, export, gap, convert, bind, merge, inspect, hash_, verify, serve, report, demo, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

@@ -143,9 +143,16 @@ def _lines() -> Listener:
         if not last and now - shown.get(event.stage, now - QUIET_SECONDS) < QUIET_SECONDS:
             return
         shown[event.stage] = now
-        say(f"{event.stage} {event.done}/{event.total} {numbers(event.fields)}".rstrip())
+        say(f"{event.stage} {amount(event)} {numbers(event.fields)}".rstrip())
 
     return listen
+
+
+def amount(event: Progress) -> str:
+    """How far a stage is: bytes are told in MB."""
+    if event.stage == "hash":
+        return f"{event.done / 1e6:.0f}/{event.total / 1e6:.0f} MB"
+    return f"{event.done}/{event.total}"
 
 
 def numbers(fields: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ class _Output(Console):
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    """Print tables as wide as the terminal is, or 120 columns where there is none."""
-    console = _Output(width=None if sys.stdout.isatty() else 120, highlight=False)
+    """Print tables as wide as the terminal is, or as COLUMNS says; else, where there is none, at 120 columns."""
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    console = _Output(width=None if known else 120, highlight=False)
     for table in tables:
         console.print(table)

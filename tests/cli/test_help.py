@@ -144,6 +144,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "gap": (("adapter", "--base", "b"), [GapConfig()]),
     "report": (("run",), [ReportConfig()]),
     "bind": (("adapter", "--base", "b", "--output", "o"), []),
+    "inspect": (("path",), []),
     "doctor": ((), []),
     "hash": (("base",), []),
     "verify": (("path",), [MergeConfig()]),

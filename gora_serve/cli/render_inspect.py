@@ -1,0 +1,93 @@
+"""What people see of `inspect`: a few lines on the whole, a table of an adapter's modules by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.cli.render import Summary
+from gora_serve.errors import printable
+
+if TYPE_CHECKING:
+    from gora_serve.inspect import Inspected, Module
+
+
+def inspect_summary(found: Inspected) -> Summary:
+    """What was found; as JSON with every module."""
+    tables = [_table(one.modules) for one in (found, found.adapter) if one and one.modules]
+    return Summary(found.to_json(), _lines(found), tables)
+
+
+def _lines(found: Inspected) -> list[str]:
+    of_kind = {"adapter": _adapter, "run": _run}.get(found.kind, _model)
+    return [f"{found.kind} {found.path}", *of_kind(found), *(f"note: {note}" for note in found.notes)]
+
+
+def _adapter(found: Inspected) -> list[str]:
+    facts = found.facts
+    lines = [f"type {facts['type']}, init_lora_weights {facts['initialization']}", _sizes(facts)]
+    if facts["largest_rank"]:
+        fill = f", {facts['slot_fill']:.0%} of its slot is used" if facts["slot_fill"] else ""
+        lines.append(
+            f"{len(found.modules)} modules, ranks up to {facts['largest_rank']}; "
+            f"vLLM: --max-lora-rank {facts['max_lora_rank'] or 'none is enough'}{fill}"
+        )
+    lines += [f"converted from {facts['converted_from']}"] if facts["converted_from"] else []
+    lines.append(_base(facts["base"]))
+    lines.append("sealed by a manifest: verify proves it" if facts["sealed"] else "no manifest of gora-serve's")
+    return lines
+
+
+def _base(base: Mapping[str, Any]) -> str:
+    name = base["name"] or "an unnamed base"
+    if base["weights_root"] is None:
+        return f"base {name}, not bound: nothing says which bytes"
+    return f"bound ({base['claim']}) to {name}, weights {base['weights_root']}"
+
+
+def _run(found: Inspected) -> list[str]:
+    facts = found.facts
+    lines = [f"{facts['status']}, method {facts['method']}, on {facts['base'].get('name')}"]
+    lines += [f"data {facts['data'].get('name')}, {facts['data'].get('used')} rows used"] if facts["data"] else []
+    lines += [f"checkpoints: {', '.join(facts['checkpoints'])}"] if facts["checkpoints"] else []
+    return [*lines, *(_lines(found.adapter) if found.adapter else ["no adapter yet"])]
+
+
+def _model(found: Inspected) -> list[str]:
+    facts = found.facts
+    names = ", ".join(facts["architectures"] or ["of no named architecture"])
+    lines = [f"{names} ({facts['type']}), {facts['layers']} layers, {facts['files']} weight files", _sizes(facts)]
+    if found.kind == "merged model":
+        lines.append(f"base {facts['base'].get('repo_id')}, weights {facts['base'].get('weights_root')}")
+        lines += [f"with {one['adapter']} ({one['family']}), weight {one['weight']}" for one in facts["adapters"]]
+    return lines
+
+
+def _sizes(facts: Mapping[str, Any]) -> str:
+    dtypes = ", ".join(facts["dtypes"])
+    return f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:,.1f} MB in {dtypes}"
+
+
+def _table(modules: Mapping[str, Module]) -> Table:
+    table = Table("module", "number", "rank", "scale", "(out, in)")
+    kinds: dict[str, list[Module]] = {}
+    for path, (kind, _) in kinds_and_layers(modules).items():
+        kinds.setdefault(kind, []).append(modules[path])
+    for kind, some in kinds.items():
+        shapes = sorted({module.shape for module in some})
+        table.add_row(
+            Text(printable(kind)), str(len(some)), _span(module.rank for module in some),
+            _span(module.scale for module in some), str(shapes[0]) + (" and others" if len(shapes) > 1 else ""),
+        )  # fmt: skip
+    return table
+
+
+def _span(values: Iterable[float | None]) -> str:
+    known = sorted({value for value in values if value is not None})
+    if not known:
+        return "not known"
+    return f"{known[0]:.4g}" if len(known) == 1 else f"{known[0]:.4g} to {known[-1]:.4g}"

@@ -1,0 +1,157 @@
+"""`inspect`: what headers and JSON files say, against torch's own count; nothing is hashed, and torch stays out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tiny_models import build_llama
+
+from gora_serve.bind import bind
+from gora_serve.integrity.manifest import hash_model
+
+sys.path.insert(0, str(Path(__file__).parent / "cli"))
+from shell import SMALL, environment, gora_here
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PEFT's adapter: ranks 2 and 6, rsLoRA."""
+    return saved(tmp_path_factory.mktemp("inspect") / "foreign", use_rslora=True, rank_pattern={"up_proj": 6})
+
+
+def saved(folder: Path, **settings: Any) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"], **settings)
+    get_peft_model(build_llama(), config).save_pretrained(folder)
+    return folder
+
+
+def told(*words: object) -> dict[str, Any]:
+    answer = gora_here("inspect", *words, "--json")
+    assert answer.code == 0, answer.err
+    value: dict[str, Any] = json.loads(answer.out)
+    return value
+
+
+def test_an_adapter_of_another_tool(foreign: Path) -> None:
+    value, tensors = told(foreign), load_file(foreign / WEIGHTS)
+    assert value["kind"] == "adapter"
+    assert value["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert value["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert value["modules"]["model.layers.1.mlp.up_proj"] == {"rank": 6, "scale": 4 / 6**0.5, "shape": [64, 32]}
+    assert value["modules"]["model.layers.0.self_attn.q_proj"] == {"rank": 2, "scale": 4 / 2**0.5, "shape": [32, 32]}
+    assert (value["largest_rank"], value["max_lora_rank"], value["other_tensors"]) == (6, 8, 0)
+    assert value["slot_fill"] == pytest.approx((6 * 96 + 2 * 64) / (8 * (96 + 64)))
+    assert (value["base"]["weights_root"], value["base"]["claim"], value["sealed"]) == (None, None, False)
+    shown = gora_here("inspect", foreign).out
+    for words in (
+        "ranks up to 6; vLLM: --max-lora-rank 8, 55% of its slot is used",
+        "not bound",
+        "mlp.up_proj",
+        "2.828",
+    ):
+        assert words in shown
+
+
+def test_a_bound_adapter_says_to_what(foreign: Path, tiny_base: Path, tmp_path: Path) -> None:
+    bind(foreign, str(tiny_base), tmp_path / "bound")
+    value = told(tmp_path / "bound")
+    assert value["sealed"]
+    assert value["base"]["weights_root"] == hash_model(tiny_base).roots.weights
+    assert value["base"]["claim"] == "asserted"
+    assert value["modules"] == told(foreign)["modules"]
+
+
+def test_a_converted_adapter(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = saved(tmp_path / "olora", init_lora_weights="olora")
+    file = adapter / WEIGHTS
+    from safetensors.torch import save_file
+
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert gora_here("convert", adapter, "--base", tiny_base, "--output", tmp_path / "out").code == 0
+    value = told(tmp_path / "out")
+    assert value["converted_from"] == "olora"
+    assert {module["scale"] for module in value["modules"].values()} == {1.0}
+    assert told(adapter)["initialization"] == "olora"
+
+
+def test_an_adapter_that_is_no_plain_lora(tmp_path: Path) -> None:
+    from peft import LoHaConfig, get_peft_model
+
+    get_peft_model(build_llama(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "loha")
+    value = told(tmp_path / "loha")
+    assert (value["type"], value["modules"], value["max_lora_rank"]) == ("LOHA", {}, None)
+    assert "gora-serve convert reads it" in value["notes"][0]
+
+
+def test_a_rank_that_the_configuration_denies(foreign: Path, tmp_path: Path) -> None:
+    adapter = saved(tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 3}))
+    value = told(adapter)
+    assert {module["scale"] for module in value["modules"].values()} == {None}
+    assert "the scales are not known" in value["notes"][0]
+
+
+def test_a_base(tiny_base: Path) -> None:
+    value, model = told(tiny_base), build_llama()
+    assert (value["kind"], value["type"], value["layers"]) == ("base", "llama", 2)
+    assert value["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert value["files"] == len(list(tiny_base.glob("*.safetensors")))
+    assert value["dtypes"] == {"F32": value["tensors"]}
+
+
+def test_a_merged_model(tmp_path: Path) -> None:
+    build_llama().save_pretrained(tmp_path / "merged")
+    base = {"repo_id": "org/base", "revision": None, "weights_root": "gb1:sha256:00"}
+    adapters = [{"adapter": "runs/x", "weight": 0.5, "family": "pissa", "files": {}}]
+    receipt = {"schema": "gora-serve/merge/1", "base": base, "adapters": adapters, "weights_root": "gb1:sha256:11"}
+    (tmp_path / "merged" / "merge.json").write_text(json.dumps(receipt))
+    value = told(tmp_path / "merged")
+    assert value["kind"] == "merged model"
+    assert value["adapters"] == [{"adapter": "runs/x", "weight": 0.5, "family": "pissa"}]
+    assert "with runs/x (pissa), weight 0.5" in gora_here("inspect", tmp_path / "merged").out
+
+
+def test_a_run(tmp_path: Path, tiny_base: Path, tiny_data: Path) -> None:
+    words = ("fit", tiny_base, "--data", tiny_data, "--output", tmp_path / "run", "--steps", "1", *SMALL)
+    assert gora_here(*words).code == 0
+    value = told(tmp_path / "run")
+    assert (value["kind"], value["status"], value["method"]) == ("run", "complete", "gora")
+    ranks = json.loads((tmp_path / "run" / "ranks.json").read_text())["ranks"]
+    found = {path: module["rank"] for path, module in value["adapter"]["modules"].items()}
+    assert found == {path: rank for path, rank in ranks.items() if rank}
+    assert value["adapter"]["base"]["weights_root"] == hash_model(tiny_base).roots.weights
+    shown = gora_here("inspect", tmp_path / "run")
+    assert "complete, method gora" in shown.out
+    assert "bound (trained) to" in shown.out
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert told(tmp_path / "run")["status"] is None
+
+
+def test_what_is_none_of_them(tmp_path: Path) -> None:
+    for folder, gs in ((tmp_path, "GS-3197"), (tmp_path / "none", "GS-503")):
+        answer = gora_here("inspect", folder)
+        assert (answer.gs, answer.out) == (gs, "")
+
+
+def test_torch_is_not_imported(foreign: Path, tiny_base: Path) -> None:
+    import subprocess
+
+    script = (
+        "import sys; from gora_serve.cli.main import main; code = main(['inspect', sys.argv[1]]);"
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)), code)"
+    )
+    for path in (foreign, tiny_base):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path)], capture_output=True, text=True, env=environment(), check=True
+        )
+        assert done.stdout.splitlines()[-1] == "[] 0"
