@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import MachineError, UsageError
 from gora_serve.gora.ranks import RankPlan
-from gora_serve.integrity.files import write_bytes
+from gora_serve.integrity.files import make_parents, write_bytes
 
 if TYPE_CHECKING:
     from gora_serve.deploy.gap import Gap
@@ -89,7 +89,7 @@ def _write(pyplot: Any, figure: Any, file: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=file.suffix[1:].lower() or "png", dpi=150)
     pyplot.close(figure)
-    write_bytes(file, buffer.getvalue())
+    write_bytes(make_parents(file), buffer.getvalue())
 
 
 def _grid(values: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float]]]:

@@ -112,7 +112,7 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
     from gora_serve.cli.render import emit, hash_summary, watching
     from gora_serve.integrity.bases import locate_base
     from gora_serve.integrity.cache import QuickCache
-    from gora_serve.integrity.files import refuse_existing, write_json
+    from gora_serve.integrity.files import make_parents, refuse_existing, write_json
     from gora_serve.integrity.known import remember_manifest
     from gora_serve.integrity.levels import Level
     from gora_serve.integrity.manifest import hash_model, make_manifest
@@ -136,9 +136,9 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
     if located.revision:
         manifest = replace(manifest, source={"repo_id": located.name, "revision": located.revision})
     if output:
-        write_json(output, manifest.to_json(), overwrite=overwrite)
+        write_json(make_parents(output), manifest.to_json(), overwrite=overwrite)
     if oms:
-        write_json(oms, statement, overwrite=overwrite)
+        write_json(make_parents(oms), statement, overwrite=overwrite)
     emit(hash_summary(located, manifest, outputs, cache.level if cache else Level.BYTES), as_json=as_json)
 
 

@@ -165,7 +165,7 @@ def ranks(
     """
     from gora_serve.cli.render import emit, ranks_summary
     from gora_serve.gora.ranks import allocate_ranks
-    from gora_serve.integrity.files import refuse_existing, write_json
+    from gora_serve.integrity.files import make_parents, refuse_existing, write_json
     from gora_serve.training.run_files import probe_importances, probe_shapes, ranks_json, read_probe
 
     if plot:
@@ -179,7 +179,7 @@ def ranks(
     values = probe_importances(measured, importance[0] if importance else None)
     plan = allocate_ranks(values, probe_shapes(measured), _rank_config(options))
     if output:
-        write_json(output, ranks_json(plan), overwrite=options["overwrite"])
+        write_json(make_parents(output), ranks_json(plan), overwrite=options["overwrite"])
     if plot:
         from gora_serve.pictures import plot_ranks
 

@@ -22,7 +22,7 @@ from gora_serve.integrity.reading import open_regular, pieces
 from gora_serve.integrity.staging import file_in_the_way, publish, staged_folder, sync_published
 
 __all__ = [
-    "list_files", "refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_stream",
+    "list_files", "make_parents", "refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_stream",
     "write_text",
 ]  # fmt: skip
 
@@ -67,6 +67,21 @@ def refuse_existing(path: Path) -> None:
         raise OutputError("the output exists", code="GS-601", file=path, kept="nothing was changed", hint=hint)
 
 
+def make_parents(path: Path) -> Path:
+    """Make the folders that an output of a user's own lies in, and return the output.
+
+    Raises MachineError (GS-505) where that cannot be.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        if (blocked := file_in_the_way(path, "nothing was changed")) is not None:
+            raise blocked from err
+        what, hint = f"its folder cannot be made: {err.strerror}", "choose another place, or check permissions"
+        raise MachineError(what, code="GS-505", file=path, kept="nothing was changed", hint=hint) from err
+    return path
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all, durably; the mode follows the umask.
 
@@ -84,7 +99,6 @@ def write_stream(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     """
     temporary, held = path, -1
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_temporaries(path)
         temporary, fd = _open_temporary(path)
         with os.fdopen(fd, "wb") as stream:
@@ -97,8 +111,6 @@ def write_stream(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         else:
             publish(temporary, path, overwrite=False)
     except OSError as err:
-        if (blocked := file_in_the_way(path, "nothing was changed")) is not None:
-            raise blocked from err
         what = f"this file cannot be written: {err.strerror}"
         hint = "check the folder's permissions, and the space that is left on the disk"
         raise MachineError(what, code="GS-505", file=path, kept="nothing was changed", hint=hint) from err

@@ -129,7 +129,7 @@ def test_dora_is_served_by_nobody(dora: Path, tiny_base: Path, tiny_data: Path) 
     assert "full rank" in answer.out
     command = f"gora-serve convert {dora} --base {tiny_base} --output adapter-plain --rank 16"
     assert answer.field("try") == command
-    rows = [line.split() for line in answer.out.splitlines() if line.lstrip("│ ").startswith("self_attn.q_proj")]
+    rows = [line for line in answer.out.splitlines() if line.lstrip("│ ").startswith("self_attn.q_proj")]
     assert rows
     assert all("full" in row for row in rows)
     told = parsed(gora_here(*words, "--json").out)

@@ -72,6 +72,7 @@ def test_a_configuration_is_no_adapter(adapter: Path, tiny_base: Path, tmp_path:
 def test_a_folder_for_an_output_is_made(tmp_path: Path, tiny_base: Path) -> None:
     assert gora_here("hash", tiny_base, "--output", tmp_path / "no" / "dir" / "x.json").code == 0
     assert (tmp_path / "no" / "dir" / "x.json").is_file()
+    assert gora_here("hash", tiny_base, "--oms", tmp_path / "oms" / "x.json").code == 0
 
 
 def test_a_file_in_the_way_of_an_output(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
