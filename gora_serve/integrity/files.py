@@ -22,8 +22,8 @@ from gora_serve.integrity.reading import open_regular, pieces
 from gora_serve.integrity.staging import file_in_the_way, publish, staged_folder, sync_published
 
 __all__ = [
-    "list_files", "make_parents", "refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json", "write_stream",
-    "write_text",
+    "list_files", "make_parents", "refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json",
+    "write_stream", "write_text",
 ]  # fmt: skip
 
 

@@ -165,6 +165,18 @@ def test_a_base_that_lay_in_float32_was_not_rounded(tmp_path: Path) -> None:
     assert "16 bits" not in gora_here(*words, "--trained-on", "float32").out
 
 
+def test_tables_are_as_wide_as_columns_says(plain: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [line for line in gora_here("gap", plain, "--base", tiny_base).out.splitlines() if line[:1] in "┏┃│└"]
+    assert len(rows) > 10
+    assert max(map(len, rows)) <= 60
+
+
+def test_hashing_is_told_in_megabytes(plain: Path, tiny_base: Path, tmp_path: Path) -> None:
+    answer = gora_here("hash", tiny_base)
+    assert "hash 0/0 MB" in answer.err
+
+
 def test_an_untrained_adapter_is_no_division_by_zero(edited: Edited, tiny_base: Path) -> None:
     answer = gora_here("gap", edited.initial, "--base", tiny_base, "--init-adapter", edited.initial, "--json")
     assert (answer.code, answer.gs) == (1, "GS-121")
