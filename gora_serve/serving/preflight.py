@@ -72,6 +72,8 @@ def check_adapter(adapter: AdapterDir, base: Path | None = None) -> tuple[Fault,
 
     `base` only names the base in the commands that are advised.
     """
+    if str(adapter.config.get("peft_type", "LORA")).upper() != "LORA":  # what it lacks as LoRA is no fault of its own
+        return tuple(_config_faults(adapter, base))[:1]
     return (*_config_faults(adapter, base), *_grouped(_tensor_faults(adapter)))
 
 

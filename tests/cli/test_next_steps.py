@@ -55,6 +55,17 @@ def test_an_adapter_without_a_manifest(adapter: Path) -> None:
     assert all(f"gora-serve {command}" in str(answer.field("try")) for command in ("bind", "convert"))
 
 
+def test_another_type_of_adapter_is_one_fault(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Numbers that LoRA would need, and LoHa or AdaLoRA spell otherwise, are no trail to follow."""
+    for kind, others in (("LOHA", {"alpha": 8}), ("ADALORA", {"rank_pattern": {PROJECTION: [True, False]}})):
+        (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "r": 2, **others}))
+        answer = gora_here("bind", adapter, "--base", tiny_base, "--output", tmp_path / "out")
+        assert answer.gs == "GS-382"
+        assert "lora_alpha" not in answer.err
+        assert "rank_pattern" not in answer.err
+        assert "gora-serve convert" in str(answer.field("try"))
+
+
 def test_a_whole_model_is_no_adapter(tmp_path: Path, tiny_base: Path) -> None:
     build_llama().save_pretrained(tmp_path / "model")
     answer = gora_here("bind", tmp_path / "model", "--base", tiny_base, "--output", tmp_path / "out")
