@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="gora-serve-tests-")
 os.environ["GORA_SERVE_CACHE"] = tempfile.mkdtemp(prefix="gora-serve-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are as wide as it says
 
 from hub_server import Hub, running_hub
 from tiny_models import (

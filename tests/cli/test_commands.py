@@ -423,7 +423,7 @@ def test_serve_refuses_bad_adapters(work: Path, exports: dict[str, Answer], tmp_
         (f"a={copy}", 1, "GS-102"),
         (f"a={pissa}", 3, "GS-383"),
         (f"a={tmp_path / 'nothing'}", 5, "GS-583"),
-        (f"a={work / BASE}", 5, "GS-583"),
+        (f"a={work / BASE}", 3, "GS-3195"),
         ("a", 2, "GS-281"),
         ("a/b=[b]unit", 2, "GS-281"),
         (f"{BASE}=[b]unit", 2, "GS-281"),
