@@ -66,4 +66,4 @@ def merge_adapters(
         ingredients, inputs.need_base("merge"), bound_to, output, config, overwrite=overwrite, protect=protect,
         listen=inputs.listen,
     )  # fmt: skip
-    return replace(done, warnings=tuple(dict.fromkeys(warnings)))
+    return replace(done, warnings=tuple(dict.fromkeys([*warnings, *done.warnings])))

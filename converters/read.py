@@ -80,8 +80,8 @@ def check_can_be_low_rank(source: Source, detection: Detection, reading: Reading
     if reading.full_rank and not limited:
         raise UsageError(
             f"a {detection.family} update has full rank: as LoRA it can be had only truncated", code="GS-231",
-            file=source.weights, expected="--rank R or --tolerance T",
-            hint="--rank or --tolerance gives the nearest LoRA, and its error; merging is the exact way",
+            file=source.weights, expected="--rank R, --tolerance T or, for merge, --parameters N",
+            hint="each gives the nearest LoRA, and its error; merging into a model is the exact way",
         )  # fmt: skip
 
 

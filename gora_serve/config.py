@@ -377,6 +377,8 @@ class MergeConfig:
         _require(fits, "--parameters must be at least 1", actual=self.parameters)
         fits = self.density is None or 0 < self.density <= 1
         _require(fits, "--density must be above 0 and at most 1", actual=self.density)
+        fits = self.density is None or self.method in ("ties", "dare")
+        _require(fits, "--density is for --method ties and dare", actual=self.method)
         of_adapter = limits or self.density is not None or self.method != "cat" or self.form != "unit"
         fits = self.into == "adapter" or not of_adapter
         _require(fits, "--method, --density, --rank, --tolerance, --parameters and --form are for --into adapter")

@@ -116,6 +116,7 @@ def merge_into_adapter(
         _check_not_rounded_away(modules, dtype)
         shutil.rmtree(spill.folder)
         merged = MergedAdapter(output, root, read_adapter(stage), modules)
+        merged = replace(merged, warnings=_above_budget(merged, done.limits))
         merged = replace(merged, receipt=make_receipt(merged, done, ingredients, config))
         check_unchanged(before)
         write_json(stage / RECEIPT, merged.receipt)
@@ -129,6 +130,15 @@ def _check(ingredients: Sequence[Ingredient], base: BaseWeights) -> None:
         for path, factors in one.adapter.modules.items():
             check_update(base, path, factors, file=file)
         check_carried(base, one.adapter.carried, file=file)
+
+
+def _above_budget(merged: MergedAdapter, limits: Limits) -> tuple[str, ...]:
+    """Say where the budget is exceeded: engines want the experts of a layer at one rank, the largest among them."""
+    written = merged.adapter.parameters
+    if limits.parameters is None or written <= limits.parameters:
+        return ()
+    why = "the experts of a layer are written at one rank, the largest among them"
+    return (f"{written:,} parameters, above the {limits.parameters:,} asked for: {why}",)
 
 
 def _check_not_rounded_away(modules: Mapping[str, ModuleError], dtype: str) -> None:
@@ -177,6 +187,7 @@ def make_receipt(
         "base": binding_json(base.name, base.revision, base.roots, asserted=base.asserted),
         "adapter_root": merged.root,
         "parameters": merged.adapter.parameters,
+        "notes": list(merged.warnings),
         "error": merged.error,
         "truncated": merged.truncated,
         "modules": {path: asdict(module) for path, module in merged.modules.items()},

@@ -18,10 +18,13 @@ from proving import EXACT, converted, load_on, logits_of, off_by, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from converters.combining import merge_adapters
 from gora_serve.adapter.format import read_adapter
+from gora_serve.config import MergeConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.deploy.stacks import level
 from gora_serve.errors import BindingError, GoraError, InputError, UsageError
+from gora_serve.integrity.bases import Base
 from gora_serve.integrity.record import WEIGHTS
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -337,3 +340,28 @@ def test_peft_loads_experts_that_saw_no_token(tmp_path: Path) -> None:
     converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", form="padded")
     right = logits_of(added(tmp_path / "base", tmp_path / "out", tmp_path / "added"))
     assert off_by(logits_of(load_on(tmp_path / "base", tmp_path / "out")), right) < EXACT
+
+
+def test_a_merge_that_levels_experts_above_its_budget_says_so(tmp_path: Path) -> None:
+    trained(tmp_path)
+    given = [(tmp_path / "adapter", 1.0)]
+    located = Base(str(tmp_path / "base"), tmp_path / "base")
+    exact = merge_adapters(given, located, tmp_path / "exact", MergeConfig(into="adapter"))
+    assert not [line for line in exact.warnings if "parameters" in line]
+    budget = exact.adapter.parameters // 3
+    done = merge_adapters(given, located, tmp_path / "small", MergeConfig(into="adapter", parameters=budget))
+    assert done.adapter.parameters > budget
+    assert [
+        line
+        for line in done.warnings
+        if line.startswith(f"{done.adapter.parameters:,} parameters, above the {budget:,}")
+    ]
+    assert done.receipt["notes"]
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "svd"])
+def test_a_density_that_the_method_has_no_use_for_is_refused(method: Any) -> None:
+    MergeConfig(into="adapter", method="ties", density=0.5).validate()
+    with pytest.raises(UsageError, match="--density is for") as caught:
+        MergeConfig(into="adapter", method=method, density=0.5).validate()
+    assert caught.value.code == "GS-201"
