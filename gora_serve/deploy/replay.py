@@ -233,11 +233,15 @@ def _compare(
     held.ours += float((ours.to(value.dtype) - base).dot(update))
     held.theirs += float((found - base).dot(update))
     held.size += float(value.dot(value))
+    if total.is_plain:
+        held.off += int((ours != theirs).sum())
+        return
     finfo = torch.finfo(theirs.dtype)
-    near = error <= finfo.eps * value.abs() + finfo.tiny
+    floor = 4 * finfo.smallest_normal * finfo.eps  # steps of the numbers below the smallest normal one
+    near = error <= finfo.eps * value.abs() + floor
     if not near.all():
         spread = total.spread(*rows, W).view(-1)[inside]
-        loose = finfo.eps * (value.abs() + ROUNDINGS * spread) + _sums(total, value.dtype) * spread + finfo.tiny
+        loose = finfo.eps * (value.abs() + ROUNDINGS * spread) + _sums(total, value.dtype) * spread + floor
         near = error <= loose  # NaN is not
     held.off += int((~near).sum())
 

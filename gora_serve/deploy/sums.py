@@ -164,6 +164,13 @@ class Sum:
             term.add(start, stop, W, total)
         return total
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is computed: a tensor as it is stored, the base's or one in its place."""
+        if not self.terms:
+            return self.ground is None
+        return len(self.terms) == 1 and isinstance(self.terms[0], Replaced) and self.terms[0].weight == 1
+
     def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
         """Return what `Term.spread` does, of all terms together."""
         total = torch.zeros_like(W)
