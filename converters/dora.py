@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from converters import lora
@@ -33,6 +34,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
             "a magnitude without LoRA factors", code="GS-3154", file=source.weights, tensor=magnitudes[alone[0]],
             hint="the file is not whole: save the adapter again",
         )  # fmt: skip
+
+    _check_magnitudes(source, magnitudes, base)
 
     def factors(path: str) -> LoraFactors:
         low_rank = plain.adapter.modules[path]
@@ -67,6 +70,18 @@ def _magnitudes(source: Source) -> dict[str, str]:
     return found
 
 
+def _check_magnitudes(source: Source, magnitudes: dict[str, str], base: BaseWeights) -> None:
+    """Refuse what is not one number for each output (GS-3155). Of embeddings, PEFT scales the columns."""
+    for path, name in magnitudes.items():
+        outputs, shape = base.shape(path)[0], source.tensors.shape(name)
+        if math.prod(shape) != outputs or base.is_embedding(path):
+            raise InputError(
+                "the magnitude is not one number for each output", code="GS-3155", file=source.weights, tensor=name,
+                expected=outputs, actual=f"{shape}, of embeddings" if base.is_embedding(path) else shape,
+                hint="DoRA on embeddings, and of other tools, scales along inputs: merge with the tool that made it",
+            )  # fmt: skip
+
+
 def _without(source: Source, magnitudes: dict[str, str]) -> Source:
     """The same adapter as plain LoRA sees it."""
     return replace(source, config={**source.config, "use_dora": False})
@@ -77,11 +92,5 @@ def _delta(source: Source, name: str, path: str, low_rank: LoraFactors, base: Ba
     base.check_shape(path, low_rank.shape)
     W = base.weight(path).double()  # (out, in)
     m = source.tensors[name].double().flatten()
-    if m.shape[0] != W.shape[0]:
-        raise InputError(
-            "the magnitude is not one number for each output", code="GS-3155", file=source.weights, tensor=name,
-            expected=W.shape[0], actual=tuple(source.tensors.shape(name)),
-            hint="other tools scale along inputs: convert with the tool that made it",
-        )  # fmt: skip
     merged = W + low_rank.delta()
     return as_factors((m / merged.norm(dim=1))[:, None] * merged - W)

@@ -69,7 +69,7 @@ def leaf(data: bytes | bytearray | memoryview) -> bytes:
     return digest.digest()
 
 
-def leaves_of(data: bytearray) -> tuple[bytes, ...]:
+def leaves_of(data: bytearray | memoryview) -> tuple[bytes, ...]:
     """Return the leaf of each 4 MiB; at least one."""
     view = memoryview(data)
     return tuple(leaf(view[start : start + CHUNK]) for start in range(0, max(len(view), 1), CHUNK))
@@ -106,8 +106,8 @@ def merged(source: Stored | None, target: Target, total: Sum, start: int, stop: 
     read: list[bytes] = []
     for row, end, W, inside, place, rows in summed_rows(source, total, start, stop, read):
         value = total.rows(row, end, W)
-        if total.four_bit is not None and rows is not None:
-            _see_both(total, row, end, rows, rounded.dtype, inside, tally)
+        if total.both is not None and rows is not None:
+            _see_both(total.both, row, end, rows, rounded.dtype, inside, tally)
         exact = value.view(-1)[inside]
         rounded[place].copy_(exact)
         stored = rows.view(-1)[inside] if rows is not None and rows.dtype == rounded.dtype else None
@@ -131,7 +131,7 @@ def summed_rows(
         data = source.read(first * columns * size, last * columns * size)
         view = memoryview(data)[(start - first * columns) * size : (stop - first * columns) * size]
         if read is not None:
-            read += [leaf(view[begin : begin + CHUNK]) for begin in range(0, max(len(view), 1), CHUNK)]
+            read += leaves_of(view)
         stored = _view(data, source.entry.dtype).view(-1, columns) if data else None
     step = max(1, SMALL // max(columns, 1))
     for row in range(first, last, step):
@@ -153,11 +153,12 @@ def opened_tensors(stack: ExitStack, folder: Path) -> dict[str, Stored]:
     return places
 
 
-def _see_both(total: Sum, row: int, end: int, rows: Tensor, dtype: torch.dtype, inside: slice, tally: Tally) -> None:
+def _see_both(
+    both: tuple[Sum, Sum], row: int, end: int, rows: Tensor, dtype: torch.dtype, inside: slice, tally: Tally
+) -> None:
     """Note how far adding to the stored rows, and adding to those in 4 bits, is from the model in training."""
-    assert total.four_bit is not None
-    trained, kept = (total.rows(row, end, one.to(total.dtype)) for one in (total.four_bit[row:end], rows))
-    away = [(one.to(dtype).to(total.dtype) - trained).view(-1)[inside] for one in (kept, trained)]
+    kept, trained = (one.rows(row, end, one.base(row, end, rows)) for one in both)
+    away = [(one.to(dtype).to(trained.dtype) - trained).view(-1)[inside] for one in (kept, trained)]
     tally.add(Tally(squared_stored=float(away[0].dot(away[0])), squared_quantized=float(away[1].dot(away[1]))))
 
 

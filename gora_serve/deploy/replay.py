@@ -19,7 +19,7 @@ from gora_serve.deploy.base import FLOATS, HEADS, BaseWeights
 from gora_serve.deploy.blocks import Stored, in_order, opened_tensors, spans, summed_rows
 from gora_serve.deploy.merge_values import TORCH, ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, sum_of
-from gora_serve.deploy.sums import Rescaled, Sum, as_matrix
+from gora_serve.deploy.sums import Sum, as_matrix
 from gora_serve.progress import Listener, Progress, silent
 
 Verdict = Literal["exact", "rounded", "differs"]
@@ -36,7 +36,8 @@ class Held:
 
     equal: elements with the same bits. off: those that rounding does not explain. error, update: the norms of theirs
     less the sum, and of the update; ours, theirs: <stored - base, update>, of the sum rounded once and of the tensor in
-    the file; size: |sum|^2. eps: of their type. why: what is wrong before any element is looked at.
+    the file; size: |sum|^2. eps: of their type. lengths: of DoRA's rows, each rounded, which moves all of its elements.
+    why: what is wrong before any element is looked at.
     """
 
     name: str
@@ -49,14 +50,14 @@ class Held:
     theirs: float = 0.0
     size: float = 0.0
     eps: float = 0.0
-    drifts: bool = False
+    lengths: int = 0
     why: str = ""
 
     def add(self, other: Held) -> None:
         for name in ("elements", "equal", "off", "squared_update", "ours", "theirs", "size"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.max_error, self.eps = max(self.max_error, other.max_error), max(self.eps, other.eps)
-        self.drifts = self.drifts or other.drifts
+        self.lengths = max(self.lengths, other.lengths)
 
     @property
     def share(self) -> float | None:
@@ -76,8 +77,8 @@ class Held:
         if not self.squared_update:
             return True
         update, size = self.squared_update**0.5, self.size**0.5
-        noise = self.eps * size / update  # of DoRA's row lengths, rounded; of single elements it averages out
-        allowed = SHARE + (noise if self.drifts else 8 * noise / max(self.elements, 1) ** 0.5)
+        noise = self.eps * size / update  # of each rounding, beside the update; many average out
+        allowed = SHARE + (4 * noise / self.lengths**0.5 if self.lengths else 8 * noise / self.elements**0.5)
         return bool(abs(self.theirs - self.ours) <= allowed * self.squared_update)
 
     @property
@@ -214,7 +215,7 @@ def _held(job: Job, theirs: Tensor) -> Held:
     for row, end, W, inside, place, _ in summed_rows(job.source, total, job.start, job.stop):
         exact = total.rows(row, end, W)
         _compare(held, total, (row, end), W, exact, inside, theirs[place])
-    held.drifts = any(isinstance(term, Rescaled) for term in total.terms)
+    held.lengths = total.lengths
     return held
 
 

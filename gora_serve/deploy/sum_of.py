@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,18 +35,23 @@ def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None)
     source = base.tensors.entries[target.source].dtype if target.source else target.dtype
     dtype = torch.float64 if {source, target.dtype} - NARROW else torch.float32
     turned = base.is_transposed(target.module)
-    terms = tuple(_terms(base, target, dtype, turned=turned))
     grounds = (piece.part.grounds.get(piece.key) for piece in target.pieces)
     ground = next((one for one in grounds if one is not None), None)
-    four = None
-    if four_bits is not None and target.in_4_bits:
-        four = four_bits.requantize(base.weight(target.module))
-        four = four.T.contiguous() if turned else four
-        ground = four if four_bits.add_to else ground
-    return Sum(as_matrix(target.shape), terms, dtype, ground, four)
+    terms = tuple(_terms(base, target, dtype, ground, turned=turned))
+    stored = Sum(as_matrix(target.shape), terms, dtype, ground)
+    if four_bits is None or not target.in_4_bits:
+        return stored
+    four = four_bits.requantize(base.weight(target.module))
+    four = four.T.contiguous() if turned else four
+    if turned and any(piece.kind == "magnitude" for piece in target.pieces):  # lengths of whole columns, of this weight
+        terms = tuple(_terms(base, target, dtype, four, turned=turned))
+    trained = replace(stored, terms=terms, ground=four)
+    return replace(trained if four_bits.add_to else stored, both=(stored, trained))
 
 
-def _terms(base: BaseWeights, target: Target, dtype: torch.dtype, *, turned: bool) -> list[Term]:
+def _terms(
+    base: BaseWeights, target: Target, dtype: torch.dtype, ground: Tensor | None, *, turned: bool
+) -> list[Term]:
     thin: list[tuple[float, LoraFactors]] = []
     terms: list[Term] = []
     for piece in target.pieces:
@@ -55,7 +60,13 @@ def _terms(base: BaseWeights, target: Target, dtype: torch.dtype, *, turned: boo
             _check(base, target, piece, factors, turned=turned)
             full = full_update(factors)
             if piece.kind == "magnitude":
-                terms.append(_rescaled(base, piece, factors, dtype, turned=turned))
+                m = _magnitude(piece)
+                if turned:
+                    W = base.weight(piece.key) if ground is None else ground.T
+                    terms.append(_rescaled_columns(W.double(), factors, m, piece.part.weight))
+                else:
+                    A, B = factors.A.to(dtype), (factors.B.double() * factors.scale).to(dtype)
+                    terms.append(Rescaled(A.contiguous(), B.contiguous(), m, piece.part.weight))
             elif full is not None:
                 terms.append(Dense(full.T if turned else full, piece.part.weight))
             else:
@@ -73,17 +84,20 @@ def _check(base: BaseWeights, target: Target, piece: Piece, factors: LoraFactors
     check_size(piece.key, factors, file=piece.part.file)
 
 
-def _rescaled(base: BaseWeights, piece: Piece, factors: LoraFactors, dtype: torch.dtype, *, turned: bool) -> Term:
-    """DoRA by rows; of a Conv1D, whose rows lie as columns, at once."""
+def _magnitude(piece: Piece) -> Tensor:
     m = piece.part.magnitudes[piece.key].double().flatten()
     if not m.isfinite().all():
         raise diverged("the magnitude holds NaN or infinite values", piece.part.file, piece.key)
-    A, B = factors.A, factors.B.double() * factors.scale
-    if not turned:
-        return Rescaled(A.to(dtype).contiguous(), B.to(dtype).contiguous(), m, piece.part.weight)
-    W = base.weight(piece.key).double()  # (out, in)
-    moved = W + B @ A.double()
-    return Dense(((m / moved.norm(dim=1))[:, None] * moved - W).T.contiguous(), piece.part.weight)
+    return m
+
+
+def _rescaled_columns(W: Tensor, factors: LoraFactors, m: Tensor, weight: float) -> Dense:
+    """DoRA of a Conv1D, whose rows lie as columns, at once. W: (out, in), what the update is added to. m: (out,)."""
+    A, B = factors.A.double(), factors.B.double() * factors.scale
+    moved = W + B @ A
+    share = (m / moved.norm(dim=1))[:, None]
+    sizes = share * (W.abs() + B.abs() @ A.abs())
+    return Dense((share * moved - W).T.contiguous(), weight, sizes.T.contiguous(), m.shape[0])
 
 
 def _other(target: Target, piece: Piece, dtype: torch.dtype) -> Term:

@@ -71,10 +71,16 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Dense:
-    """An update of full rank, (rows, columns), as it is."""
+    """An update of full rank, (rows, columns), as it is.
+
+    sizes: what `spread` goes by, (rows, columns), where the base's weight was multiplied too; None: the update's own.
+    lengths: how many of its rows or columns were brought to a length (DoRA).
+    """
 
     delta: Tensor
     weight: float
+    sizes: Tensor | None = None
+    lengths: int = 0
 
     def add(self, start: int, stop: int, W: Tensor, total: Tensor) -> None:
         total.add_(self.delta[start:stop].to(W.dtype), alpha=self.weight)
@@ -83,7 +89,8 @@ class Dense:
         return None
 
     def spread(self, start: int, stop: int, W: Tensor) -> Tensor:
-        return self.delta[start:stop].abs().to(W.dtype) * abs(self.weight)
+        sizes = self.delta if self.sizes is None else self.sizes
+        return sizes[start:stop].abs().to(W.dtype) * abs(self.weight)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,10 @@ class Rescaled:
     m: Tensor
     weight: float
 
+    @property
+    def lengths(self) -> int:
+        return self.m.shape[0]
+
     def _value(self, start: int, stop: int, W: Tensor) -> Tensor:
         moved = torch.addmm(W, self.B[start:stop], self.A).double()
         value: Tensor = (moved * (self.m[start:stop].double() / moved.norm(dim=1))[:, None]).to(W.dtype)
@@ -138,15 +149,15 @@ class Sum:
     """One tensor of the merged model, before it is rounded: the base's rows and all terms.
 
     dtype: what sums are taken in. ground: stands for the base's tensor where updates are added to another one (a
-    vocabulary that was resized, a base in 4 bits). four_bit: what the model had here in training, to be compared.
-    shape: (rows, columns) of the result.
+    vocabulary that was resized, a base in 4 bits). both: of a base in 4 bits, the sums on the weights as stored and on
+    those that the model had in training, to be compared. shape: (rows, columns) of the result.
     """
 
     shape: tuple[int, int]
     terms: tuple[Term, ...]
     dtype: torch.dtype
     ground: Tensor | None = None
-    four_bit: Tensor | None = None
+    both: tuple[Sum, Sum] | None = None
 
     def base(self, start: int, stop: int, stored: Tensor | None) -> Tensor:
         """Return the rows that updates are added to; stored: those of the base's file, None where it has none."""
@@ -163,6 +174,11 @@ class Sum:
         for term in self.terms:
             term.add(start, stop, W, total)
         return total
+
+    @property
+    def lengths(self) -> int:
+        """How many rows, or columns, are brought to a length (DoRA), whose rounding moves them as a whole; 0: none."""
+        return max((term.lengths for term in self.terms if isinstance(term, (Dense, Rescaled))), default=0)
 
     @property
     def is_plain(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from proving import converted, logits_of, prove_exact, train
+from proving import converted, logits_of, merged, prove_exact, train
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA_PATHS, build_gpt2, build_llama
 
@@ -76,13 +76,31 @@ def test_refusals(tmp_path: Path, tiny_base: Path) -> None:
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if "magnitude" in name)
-    save_file(tensors | {name: tensors[name][:-1].contiguous()}, file)
-    with pytest.raises(InputError, match="GS-3155"):
-        converted(tmp_path / "adapter", tiny_base, tmp_path / "out", family="dora", rank=2)
+    for wrong in (tensors[name][:-1], tensors[name][:1], torch.cat([tensors[name], tensors[name]])):
+        save_file(tensors | {name: wrong.contiguous()}, file)
+        with pytest.raises(InputError, match="GS-3155"):
+            converted(tmp_path / "adapter", tiny_base, tmp_path / "out", family="dora", rank=2)
+        with pytest.raises(InputError, match="GS-3155"):
+            merged(tmp_path / "adapter", tiny_base, tmp_path / "out")
     save_file(tensors | {name.replace("q_proj", "o_proj"): tensors[name].clone()}, file)
     with pytest.raises(InputError, match="GS-3154"):
         converted(tmp_path / "adapter", tiny_base, tmp_path / "out", family="dora", rank=2)
     save_file({key: tensor for key, tensor in tensors.items() if "magnitude" not in key}, file)
     with pytest.raises(InputError, match="GS-3151"):
         converted(tmp_path / "adapter", tiny_base, tmp_path / "out", family="dora", rank=2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT about embeddings
+@pytest.mark.parametrize("vocabulary", [384, 32])
+def test_dora_on_embeddings_is_refused(tmp_path: Path, vocabulary: int) -> None:
+    """PEFT's magnitude is one number for each column there: as many as the rows are where both are 32."""
+    build_llama(vocab_size=vocabulary).save_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["embed_tokens"], use_dora=True)
+    model = get_peft_model(build_llama(vocab_size=vocabulary), config)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="GS-3155"):
+        merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    with pytest.raises(InputError, match="GS-3155"):
+        converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()

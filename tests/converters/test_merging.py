@@ -424,6 +424,30 @@ def test_both_errors_of_a_base_in_4_bits(tmp_path: Path) -> None:
         assert totals["error_on_stored"] > 10 * totals["error_on_quantized"]
 
 
+@pytest.mark.parametrize("base_as", ["bf16", "nf4"])
+def test_dora_of_a_conv1d_on_a_base_in_4_bits(tmp_path: Path, base_as: Any) -> None:
+    """The lengths are those of the weight that the update is added to, in the model and in what is told of both."""
+    make(tmp_path, lambda: build_gpt2().bfloat16(), target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)
+    done = merge_model(
+        [(tmp_path / "adapter", 1.0)], Base("base", tmp_path / "base"), tmp_path / "out",
+        MergeConfig(base_as=base_as, dtype="float32"), rounder=quantizer,  # type: ignore[arg-type]
+    )  # fmt: skip
+    base, adapter, found = (tensors_of(tmp_path / "base"), load_file(tmp_path / "adapter" / WEIGHTS),
+                            tensors_of(tmp_path / "out"))  # fmt: skip
+    for name in [name for name in base if name.endswith("c_attn.weight")]:
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        exact = {}
+        for kind, W in (("bf16", base[name].T.double()), ("nf4", quantizer()(base[name].T).double())):
+            moved = W + 2 * adapter[f"{key}B.weight"].double() @ adapter[f"{key}A.weight"].double()
+            exact[kind] = (adapter[f"{key}magnitude_vector"].double() / moved.norm(dim=1))[:, None] * moved
+        assert off_by(found[name].T.double(), exact[base_as]) < 1e-6
+        away = float((exact["bf16"] - exact["nf4"]).square().sum())
+        assert done.written.tallies[name].squared_stored == pytest.approx(away, rel=1e-4)
+    check = verify_merged(tmp_path / "out", [(tmp_path / "adapter", 1.0)], Base("base", tmp_path / "base"),
+                          rounder=quantizer)  # type: ignore[arg-type]  # fmt: skip
+    assert check.replay.verdict == "exact"
+
+
 def test_unmerged_and_merged_in_bfloat16(tmp_path: Path) -> None:
     """The merged model is no further from the float64 sum than the correctly rounded one is."""
     make(tmp_path, lambda: build_llama().bfloat16(), target_modules=ALL)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from proving import merged
-from test_merging import ALL, judge, make, spoiled
-from tiny_models import build_llama
+from peft import LoraConfig, get_peft_model
+from test_merging import judge, make, spoiled, theirs
+from tiny_models import build_gpt2, build_llama
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT about embeddings, tied heads and fan_in_fan_out
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -49,3 +51,33 @@ def test_what_is_taken_whole_is_the_same_to_the_bit(tmp_path: Path, name: str) -
     assert judge(tmp_path, tmp_path / "out").verdict == "exact"
     spoiled(tmp_path / "out", name, lambda t: (t.view(torch.int16) + 1).view(torch.bfloat16))
     assert [one.name for one in judge(tmp_path, tmp_path / "out").of("differs")] == [name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dora_of_a_conv1d_by_peft(tmp_path: Path, dtype: torch.dtype) -> None:
+    make(tmp_path, lambda: build_gpt2().to(dtype), target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True,
+         use_dora=True)  # fmt: skip
+    found = judge(tmp_path, theirs(tmp_path, build_gpt2, dtype))
+    assert found.verdict == "rounded", [(one.name, one.reason) for one in found.of("differs")]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_a_small_update_of_dora_must_be_there_in_sum(tmp_path: Path, weight: float) -> None:
+    """Below the steps of the type, whatever the element: DoRA's lengths are rounded, but not all to one side."""
+    name = "model.layers.0.mlp.up_proj"
+    generator = torch.Generator().manual_seed(1)
+    model = build_llama(hidden_size=128, intermediate_size=256).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    for module in ("0", "1"):
+        key = f"model.layers.{module}.mlp.up_proj.weight"
+        spoiled(tmp_path / "base", key, lambda t: t.sign() * (0.02 + 0.02 * torch.rand(t.shape)).to(t.dtype))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["up_proj"], use_dora=True))
+    for key, parameter in model.named_parameters():
+        if "lora_A" in key or "lora_B" in key:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.0045
+    model.save_pretrained(tmp_path / "adapter")
+    if weight:
+        merge(tmp_path, weight=weight)
+    found = judge(tmp_path, tmp_path / ("out" if weight else "base"))
+    assert f"{name}.weight" in [one.name for one in found.of("differs")]
