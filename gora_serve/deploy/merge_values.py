@@ -27,7 +27,7 @@ class Experts:
     turned: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal is the same: tensors have no truth in comparison
 class Part:
     """One adapter as merging takes it: everything by the model's own paths, read when it is asked for.
 

@@ -78,7 +78,7 @@ class Held:
             return True
         update, size = self.squared_update**0.5, self.size**0.5
         noise = self.eps * size / update  # of each rounding, beside the update; many average out
-        allowed = SHARE + (4 * noise / self.lengths**0.5 if self.lengths else 8 * noise / self.elements**0.5)
+        allowed = SHARE + (noise * min(1, 4 / self.lengths**0.5) if self.lengths else 8 * noise / self.elements**0.5)
         return bool(abs(self.theirs - self.ours) <= allowed * self.squared_update)
 
     @property

@@ -219,6 +219,23 @@ def test_several_adapters_with_weights(tmp_path: Path) -> None:
     assert check.replay.verdict == "exact"
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_embeddings_of_one_and_the_head_of_another(tmp_path: Path, order: tuple[int, int]) -> None:
+    """Whatever their order, each gets its own update, and a tied head is parted from the embeddings."""
+    build_gpt2().save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    exact = {}
+    for index, name in enumerate(("transformer.wte.weight", "lm_head.weight")):
+        settings = {"target_modules": ["c_attn", name.split(".")[-2]], "fan_in_fan_out": True}
+        model = train(get_peft_model(build_gpt2(), LoraConfig(r=3, **settings)))
+        model.save_pretrained(tmp_path / f"adapter{index}")
+        layer = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        exact[name] = (layer.base_layer.weight + layer.get_delta_weight("default")).detach()
+    given = [(tmp_path / f"adapter{index}", 1.0) for index in order]
+    merge_model(given, Base("base", tmp_path / "base"), tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert all(torch.allclose(found[name], tensor, rtol=0, atol=3e-7) for name, tensor in exact.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_each_weight_is_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
     """No element but those of ties is further from the float64 sum than the nearest number of the type."""
