@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gora_serve.deploy.base import FLOATS, HEADS, BaseWeights
+from gora_serve.deploy.base import FLOATS, HEADS, MODEL_HEAD, BaseWeights
 from gora_serve.deploy.blocks import Stored, in_order, opened_tensors, spans, summed_rows
 from gora_serve.deploy.merge_values import TORCH, ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, sum_of
@@ -90,8 +90,10 @@ class Held:
             return "no update belongs here, and it is not the base's"
         if abs(self.share) < SHARE:
             return "the update is not in it"
-        if abs(self.share - self.ours / self.squared_update) > SHARE:
-            return f"the update is in it {self.share:.2f} times"
+        should = self.ours / self.squared_update
+        if abs(self.share - should) > SHARE:
+            rounded = "" if abs(should - 1) < SHARE else f", and rounding leaves {should:.2f}"
+            return f"the update is in it {self.share:.2f} times{rounded}"
         return f"{self.off} of {self.elements} elements are off by more than rounding, at most by {self.max_error:.2g}"
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def replay(
 ) -> Replay:  # fmt: skip
     """Hold every tensor of a model against the plan of a merge. Raises what `sum_of` does."""
     found = Replay()
-    pairs = list(_pairs(merged, plan, found))
+    pairs = list(_pairs(merged, base, plan, found))
     with ExitStack() as stack:
         ours, theirs = (opened_tensors(stack, one.folder) for one in (base, merged))
         total, done = sum(theirs[name].entry.nbytes for _, name in pairs), 0
@@ -154,15 +156,21 @@ def replay(
     return found
 
 
-def _pairs(merged: BaseWeights, plan: ModelPlan, found: Replay) -> Iterator[tuple[Target, str]]:
+def _pairs(
+    merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Replay
+) -> Iterator[tuple[Target, str]]:
     """Yield each target with the model's name for it; note what is missing, extra, of another form, or not in use."""
     used = set()
+    needs_head = not _classifies(plan)
+    if needs_head and _lost_tie(merged, base, plan):
+        why = "config.json does not tie the head to the embeddings, and the model has none of its own"
+        found.tensors[f"{MODEL_HEAD}.weight"] = Held(f"{MODEL_HEAD}.weight", why=why)
     for target in plan.targets:
         name = merged.find_parameter(target.name) or (
             merged.find(target.module) if target.name.endswith(".weight") else None
         )
         if name is None:
-            if not COMPUTED.search(target.name):
+            if not COMPUTED.search(target.name) and (needs_head or target.module not in HEADS):
                 found.tensors[target.name] = Held(target.name, why="the model lacks it")
             continue
         used.add(name)
@@ -186,6 +194,20 @@ def _pairs(merged: BaseWeights, plan: ModelPlan, found: Replay) -> Iterator[tupl
             found.tensors[name] = Held(name, why="the merge knows no such tensor")
         else:
             yield replace(source, name=name, dtype=merged.tensors.entries[name].dtype), name
+
+
+def _classifies(plan: ModelPlan) -> bool:
+    """Whether a classifier takes the place of the head that makes tokens, which other tools then leave out."""
+    pieces = [piece for one in plan.targets if one.fresh and one.module not in HEADS for piece in one.pieces]
+    return any(piece.part.task_type == "SEQ_CLS" for piece in pieces)
+
+
+def _lost_tie(merged: BaseWeights, base: BaseWeights, plan: ModelPlan) -> bool:
+    """Whether a head that was tied, and should be so still, reads nothing."""
+    if base.is_bare or any(one.fresh and one.module in HEADS for one in plan.targets):
+        return False
+    tied = any(base.is_tied(MODEL_HEAD, one.module) for one in plan.targets if base.is_embedding(one.module))
+    return tied and merged.find(MODEL_HEAD) is None
 
 
 def _embeddings_of(name: str, merged: BaseWeights, targets: dict[str, Target]) -> Target | None:

@@ -5,17 +5,21 @@ The right ones are PEFT's; the wrong ones are right ones that were spoiled.
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from proving import merged
+from proving import input_ids, merged, train
 from peft import LoraConfig, get_peft_model
 from test_merging import judge, make, spoiled, theirs
 from tiny_models import build_gpt2, build_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from gora_serve.deploy.replay import Held
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT about embeddings, tied heads and fan_in_fan_out
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -53,6 +57,32 @@ def test_what_is_taken_whole_is_the_same_to_the_bit(tmp_path: Path, name: str) -
     assert [one.name for one in judge(tmp_path, tmp_path / "out").of("differs")] == [name]
 
 
+def test_a_tie_that_is_broken_is_told(tmp_path: Path) -> None:
+    make(tmp_path, partial(build_llama, tie_word_embeddings=True), target_modules=["q_proj"])
+    config = merge(tmp_path) / "config.json"
+    assert judge(tmp_path, tmp_path / "out").verdict == "exact"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    found = judge(tmp_path, tmp_path / "out").of("differs")
+    assert [one.name for one in found] == ["lm_head.weight"]
+    assert "does not tie" in found[0].reason
+
+
+def test_a_classifier_by_peft_needs_no_head(tmp_path: Path) -> None:
+    """PEFT leaves out the head that makes tokens; it is needed where no classifier is in its place."""
+    build_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    train(model, input_ids=input_ids(), labels=torch.tensor([0, 1, 2, 0]))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    found = judge(tmp_path, tmp_path / "theirs")
+    assert found.verdict == "rounded", [(one.name, one.reason) for one in found.of("differs")]
+    model = get_peft_model(build_llama(), LoraConfig(r=3, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    found = judge(tmp_path, tmp_path / "theirs").of("differs")
+    assert [one.name for one in found if one.why] == ["lm_head.weight", "score.weight"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dora_of_a_conv1d_by_peft(tmp_path: Path, dtype: torch.dtype) -> None:
     make(tmp_path, lambda: build_gpt2().to(dtype), target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True,
@@ -81,3 +111,10 @@ def test_a_small_update_of_dora_must_be_there_in_sum(tmp_path: Path, weight: flo
         merge(tmp_path, weight=weight)
     found = judge(tmp_path, tmp_path / ("out" if weight else "base"))
     assert f"{name}.weight" in [one.name for one in found.of("differs")]
+
+
+def test_what_rounding_leaves_is_said() -> None:
+    """An update that is there 1.00 times is one too many where rounding takes a part of it away."""
+    held = Held("w", elements=10**6, equal=0, squared_update=1.0, ours=0.7, theirs=1.0, size=1.0, eps=2**-7)
+    assert held.verdict == "differs"
+    assert "1.00 times, and rounding leaves 0.70" in held.reason
