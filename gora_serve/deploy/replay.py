@@ -156,9 +156,7 @@ def replay(
     return found
 
 
-def _pairs(
-    merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Replay
-) -> Iterator[tuple[Target, str]]:
+def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Replay) -> Iterator[tuple[Target, str]]:
     """Yield each target with the model's name for it; note what is missing, extra, of another form, or not in use."""
     used = set()
     needs_head = not _classifies(plan)

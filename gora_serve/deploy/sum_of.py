@@ -49,9 +49,7 @@ def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None)
     return replace(trained if four_bits.add_to else stored, both=(stored, trained))
 
 
-def _terms(
-    base: BaseWeights, target: Target, dtype: torch.dtype, ground: Tensor | None, *, turned: bool
-) -> list[Term]:
+def _terms(base: BaseWeights, target: Target, dtype: torch.dtype, ground: Tensor | None, *, turned: bool) -> list[Term]:
     thin: list[tuple[float, LoraFactors]] = []
     terms: list[Term] = []
     for piece in target.pieces:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from proving import input_ids, merged, train
 from peft import LoraConfig, get_peft_model
+from proving import input_ids, merged, train
 from test_merging import judge, make, spoiled, theirs
 from tiny_models import build_gpt2, build_llama
 from torch import Tensor
