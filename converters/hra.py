@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,14 +32,24 @@ def read(source: Source, inputs: Inputs) -> Reading:
         check_shape(source, one[PART], (in_features, min(rank, in_features)))
     orthonormal = flag(source.config, "apply_GS", file=source.config_file)
 
-    def factors(path: str) -> LoraFactors:
+    def chain(path: str) -> tuple[Tensor, Tensor]:
         u = source.tensors[parts[path][PART]]  # (in, r)
         U = _gram_schmidt(u).double() if orthonormal else torch.nn.functional.normalize(u.double(), dim=0, eps=0)
-        P = -2 * U if orthonormal else _chain(U)
+        return U, -2 * U if orthonormal else _chain(U)
+
+    def factors(path: str) -> LoraFactors:
+        U, P = chain(path)
         return LoraFactors(U.T.contiguous(), base.weight(path).double() @ P, 1.0)
 
+    def sizes(path: str) -> Tensor:
+        """|W0| |H|, H being the product, as other tools multiply it."""
+        U, P = chain(path)
+        W = base.weight(path).double().abs()
+        return W + W @ P.abs() @ U.T.abs()
+
     method = f"W0 (product of reflections - I), rank r{', orthonormalized' if orthonormal else ''}"
-    return reading_of(source, inputs, LazyModules(parts, factors), parts, method=method)
+    reading = reading_of(source, inputs, LazyModules(parts, factors), parts, method=method)
+    return replace(reading, beyond=replace(reading.beyond, sizes=sizes))
 
 
 def _chain(U: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def part_of(opened: Opened, base: BaseWeights) -> Part:
         stacks=beyond.stacks,
         grounds=Renamed(source.tensors, beyond.grounds),
         task_type=reading.adapter.task_type,
+        sizes=beyond.sizes,
     )
     return _tied_too(part, base) if source.config.get("ensure_weight_tying") else part
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,13 @@ def read(source: Source, inputs: Inputs) -> Reading:
         _check(path, block, base)
         return as_factors(_bat(block, base.weight(path).double())) if block.ndim == 3 else _low_rank(block, path, base)
 
+    def sizes(path: str) -> Tensor:
+        return _bat(source.tensors[names[path]].double().abs(), base.weight(path).double().abs())
+
     method = "blocks of (W0 B + B)" if bat else "the block times a matrix that sums columns, rank r"
     modules = LazyModules(parts, factors)
-    return reading_of(source, inputs, modules, parts, method=method, full_rank=bat)
+    reading = reading_of(source, inputs, modules, parts, method=method, full_rank=bat)
+    return replace(reading, beyond=replace(reading.beyond, sizes=sizes if bat else None))
 
 
 def _low_rank(block: Tensor, path: str, base: BaseWeights) -> LoraFactors:

@@ -7,9 +7,11 @@ module is asked for. Recompression, truncation, rounding and writing come later 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from gora_serve.adapter.factors import Adapter, LoraFactors
 from gora_serve.deploy.base import BaseWeights
@@ -53,7 +55,8 @@ class Beyond:
     replaced: parameter path -> tensor name of a weight or bias that was trained whole. added: bias -> (tensor name, the
     scale of what it adds). magnitudes: DoRA's, module path -> tensor name. before: the factors of these modules before
     they are rescaled. stacks: fused parameter -> the update of all its experts. grounds: module path -> tensor name of
-    the embeddings of a resized vocabulary, which the factors were trained over.
+    the embeddings of a resized vocabulary, which the factors were trained over. sizes: of a family that multiplies the
+    base's weight, module path -> the absolute values that are added up to the update, (out, in): rounding goes by them.
     """
 
     replaced: Mapping[str, str] = field(default_factory=dict)
@@ -62,6 +65,7 @@ class Beyond:
     before: Mapping[str, LoraFactors] = field(default_factory=dict)
     stacks: Mapping[str, Experts] = field(default_factory=dict)
     grounds: Mapping[str, str] = field(default_factory=dict)
+    sizes: Callable[[str], Tensor] | None = None
 
     @property
     def tensors(self) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,8 @@ class Part:
     modules: the exact update on the untouched base. magnitudes: DoRA's, of modules whose factors are then those before
     rescaling. replaced: parameter path -> the tensor in the base's place. added: parameter path -> what is added to it.
     stacks: fused parameter -> the experts' updates. grounds: module path -> the whole embeddings that an adapter of a
-    resized vocabulary was trained over. file: for messages.
+    resized vocabulary was trained over. sizes: module path -> the absolute values that are added up to its update,
+    (out, in), where the factors do not say. file: for messages.
     """
 
     weight: float
@@ -46,6 +47,7 @@ class Part:
     stacks: Mapping[str, Experts] = field(default_factory=dict)
     grounds: Mapping[str, Tensor] = field(default_factory=dict)
     task_type: str | None = None
+    sizes: Callable[[str], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None)
     grounds = (piece.part.grounds.get(piece.key) for piece in target.pieces)
     ground = next((one for one in grounds if one is not None), None)
     terms = tuple(_terms(base, target, dtype, ground, turned=turned))
-    stored = Sum(as_matrix(target.shape), terms, dtype, ground)
+    stored = Sum(as_matrix(target.shape), terms, dtype, ground, sizes=_sizes(target, turned=turned))
     if four_bits is None or not target.in_4_bits:
         return stored
     four = four_bits.requantize(base.weight(target.module))
@@ -47,6 +48,19 @@ def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None)
         terms = tuple(_terms(base, target, dtype, four, turned=turned))
     trained = replace(stored, terms=terms, ground=four)
     return replace(trained if four_bits.add_to else stored, both=(stored, trained))
+
+
+def _sizes(target: Target, *, turned: bool) -> Callable[[], Tensor] | None:
+    """Return what families say of the values that they add up: computed once, and only where it is asked for."""
+    given = [(one.part.sizes, one) for one in target.pieces if one.kind == "module"]
+    known = [(sizes, one) for sizes, one in given if sizes is not None]
+
+    @cache
+    def total() -> Tensor:
+        found = torch.stack([sizes(one.key) * abs(one.part.weight) for sizes, one in known]).sum(0)
+        return found.T if turned else found
+
+    return total if known else None
 
 
 def _terms(base: BaseWeights, target: Target, dtype: torch.dtype, ground: Tensor | None, *, turned: bool) -> list[Term]:

@@ -6,7 +6,7 @@ Conv1D and of transposed experts the stored form counts, and the terms are turne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -150,7 +150,8 @@ class Sum:
 
     dtype: what sums are taken in. ground: stands for the base's tensor where updates are added to another one (a
     vocabulary that was resized, a base in 4 bits). both: of a base in 4 bits, the sums on the weights as stored and on
-    those that the model had in training, to be compared. shape: (rows, columns) of the result.
+    those that the model had in training, to be compared. shape: (rows, columns) of the result. sizes: more absolute
+    values that `spread` counts.
     """
 
     shape: tuple[int, int]
@@ -158,6 +159,7 @@ class Sum:
     dtype: torch.dtype
     ground: Tensor | None = None
     both: tuple[Sum, Sum] | None = None
+    sizes: Callable[[], Tensor] | None = None
 
     def base(self, start: int, stop: int, stored: Tensor | None) -> Tensor:
         """Return the rows that updates are added to; stored: those of the base's file, None where it has none."""
@@ -192,7 +194,7 @@ class Sum:
         total = torch.zeros_like(W)
         for term in self.terms:
             total += term.spread(start, stop, W)
-        return total
+        return total if self.sizes is None else total + self.sizes()[start:stop].to(W.dtype)
 
 
 def low_rank(pieces: Sequence[tuple[float, LoraFactors]], dtype: torch.dtype, *, turned: bool) -> LowRank:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import HRAConfig, LoraConfig, MissConfig, PeftModel, get_peft_model
 from proving import input_ids, merged, train
 from test_merging import judge, make, spoiled, theirs
 from tiny_models import build_gpt2, build_llama
@@ -111,6 +111,24 @@ def test_a_small_update_of_dora_must_be_there_in_sum(tmp_path: Path, weight: flo
         merge(tmp_path, weight=weight)
     found = judge(tmp_path, tmp_path / ("out" if weight else "base"))
     assert f"{name}.weight" in [one.name for one in found.of("differs")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [HRAConfig(r=4, target_modules=["up_proj"]),
+                                    MissConfig(r=4, init_weights="bat", target_modules=["up_proj"])])  # fmt: skip
+def test_families_that_multiply_the_weight(tmp_path: Path, config: Any, dtype: torch.dtype) -> None:
+    """PEFT multiplies in the type of the weight: what is added up there is more than the update."""
+    build_llama(hidden_size=128, intermediate_size=256).save_pretrained(tmp_path / "base")
+    model = get_peft_model(build_llama(hidden_size=128, intermediate_size=256), config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (one for one in model.parameters() if one.requires_grad):
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False)
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    found = judge(tmp_path, tmp_path / "theirs")
+    assert found.verdict == "rounded", [(one.name, one.reason) for one in found.of("differs")]
 
 
 def test_what_rounding_leaves_is_said() -> None:
