@@ -71,7 +71,7 @@ def write_model(
     stage: Path, base: BaseWeights, plan: ModelPlan, *, four_bits: FourBits | None = None, listen: Listener = silent
 ) -> Written:
     """Write the merged weights, and their index where the base has one, into `stage`. Raises InputError: GS-3401 for
-    sums that the type cannot hold, GS-3142 and GS-3105 for numbers that are none; MismatchError (GS-101); MachineError
+    numbers that the type cannot hold, sums or the base's own, GS-3142 and GS-3105 for numbers that are none; MismatchError (GS-101); MachineError
     (GS-560) where the disk has no room."""
     model = find_model(base.folder)
     shards = _shards(base, plan, {path: name for name, path in model.weights.items()})
@@ -152,8 +152,8 @@ class _Collected:
         if made.tally is not None:
             self.tally = self.tally or Tally()
             self.tally.add(made.tally)
-            if not made.tally.is_finite:
-                raise refuse_odd(self.base, target)
+        if made.overflowed or (made.tally is not None and not made.tally.is_finite):
+            raise refuse_odd(self.base, target)
         if not job.last:
             return
         if job.counted:

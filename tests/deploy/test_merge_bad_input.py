@@ -1,0 +1,79 @@
+"""Merges that must be refused, or said: what a type cannot hold, stale indexes, malformed configurations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from converters.merge_receipt import MergedModel
+from converters.merging import merge_model, verify_merged
+from gora_serve.config import MergeConfig
+from gora_serve.errors import InputError
+from gora_serve.integrity.bases import Base
+
+MODULE = "model.layers.0.self_attn.q_proj"
+NORM = "model.norm.weight"
+INDEX = "model.safetensors.index.json"
+
+
+def plain_adapter(folder: Path, base: Path, *, size: float = 1.0, **config: Any) -> Path:
+    """Write an adapter as another tool does."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    weight = next(load_file(path)[f"{MODULE}.weight"] for path in shards(base) if f"{MODULE}.weight" in load_file(path))
+    rows, columns = weight.shape
+    factors = {
+        f"base_model.model.{MODULE}.lora_A.weight": torch.randn(2, columns, generator=generator),
+        f"base_model.model.{MODULE}.lora_B.weight": torch.randn(rows, 2, generator=generator) * size,
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    value = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(value | config))
+    return folder
+
+
+def shards(base: Path) -> list[Path]:
+    return sorted(base.glob("*.safetensors"))
+
+
+def edit_tensors(base: Path, change: Any) -> None:
+    for path in shards(base):
+        tensors: dict[str, Tensor] = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny_base: Path) -> Path:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    plain_adapter(tmp_path / "adapter", tmp_path / "base")
+    return tmp_path
+
+
+def merge(work: Path, *, weight: float = 1.0, adapter: str = "adapter", **settings: Any) -> MergedModel:
+    base = Base(str(work / "base"), work / "base", None)
+    return merge_model([(work / adapter, weight)], base, work / "out", MergeConfig(**settings))
+
+
+def test_a_number_of_the_base_that_the_type_cannot_hold_is_refused(work: Path) -> None:
+    def raise_norm(tensors: dict[str, Tensor]) -> None:
+        if NORM in tensors:
+            tensors[NORM][0] = 1e5
+
+    edit_tensors(work / "base", raise_norm)
+    with pytest.raises(InputError, match="GS-3401") as raised:
+        merge(work, dtype="float16")
+    assert raised.value.fields["tensor"] == NORM
+    assert not (work / "out").exists()
+    merge(work, dtype="bfloat16")
