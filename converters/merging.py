@@ -34,7 +34,7 @@ from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import weights_root
 from gora_serve.integrity.files import staged_folder, write_json
 from gora_serve.integrity.known import remember_manifest
-from gora_serve.integrity.manifest import Manifest, Roots, hash_model
+from gora_serve.integrity.manifest import Manifest, Roots, check_index, hash_model
 from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
@@ -95,10 +95,11 @@ def merge_model(
     """Write `base` with the adapters merged into it as a model of the same shards into `output`, with a receipt.
 
     rounder: makes what rounds weights to NF4, for adapters that were trained on such a base. Raises what the readers,
-    `plan_merge` and `write_model` raise, and BindingError (GS-401) for an adapter of another base.
+    `plan_merge` and `write_model` raise, `check_index` for the base, and BindingError (GS-401) for an adapter of another base.
     """
     config = config or MergeConfig()
     config.validate()
+    check_index(base.path)
     weights = BaseWeights(base.path)
     inputs = replace(inputs or Inputs(), base=weights)
     others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
@@ -201,6 +202,8 @@ def verify_merged(
     Raises MismatchError where the folder has a manifest that its files do not fit (after the tensors were compared, so
     that these are named), BindingError for an adapter of another base, and what reading adapters raises.
     """
+    for model in (base.path, folder):
+        check_index(model)
     weights = BaseWeights(base.path)
     inputs = replace(inputs or Inputs(), base=weights)
     opened = open_adapters(adapters, inputs, family)

@@ -77,3 +77,26 @@ def test_a_number_of_the_base_that_the_type_cannot_hold_is_refused(work: Path) -
     assert raised.value.fields["tensor"] == NORM
     assert not (work / "out").exists()
     merge(work, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("code", ["GS-326", "GS-327"])
+def test_a_stale_index_is_refused(work: Path, code: str) -> None:
+    if code == "GS-326":
+        edit_tensors(work / "base", lambda tensors: tensors.pop(NORM, None))
+    else:
+        placed = json.loads((work / "base" / INDEX).read_text())["weight_map"]
+        del placed[NORM]
+        edit_json(work / "base" / INDEX, weight_map=placed)
+    with pytest.raises(InputError, match=code):
+        merge(work)
+    assert not (work / "out").exists()
+
+
+def test_a_merged_model_with_a_stale_index_is_not_verified(work: Path) -> None:
+    merge(work)
+    (work / "out" / "gora_manifest.json").unlink()
+    placed = json.loads((work / "out" / INDEX).read_text())["weight_map"]
+    del placed[NORM]
+    edit_json(work / "out" / INDEX, weight_map=placed)
+    with pytest.raises(InputError, match="GS-327"):
+        verify_merged(work / "out", [(work / "adapter", 1.0)], Base(str(work / "base"), work / "base", None))
