@@ -100,3 +100,15 @@ def test_a_merged_model_with_a_stale_index_is_not_verified(work: Path) -> None:
     edit_json(work / "out" / INDEX, weight_map=placed)
     with pytest.raises(InputError, match="GS-327"):
         verify_merged(work / "out", [(work / "adapter", 1.0)], Base(str(work / "base"), work / "base", None))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("architectures", "LlamaForCausalLM"), ("architectures", [7]), ("id2label", 7), ("tie_word_embeddings", "false")],
+)
+def test_a_malformed_value_in_the_configuration_is_refused(work: Path, key: str, value: object) -> None:
+    edit_json(work / "base" / "config.json", **{key: value})
+    with pytest.raises(InputError, match="GS-3402") as raised:
+        merge(work)
+    assert key in str(raised.value)
+    assert raised.value.fields["file"] == work / "base" / "config.json"
