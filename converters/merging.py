@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.full import NOT_LINEAR
-from converters.merge_receipt import RECEIPT, MergedModel, Opened, make_receipt, merged_roots
+from converters.merge_receipt import RECEIPT, MergedModel, Opened, make_receipt, merged_roots, said_of_nothing
 from converters.read import held_to_base, read
 from converters.reading import Inputs
 from gora_serve.adapter.factors import LazyModules
@@ -116,6 +116,7 @@ def merge_model(
         roots = Roots(weights_root(written.base), config_root(base.path), tokenizer_root(base.path))
         manifest = Manifest(roots, written.base)
         warnings = [line for one in opened for line in held_to_base(one.source, lambda: manifest, base.path, inputs)]
+        warnings += said_of_nothing(written)
         check_unchanged(before)
         remember_manifest(manifest)
         done = MergedModel(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from converters.merge_receipt import MergedModel
 from converters.merging import merge_model, verify_merged
+from gora_serve.cli.render_merge import model_summary
 from gora_serve.config import MergeConfig
 from gora_serve.errors import InputError
 from gora_serve.integrity.bases import Base
@@ -112,3 +113,28 @@ def test_a_malformed_value_in_the_configuration_is_refused(work: Path, key: str,
         merge(work)
     assert key in str(raised.value)
     assert raised.value.fields["file"] == work / "base" / "config.json"
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-3])
+def test_the_rounding_of_the_base_is_no_part_of_what_is_stored(work: Path, size: float) -> None:
+    done = merge(work, weight=size, dtype="bfloat16")
+    one = done.written.tallies[f"{MODULE}.weight"]
+    rounded = {name: value for path in shards(work / "base") for name, value in load_file(path).items()}
+    base = rounded[f"{MODULE}.weight"].double()
+    written = {name: value for path in shards(work / "out") for name, value in load_file(path).items()}
+    factors = load_file(work / "adapter" / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.{MODULE}.lora_{kind}.weight"].double() for kind in "AB")
+    update = size * 2 * B @ A  # lora_alpha 4 over r 2
+    held = ((written[f"{MODULE}.weight"].double() - base.bfloat16().double()) * update).sum() / (update**2).sum()
+    assert one.held == pytest.approx(float(held), rel=1e-6)
+    assert 0.5 < one.held < 1.5
+
+
+@pytest.mark.parametrize(("weight", "dtype"), [(0.0, "auto"), (0.0, "bfloat16"), (1e-12, "bfloat16")])
+def test_a_merge_that_changes_nothing_says_so(work: Path, weight: float, dtype: str) -> None:
+    done = merge(work, weight=weight, dtype=dtype)
+    assert [line for line in done.warnings if line.startswith("nothing changed: ")]
+    assert done.receipt["warnings"] == list(done.warnings)
+    assert "100.0% of the update is stored" not in "\n".join(model_summary(done).lines)
+    assert done.receipt["totals"]["changed"] == 0
+    assert abs(done.receipt["totals"]["held"]) <= 1
