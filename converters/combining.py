@@ -52,7 +52,10 @@ def merge_adapters(
     manifest = hash_model(base.path, listen=inputs.listen)
     remember_manifest(manifest)
     sources = [source for _, _, source, _, _ in opened]
-    warnings = [line for source in sources for line in held_to_base(source, lambda: manifest, base.path, inputs)]
+    warnings = [
+        line for _, _, source, detection, _ in opened
+        for line in held_to_base(source, detection, lambda: manifest, base.path, inputs)
+    ]  # fmt: skip
     asserted = any(is_asserted(source, manifest.roots.weights) for source in sources)
     ingredients = [
         Ingredient(

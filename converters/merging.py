@@ -49,6 +49,10 @@ def open_adapters(adapters: Sequence[tuple[Path, float]], inputs: Inputs, family
     return [Opened(path, weight, *read(path, inputs, family)) for path, weight in adapters]
 
 
+def _held(one: Opened, manifest: Callable[[], Manifest], base: Path, inputs: Inputs) -> tuple[str, ...]:
+    return held_to_base(one.source, one.detection, manifest, base, inputs)
+
+
 def part_of(opened: Opened, base: BaseWeights) -> Part:
     """Return an adapter as the merge takes it."""
     source, reading = opened.source, opened.reading
@@ -95,7 +99,7 @@ def merge_model(
     """Write `base` with the adapters merged into it as a model of the same shards into `output`, with a receipt.
 
     rounder: makes what rounds weights to NF4, for adapters that were trained on such a base. Raises what the readers,
-    `plan_merge` and `write_model` raise, `check_index` for the base, and BindingError (GS-401) for an adapter of another base.
+    `check_index`, `plan_merge` and `write_model` raise, and BindingError (GS-401) for an adapter of another base.
     """
     config = config or MergeConfig()
     config.validate()
@@ -115,7 +119,7 @@ def merge_model(
         copied, left_out = copy_beside(base.path, stage, plan.config, _tokenizer(opened, weights, plan))
         roots = Roots(weights_root(written.base), config_root(base.path), tokenizer_root(base.path))
         manifest = Manifest(roots, written.base)
-        warnings = [line for one in opened for line in held_to_base(one.source, lambda: manifest, base.path, inputs)]
+        warnings = [line for one in opened for line in _held(one, lambda: manifest, base.path, inputs)]
         warnings += said_of_nothing(written)
         check_unchanged(before)
         remember_manifest(manifest)
@@ -213,7 +217,7 @@ def verify_merged(
     plan = plan_of(opened, weights, config, four_bits)
     found = replay(BaseWeights(folder), weights, plan, four_bits=four_bits, listen=inputs.listen)
     manifest = cache(lambda: hash_model(base.path, listen=inputs.listen))
-    warnings = [line for one in opened for line in held_to_base(one.source, manifest, base.path, inputs)]
+    warnings = [line for one in opened for line in _held(one, manifest, base.path, inputs)]
     sealed = (folder / SEAL).is_file()
     if sealed and found.verdict != "differs":
         check_folder(folder)

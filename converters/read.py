@@ -85,8 +85,11 @@ def check_can_be_low_rank(source: Source, detection: Detection, reading: Reading
         )  # fmt: skip
 
 
-def held_to_base(source: Source, manifest: Callable[[], Manifest], base: Path, inputs: Inputs) -> tuple[str, ...]:
-    """Return what to warn of: that nothing says which base the adapter belongs to, or that its settings differ.
+def held_to_base(
+    source: Source, detection: Detection, manifest: Callable[[], Manifest], base: Path, inputs: Inputs
+) -> tuple[str, ...]:
+    """Return what to warn of: that nothing says which base the adapter belongs to, or that its settings differ; or
+    instead of the first, that an edited base which nobody named was taken as the one that it was trained on.
 
     manifest: of the base, made where it is needed. Raises BindingError (GS-401) where the adapter itself says that it
     belongs to another base, which is not the edited one that was given beside it either.
@@ -94,12 +97,12 @@ def held_to_base(source: Source, manifest: Callable[[], Manifest], base: Path, i
     record = read_record(source.tensors.metadata, source.weights)
     bound = bound_roots(record)
     if bound is None:
-        return (f"{UNBOUND}: --base is taken at its word",)
-    actual = manifest()
+        return (detection.assumed or f"{UNBOUND}: --base is taken at its word",)
+    actual, assumed = manifest(), (detection.assumed,) if detection.assumed else ()
     edited = inputs.mutated_base if bound.weights != actual.roots.weights else None
     if edited is not None and bound.weights == hash_model(edited, listen=inputs.listen).roots.weights:
-        return ()
-    return tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base))
+        return assumed
+    return assumed + tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base))
 
 
 def is_asserted(source: Source, weights_root: str) -> bool:

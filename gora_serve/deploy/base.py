@@ -39,7 +39,7 @@ def misfit(file: Path, tensor: str, expected: object, actual: object) -> Binding
 
 
 def check_config(config: Mapping[str, Any], file: Path) -> None:
-    """Raise InputError (GS-3402) where a value of config.json that is used here is of another kind than belongs there."""
+    """Raise InputError (GS-3402) where a value of config.json that is used here is of another kind than it must be."""
     names = config.get("architectures")
     fits = {
         "architectures": ("a list of names", isinstance(names, list) and all(isinstance(one, str) for one in names)),

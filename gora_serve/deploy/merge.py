@@ -71,8 +71,8 @@ def write_model(
     stage: Path, base: BaseWeights, plan: ModelPlan, *, four_bits: FourBits | None = None, listen: Listener = silent
 ) -> Written:
     """Write the merged weights, and their index where the base has one, into `stage`. Raises InputError: GS-3401 for
-    numbers that the type cannot hold, sums or the base's own, GS-3142 and GS-3105 for numbers that are none; MismatchError (GS-101); MachineError
-    (GS-560) where the disk has no room."""
+    numbers that the type cannot hold, sums or the base's own, GS-3142 and GS-3105 for numbers that are none;
+    MismatchError (GS-101); MachineError (GS-560) where the disk has no room."""
     model = find_model(base.folder)
     shards = _shards(base, plan, {path: name for name, path in model.weights.items()})
     done, total = Written(), sum(target.nbytes for target in plan.targets)

@@ -28,8 +28,8 @@ from gora_serve.progress import Listener, silent
 
 __all__ = [
     "Differences", "FileRecord", "Manifest", "Roots", "TensorRecord", "check_index", "config_root", "differences",
-    "hash_adapter", "hash_model", "make_manifest", "tensor_digest", "tensors_from_json", "tensors_to_json", "tokenizer_root",
-    "weights_root",
+    "hash_adapter", "hash_model", "make_manifest", "tensor_digest", "tensors_from_json", "tensors_to_json",
+    "tokenizer_root", "weights_root",
 ]  # fmt: skip
 
 

@@ -12,10 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from converters.combining import merge_adapters
+from converters.convert import convert
+from converters.gap import find_gap
 from converters.merge_receipt import MergedModel
 from converters.merging import merge_model, verify_merged
+from converters.reading import Inputs
 from gora_serve.cli.render_merge import model_summary
-from gora_serve.config import MergeConfig
+from gora_serve.config import GapConfig, MergeConfig
 from gora_serve.errors import InputError
 from gora_serve.integrity.bases import Base
 
@@ -138,3 +142,26 @@ def test_a_merge_that_changes_nothing_says_so(work: Path, weight: float, dtype: 
     assert "100.0% of the update is stored" not in "\n".join(model_summary(done).lines)
     assert done.receipt["totals"]["changed"] == 0
     assert abs(done.receipt["totals"]["held"]) <= 1
+
+
+def test_an_edited_base_that_nobody_named_is_said(work: Path) -> None:
+    shutil.copytree(work / "base", work / "edited")
+    factors = load_file(work / "adapter" / "adapter_model.safetensors")
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        if f"{MODULE}.weight" in tensors:
+            A, B = (factors[f"base_model.model.{MODULE}.lora_{kind}.weight"] for kind in "AB")
+            tensors[f"{MODULE}.weight"] -= B @ A  # half of what the adapter adds: lora_alpha 4 over r 2
+
+    edit_tensors(work / "edited", edit)
+    edit_json(work / "adapter" / "adapter_config.json", base_model_name_or_path=str(work / "edited"))
+    base = Base(str(work / "base"), work / "base", None)
+    told = [
+        merge(work).warnings,
+        merge_adapters([(work / "adapter", 1.0)], base, work / "one", MergeConfig(into="adapter")).warnings,
+        convert(work / "adapter", base, work / "converted").warnings,
+        find_gap(work / "adapter", base, GapConfig(), Inputs()).warnings,
+    ]
+    for warnings in told:
+        assert [line for line in warnings if f"names {work / 'edited'} as its base" in line and "--from lora" in line]
+        assert not [line for line in warnings if "nothing says which base" in line]
