@@ -70,7 +70,7 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
 def _foreign(folder: Path) -> str | None:
     """Return the first file in `folder` that is not of an output of ours, by its path there; None where there is none.
 
-    A sealed folder holds the files that its seal lists; a run those of runs, and sealed folders. No content is compared.
+    A sealed folder holds the files that its seal lists; a run those of runs, and sealed folders. Contents are not read.
     """
     listed = _listed(folder / SEAL)
     is_run = str(_object(folder / _RUN).get("schema", "")).startswith(_OURS)

@@ -38,7 +38,7 @@ def fill(folder: Path, text: str) -> None:
 
 def written(name: str, text: str) -> str:
     """What a file holds: its text, or the seal that lists the others."""
-    seal = {"schema": SEAL_SCHEMA, "files": dict.fromkeys(FILES[:3], {}), "made": text}
+    seal = {"schema": SEAL_SCHEMA, "files": {one: {} for one in FILES[:3]}, "made": text}
     return json.dumps(seal) if name == SEAL else text
 
 
