@@ -39,6 +39,7 @@ from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
 from gora_serve.integrity.staging import SEAL, check_target
+from gora_serve.integrity.targets import check_is_unicode
 
 Rounder = Callable[[], Requantize]  # makes what rounds to 4 bits, or raises MachineError
 
@@ -103,6 +104,7 @@ def merge_model(
     """
     config = config or MergeConfig()
     config.validate()
+    check_is_unicode(output)
     check_index(base.path)
     weights = BaseWeights(base.path)
     inputs = replace(inputs or Inputs(), base=weights)

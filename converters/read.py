@@ -25,6 +25,7 @@ def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Dete
     `_account` raise.
     """
     source = open_source(path, pickles=inputs.pickles)
+    _check_kinds(source)
     detection = decide(source, inputs, family)
     if detection.family != "full" and inputs.carry:
         raise UsageError(
@@ -34,6 +35,21 @@ def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Dete
     reading = family_named(detection.family).read(source, inputs)
     _check_used(source, detection, reading, inputs)
     return source, detection, _account(source, detection, reading, inputs)
+
+
+def _check_kinds(source: Source) -> None:
+    """Raise InputError (GS-3128) for a value in the adapter's configuration of another kind than it must be."""
+    task, targets = source.config.get("task_type"), source.config.get("target_parameters") or []
+    right = isinstance(targets, list) and all(isinstance(one, str) for one in targets)
+    for key, fits, expected in (
+        ("task_type", task is None or isinstance(task, str), "a word"),
+        ("target_parameters", right, "a list of names"),
+    ):
+        if not fits:
+            raise InputError(
+                f"{key} is of another kind than belongs there", code="GS-3128", file=source.config_file,
+                expected=expected, actual=str(source.config[key])[:80], hint="fetch the adapter again, or correct it",
+            )  # fmt: skip
 
 
 def _account(source: Source, detection: Detection, reading: Reading, inputs: Inputs) -> Reading:

@@ -245,7 +245,8 @@ def _write_index(stage: Path, folder: Path, plan: ModelPlan, shard_of: Mapping[s
     """Write the index with the bytes, and where the base's names them the parameters, of the merged model."""
     index = read_json(confined(folder, INDEX), limit=1 << 26)
     assert isinstance(index, dict)
-    metadata = dict(index.get("metadata") or {})
+    said = index.get("metadata")
+    metadata = dict(said) if isinstance(said, dict) else {}
     sizes = {target.name: target.nbytes for target in plan.targets}
     metadata["total_size"] = sum(sizes.values())
     if "total_parameters" in metadata:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gora_serve.errors import InputError, OutputError, UsageError
-from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.canonical import is_unicode, read_json
 
 UNCHANGED = "nothing was changed"
 SEAL = "gora_manifest.json"  # what a finished output folder of ours holds
@@ -65,6 +65,15 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
         for name in folders:
             if _is_model(Path(parent, name)):
                 raise _model(target, f"the folder to be replaced holds a model, {Path(parent, name)}")
+
+
+def check_is_unicode(output: Path) -> None:
+    """Raise UsageError (GS-239) for an output whose files the safetensors library could not open."""
+    if not is_unicode(str(output.absolute())):
+        raise UsageError(
+            "the path of the output is not UTF-8, and the safetensors library opens no other", code="GS-239",
+            file=output, hint="choose another name for the output, or another folder",
+        )  # fmt: skip
 
 
 def _foreign(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from converters.merging import merge_model, verify_merged
 from converters.reading import Inputs
 from gora_serve.cli.render_merge import model_summary
 from gora_serve.config import GapConfig, MergeConfig
-from gora_serve.errors import InputError
+from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -165,3 +166,27 @@ def test_an_edited_base_that_nobody_named_is_said(work: Path) -> None:
     for warnings in told:
         assert [line for line in warnings if f"names {work / 'edited'} as its base" in line and "--from lora" in line]
         assert not [line for line in warnings if "nothing says which base" in line]
+
+
+@pytest.mark.parametrize(("key", "value"), [("task_type", [1]), ("target_parameters", 7), ("target_parameters", [7])])
+def test_a_malformed_value_of_the_adapter_is_refused(work: Path, key: str, value: object) -> None:
+    edit_json(work / "adapter" / "adapter_config.json", **{key: value})
+    with pytest.raises(InputError, match="GS-3128") as raised:
+        merge(work)
+    assert key in str(raised.value)
+
+
+@pytest.mark.parametrize("into", ["model", "adapter"])
+def test_an_output_that_is_not_utf_8_is_refused(work: Path, into: str) -> None:
+    base, output = Base(str(work / "base"), work / "base", None), work / os.fsdecode(b"b\xff")
+    write = merge_model if into == "model" else merge_adapters
+    with pytest.raises(UsageError, match="GS-239"):
+        write([(work / "adapter", 1.0)], base, output, MergeConfig(into=into))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("said", [["x"], 7, "abc"])
+def test_odd_metadata_of_the_index_is_written_anew(work: Path, said: object) -> None:
+    edit_json(work / "base" / INDEX, metadata=said)
+    merge(work)
+    assert list(json.loads((work / "out" / INDEX).read_text())["metadata"]) == ["total_size"]
