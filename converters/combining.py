@@ -19,6 +19,7 @@ from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.manifest import hash_model
 from gora_serve.integrity.record import read_record
 from gora_serve.integrity.staging import SEAL, check_target
+from gora_serve.integrity.targets import check_is_unicode
 
 
 def merge_adapters(
@@ -38,6 +39,7 @@ def merge_adapters(
     """
     config = config or MergeConfig(into="adapter")
     config.validate()
+    check_is_unicode(output)
     inputs = replace(inputs or Inputs(), base=BaseWeights(base.path))
     others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
     protect = [base.path, *(path for path, _ in adapters), *others]
@@ -52,7 +54,10 @@ def merge_adapters(
     manifest = hash_model(base.path, listen=inputs.listen)
     remember_manifest(manifest)
     sources = [source for _, _, source, _, _ in opened]
-    warnings = [line for source in sources for line in held_to_base(source, lambda: manifest, base.path, inputs)]
+    warnings = [
+        line for _, _, source, detection, _ in opened
+        for line in held_to_base(source, detection, lambda: manifest, base.path, inputs)
+    ]  # fmt: skip
     asserted = any(is_asserted(source, manifest.roots.weights) for source in sources)
     ingredients = [
         Ingredient(

@@ -30,16 +30,16 @@ from gora_serve.config import ConvertConfig, ExportConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.deploy.stacks import level, levelled_factors
 from gora_serve.deploy.update import check_carried, check_update
-from gora_serve.errors import InputError, UsageError
+from gora_serve.errors import InputError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import seal_folder
-from gora_serve.integrity.canonical import is_unicode
 from gora_serve.integrity.files import staged_folder, write_json, write_text
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.manifest import Manifest, hash_model
 from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_target
+from gora_serve.integrity.targets import check_is_unicode
 from gora_serve.progress import Progress
 
 
@@ -59,11 +59,7 @@ def convert(
     """
     config = config or ConvertConfig()
     config.validate()
-    if not is_unicode(str(output.absolute())):
-        raise UsageError(
-            "the path of the output is not UTF-8, and the safetensors library opens no other", code="GS-239",
-            file=output, hint="choose another name for the output, or another folder",
-        )  # fmt: skip
+    check_is_unicode(output)
     inputs = replace(inputs or Inputs(), base=BaseWeights(base.path))
     others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
     require_space(output, 0)
@@ -76,7 +72,7 @@ def convert(
         check_can_be_low_rank(source, detection, reading, limited=limited)
         check_carried(inputs.need_base("convert"), reading.adapter.carried, file=source.weights)
         manifest = _hash_base(base, inputs)
-        warnings = held_to_base(source, lambda: manifest, base.path, inputs)
+        warnings = held_to_base(source, detection, lambda: manifest, base.path, inputs)
         asserted = is_asserted(source, manifest.roots.weights)
         bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=asserted)
         spill = Spill(stage / "spill")

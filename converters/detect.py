@@ -44,13 +44,14 @@ Modules = Mapping[str, LoraFactors]
 
 @dataclass(frozen=True)
 class Detection:
-    """The family, the lines of evidence for it, how sure they make us ("certain", "likely", "guess"), and what else
-    is needed to convert it."""
+    """The family, the lines of evidence for it, how sure they make us ("certain", "likely", "guess"), what else is
+    needed to convert it, and what was taken to be so that nobody has said."""
 
     family: str
     evidence: tuple[str, ...]
     confidence: str = "certain"
     needs: tuple[str, ...] = ()
+    assumed: str = ""
 
 
 def decide(source: Source, inputs: Inputs, family: str = "auto") -> Detection:
@@ -138,15 +139,16 @@ def _behind_plain(source: Source, inputs: Inputs, evidence: tuple[str, ...]) -> 
     if half and half.parallel:
         line = "already converted: A and B hold the trained factors and, turned around, the initial ones"
         return Detection("lora", (*evidence, line, str(half)))
-    left, lines = _beside(source, inputs, modules)
+    left, lines, assumed = _beside(source, inputs, modules)
     evidence = (*evidence, *lines)
-    return Detection(left, evidence) if left else _by_weights(inputs, modules, evidence)
+    return Detection(left, evidence, assumed=assumed) if left else _by_weights(inputs, modules, evidence)
 
 
-def _beside(source: Source, inputs: Inputs, modules: Modules) -> tuple[str | None, tuple[str, ...]]:
-    """Return the family that an initial adapter or an edited base beside this one decides, and what lies there."""
+def _beside(source: Source, inputs: Inputs, modules: Modules) -> tuple[str | None, tuple[str, ...], str]:
+    """Return the family that an initial adapter or an edited base beside this one decides, what lies there, and what
+    is taken to be so where that base alone decides."""
     named = base_beside(source, inputs) if inputs.base is not None else None
-    lines, family = [], None
+    lines, family, assumed = [], None, ""
     for folder in siblings(source, named):
         kin = _kinship(folder, inputs, modules)
         if kin < KINSHIP or folder.name == BACKUP:
@@ -156,11 +158,16 @@ def _beside(source: Source, inputs: Inputs, modules: Modules) -> tuple[str | Non
         lines.append(f"{folder} is its initial adapter: the mean cosine of their rows is {kin:.2f}")
     where = differs(inputs.base, named, list(modules)) if named and inputs.base else "unreadable"
     if where == "targets":
-        family = family or "residual"
+        if family is None and inputs.base is not None:
+            family, base = "residual", inputs.base.folder
+            assumed = (
+                f"the adapter names {named} as its base, which differs from {base} in the adapter's modules: taken as "
+                f"the edited base that it was trained on; --from lora adds it to {base} as it is"
+            )
         lines.append(f"{named}, the base that {CONFIG} names, differs from --base in the adapter's modules alone")
     elif where == "everywhere":
         lines.append(f"{CONFIG} names {named} as the base, whose weights are not those of --base")
-    return family, tuple(lines)
+    return family, tuple(lines), assumed
 
 
 def _kinship(folder: Path, inputs: Inputs, modules: Modules) -> float:

@@ -77,6 +77,18 @@ class MergedModel:
         return [name for name, one in self.written.tallies.items() if one.squared_update and one.held < FAINT]
 
 
+def said_of_nothing(written: Written) -> tuple[str, ...]:
+    """Return the warning for a merge in which no element changed: () where one did."""
+    tallies = written.tallies.values()
+    if any(one.changed for one in tallies):
+        return ()
+    if any(one.squared_update for one in tallies):
+        why = "the update is too small for the type of every tensor (--dtype float32 keeps it)"
+    else:
+        why = "the update is zero (look at the weights, lora_alpha and the factors)"
+    return (f"nothing changed: {why}",)
+
+
 def merged_roots(stage: Path, written: Written) -> Roots:
     return Roots(weights_root(written.merged), config_root(stage), tokenizer_root(stage))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.full import NOT_LINEAR
-from converters.merge_receipt import RECEIPT, MergedModel, Opened, make_receipt, merged_roots
+from converters.merge_receipt import RECEIPT, MergedModel, Opened, make_receipt, merged_roots, said_of_nothing
 from converters.read import held_to_base, read
 from converters.reading import Inputs
 from gora_serve.adapter.factors import LazyModules
@@ -34,11 +34,12 @@ from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import weights_root
 from gora_serve.integrity.files import staged_folder, write_json
 from gora_serve.integrity.known import remember_manifest
-from gora_serve.integrity.manifest import Manifest, Roots, hash_model
+from gora_serve.integrity.manifest import Manifest, Roots, check_index, hash_model
 from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
 from gora_serve.integrity.staging import SEAL, check_target
+from gora_serve.integrity.targets import check_is_unicode
 
 Rounder = Callable[[], Requantize]  # makes what rounds to 4 bits, or raises MachineError
 
@@ -47,6 +48,10 @@ def open_adapters(adapters: Sequence[tuple[Path, float]], inputs: Inputs, family
     """Read adapters for a model. inputs: with the base. Raises what `read` does."""
     inputs = replace(inputs, merging=True)
     return [Opened(path, weight, *read(path, inputs, family)) for path, weight in adapters]
+
+
+def _held(one: Opened, manifest: Callable[[], Manifest], base: Path, inputs: Inputs) -> tuple[str, ...]:
+    return held_to_base(one.source, one.detection, manifest, base, inputs)
 
 
 def part_of(opened: Opened, base: BaseWeights) -> Part:
@@ -96,10 +101,12 @@ def merge_model(
     """Write `base` with the adapters merged into it as a model of the same shards into `output`, with a receipt.
 
     rounder: makes what rounds weights to NF4, for adapters that were trained on such a base. Raises what the readers,
-    `plan_merge` and `write_model` raise, and BindingError (GS-401) for an adapter of another base.
+    `check_index`, `plan_merge` and `write_model` raise, and BindingError (GS-401) for an adapter of another base.
     """
     config = config or MergeConfig()
     config.validate()
+    check_is_unicode(output)
+    check_index(base.path)
     weights = BaseWeights(base.path)
     inputs = replace(inputs or Inputs(), base=weights)
     others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
@@ -115,7 +122,8 @@ def merge_model(
         copied, left_out = copy_beside(base.path, stage, plan.config, _tokenizer(opened, weights, plan))
         roots = Roots(weights_root(written.base), config_root(base.path), tokenizer_root(base.path))
         manifest = Manifest(roots, written.base)
-        warnings = [line for one in opened for line in held_to_base(one.source, lambda: manifest, base.path, inputs)]
+        warnings = [line for one in opened for line in _held(one, lambda: manifest, base.path, inputs)]
+        warnings += said_of_nothing(written)
         check_unchanged(before)
         remember_manifest(manifest)
         done = MergedModel(
@@ -202,6 +210,8 @@ def verify_merged(
     Raises MismatchError where the folder has a manifest that its files do not fit (after the tensors were compared, so
     that these are named), BindingError for an adapter of another base, and what reading adapters raises.
     """
+    for model in (base.path, folder):
+        check_index(model)
     weights = BaseWeights(base.path)
     inputs = replace(inputs or Inputs(), base=weights)
     opened = open_adapters(adapters, inputs, family)
@@ -210,7 +220,7 @@ def verify_merged(
     plan = plan_of(opened, weights, config, four_bits)
     found = replay(BaseWeights(folder), weights, plan, four_bits=four_bits, listen=inputs.listen)
     manifest = cache(lambda: hash_model(base.path, listen=inputs.listen))
-    warnings = [line for one in opened for line in held_to_base(one.source, manifest, base.path, inputs)]
+    warnings = [line for one in opened for line in _held(one, manifest, base.path, inputs)]
     sealed = (folder / SEAL).is_file()
     if sealed and found.verdict != "differs":
         check_folder(folder)

@@ -25,6 +25,7 @@ def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Dete
     `_account` raise.
     """
     source = open_source(path, pickles=inputs.pickles)
+    _check_kinds(source)
     detection = decide(source, inputs, family)
     if detection.family != "full" and inputs.carry:
         raise UsageError(
@@ -34,6 +35,21 @@ def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Dete
     reading = family_named(detection.family).read(source, inputs)
     _check_used(source, detection, reading, inputs)
     return source, detection, _account(source, detection, reading, inputs)
+
+
+def _check_kinds(source: Source) -> None:
+    """Raise InputError (GS-3128) for a value in the adapter's configuration of another kind than it must be."""
+    task, targets = source.config.get("task_type"), source.config.get("target_parameters") or []
+    right = isinstance(targets, list) and all(isinstance(one, str) for one in targets)
+    for key, fits, expected in (
+        ("task_type", task is None or isinstance(task, str), "a word"),
+        ("target_parameters", right, "a list of names"),
+    ):
+        if not fits:
+            raise InputError(
+                f"{key} is of another kind than belongs there", code="GS-3128", file=source.config_file,
+                expected=expected, actual=str(source.config[key])[:80], hint="fetch the adapter again, or correct it",
+            )  # fmt: skip
 
 
 def _account(source: Source, detection: Detection, reading: Reading, inputs: Inputs) -> Reading:
@@ -85,8 +101,11 @@ def check_can_be_low_rank(source: Source, detection: Detection, reading: Reading
         )  # fmt: skip
 
 
-def held_to_base(source: Source, manifest: Callable[[], Manifest], base: Path, inputs: Inputs) -> tuple[str, ...]:
-    """Return what to warn of: that nothing says which base the adapter belongs to, or that its settings differ.
+def held_to_base(
+    source: Source, detection: Detection, manifest: Callable[[], Manifest], base: Path, inputs: Inputs
+) -> tuple[str, ...]:
+    """Return what to warn of: that nothing says which base the adapter belongs to, or that its settings differ; or
+    instead of the first, that an edited base which nobody named was taken as the one that it was trained on.
 
     manifest: of the base, made where it is needed. Raises BindingError (GS-401) where the adapter itself says that it
     belongs to another base, which is not the edited one that was given beside it either.
@@ -94,12 +113,12 @@ def held_to_base(source: Source, manifest: Callable[[], Manifest], base: Path, i
     record = read_record(source.tensors.metadata, source.weights)
     bound = bound_roots(record)
     if bound is None:
-        return (f"{UNBOUND}: --base is taken at its word",)
-    actual = manifest()
+        return (detection.assumed or f"{UNBOUND}: --base is taken at its word",)
+    actual, assumed = manifest(), (detection.assumed,) if detection.assumed else ()
     edited = inputs.mutated_base if bound.weights != actual.roots.weights else None
     if edited is not None and bound.weights == hash_model(edited, listen=inputs.listen).roots.weights:
-        return ()
-    return tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base))
+        return assumed
+    return assumed + tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base))
 
 
 def is_asserted(source: Source, weights_root: str) -> bool:

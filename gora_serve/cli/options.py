@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -101,14 +102,17 @@ class Weighted(click.ParamType[tuple[str, float]]):
         if isinstance(value, tuple):
             return value
         text = str(value)
+        if not text:
+            self.fail("an adapter needs a name: a folder, a file or a hub id", param, ctx)
         place, colon, number = text.rpartition(":")
-        if not colon or Path(text).exists():
+        if not colon or os.path.exists(text):  # noqa: PTH110 - no error for long names
             return text, 1.0
         try:
             weight = float(number)
         except ValueError:
             return text, 1.0
-        if not place or not abs(weight) < float("inf"):
+        plain = number.isascii() and "_" not in number  # float takes 1_0 and digits of any script
+        if not place or not plain or not abs(weight) < float("inf"):
             self.fail(f"{text!r} is no adapter with a finite weight", param, ctx)
         return place, weight
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -57,7 +58,7 @@ def emit(summary: Summary, *, as_json: bool) -> None:
 
 def _print(summary: Summary, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(summary.value, indent=2))
+        print(json.dumps(finite(summary.value), indent=2, allow_nan=False))
         return
     for line in summary.lines:
         print(printable(line))
@@ -65,6 +66,15 @@ def _print(summary: Summary, *, as_json: bool) -> None:
         from gora_serve.cli.tables import print_tables  # rich takes 30 ms to import
 
         print_tables(summary.tables)
+
+
+def finite(value: object) -> object:
+    """Return a JSON value with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

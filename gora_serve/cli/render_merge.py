@@ -25,10 +25,8 @@ def model_summary(done: MergedModel) -> Summary:
     lines += [f"note: {note}" for note in done.notes]
     lines.append(f"wrote {done.folder}: {totals['tensors']} tensors merged, {done.receipt['unchanged']} as they were")
     lines.append(f"weights root {done.roots.weights}")
-    lines.append(
-        f"{totals['changed']:,} of {totals['elements']:,} elements changed; "
-        f"{totals['held']:.1%} of the update is stored"
-    )
+    stored = f"; {totals['held']:.1%} of the update is stored" if totals["update"] else ""
+    lines.append(f"{totals['changed']:,} of {totals['elements']:,} elements changed{stored}")
     if "error_on_stored" in totals:
         lines.append(
             f"away from the model in training: {_share(totals, 'error_on_stored')} of the update on the weights as "

@@ -6,6 +6,7 @@ add one, tie the head to the embeddings, or keep linear weights as (in, out), as
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -37,6 +38,22 @@ def misfit(file: Path, tensor: str, expected: object, actual: object) -> Binding
     )  # fmt: skip
 
 
+def check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raise InputError (GS-3402) where a value of config.json that is used here is of another kind than it must be."""
+    names = config.get("architectures")
+    fits = {
+        "architectures": ("a list of names", isinstance(names, list) and all(isinstance(one, str) for one in names)),
+        "id2label": ("an object", isinstance(config.get("id2label"), dict)),
+        "tie_word_embeddings": ("true or false", isinstance(config.get("tie_word_embeddings"), bool)),
+    }
+    for key, (expected, right) in fits.items():
+        if config.get(key) is not None and not right:
+            raise InputError(
+                f"{key} in config.json is of another kind than belongs there", code="GS-3402", file=file,
+                expected=expected, actual=json.dumps(config[key])[:80], hint="fetch the model again, or correct it",
+            )  # fmt: skip
+
+
 def split_shared(path: str) -> tuple[str, str]:
     """Return ("model.", "encoder.embed_tokens") of model.encoder.embed_tokens, and (path, "") of other modules."""
     half = next((one for one in HALVES if path.endswith(one)), "")
@@ -52,7 +69,8 @@ class BaseWeights:
     """The weights of one model folder. Nothing is read before it is asked for, and nothing is kept."""
 
     def __init__(self, folder: Path) -> None:
-        """Read configuration and headers. Raises InputError and MachineError as the readers of both do."""
+        """Read configuration and headers. Raises InputError: GS-3109, GS-3402 for a configuration that is none, and
+        InputError and MachineError as the readers of both do."""
         self.folder = folder
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
@@ -60,6 +78,7 @@ class BaseWeights:
                 "config.json is not an object", code="GS-3109", file=folder / "config.json",
                 hint="fetch the model again",
             )  # fmt: skip
+        check_config(config, folder / "config.json")
         self.config: Mapping[str, Any] = config
         self.tensors = TensorFiles(find_model(folder).weights.values())
 

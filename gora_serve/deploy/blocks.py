@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gora_serve.deploy.base import is_finite
 from gora_serve.deploy.merge_values import TORCH, Target
 from gora_serve.deploy.sums import Sum
 from gora_serve.deploy.tally import Tally
@@ -55,12 +56,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Made:
-    """A block of the merged model: its bytes, the leaves of the base's bytes and of its own, and what rounding did."""
+    """A block of the merged model: its bytes, the leaves of the base's bytes and of its own, and what rounding did.
+
+    overflowed: a finite number of the base's is none in the type that it was cast to.
+    """
 
     data: bytes | bytearray | memoryview
     read: tuple[bytes, ...]
     leaves: tuple[bytes, ...]
     tally: Tally | None = None
+    overflowed: bool = False
 
 
 def leaf(data: bytes | bytearray | memoryview) -> bytes:
@@ -94,9 +99,12 @@ def cast(source: Stored, target: Target, start: int, stop: int) -> Made:
     size = TORCH[source.entry.dtype].itemsize
     data = source.read(start * size, stop * size)
     out = bytearray((stop - start) * TORCH[target.dtype].itemsize)
+    overflowed = False
     if out:
-        _view(out, target.dtype).copy_(_view(data, source.entry.dtype))
-    return Made(out, leaves_of(data), leaves_of(out))
+        before, rounded = _view(data, source.entry.dtype), _view(out, target.dtype)
+        rounded.copy_(before)
+        overflowed = not is_finite(rounded) and bool((before.isfinite() & ~rounded.isfinite()).any())
+    return Made(out, leaves_of(data), leaves_of(out), overflowed=overflowed)
 
 
 def merged(source: Stored | None, target: Target, total: Sum, start: int, stop: int) -> Made:

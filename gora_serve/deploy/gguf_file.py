@@ -21,6 +21,7 @@ import gora_serve
 from gora_serve.adapter.factors import Adapter, LoraFactors
 from gora_serve.adapter.linalg import distance, norm
 from gora_serve.config import ExportDtype
+from gora_serve.deploy.base import check_config
 from gora_serve.deploy.gguf_names import Place, architecture_of, places
 from gora_serve.deploy.rope_rows import interleave, separate
 from gora_serve.errors import BindingError, InputError, MachineError
@@ -73,7 +74,8 @@ def write_gguf(file: Path, adapter: Adapter, base: Base, dtype: ExportDtype) -> 
 
 
 def base_config(adapter: Adapter, base: Base) -> dict[str, Any]:
-    """Return config.json of the base. Raises BindingError (GS-4452) where it is not the one the adapter is bound to."""
+    """Return config.json of the base. Raises BindingError (GS-4452) where it is not the one the adapter is bound to,
+    InputError (GS-3402) where a value of it is of the wrong kind."""
     bound = adapter.base.roots.config if adapter.base.roots else None
     actual = config_root(base.path)
     if bound is not None and bound != actual:
@@ -82,7 +84,10 @@ def base_config(adapter: Adapter, base: Base) -> dict[str, Any]:
             file=base.path / "config.json", expected=bound, actual=actual, hint="--base BASE names another folder",
         )  # fmt: skip
     config = read_json(base.path / "config.json")
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    check_config(config, base.path / "config.json")
+    return config
 
 
 def _check_rows(adapter: Adapter, found: Mapping[str, Place]) -> None:

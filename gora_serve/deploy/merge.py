@@ -71,8 +71,8 @@ def write_model(
     stage: Path, base: BaseWeights, plan: ModelPlan, *, four_bits: FourBits | None = None, listen: Listener = silent
 ) -> Written:
     """Write the merged weights, and their index where the base has one, into `stage`. Raises InputError: GS-3401 for
-    sums that the type cannot hold, GS-3142 and GS-3105 for numbers that are none; MismatchError (GS-101); MachineError
-    (GS-560) where the disk has no room."""
+    numbers that the type cannot hold, sums or the base's own, GS-3142 and GS-3105 for numbers that are none;
+    MismatchError (GS-101); MachineError (GS-560) where the disk has no room."""
     model = find_model(base.folder)
     shards = _shards(base, plan, {path: name for name, path in model.weights.items()})
     done, total = Written(), sum(target.nbytes for target in plan.targets)
@@ -152,8 +152,8 @@ class _Collected:
         if made.tally is not None:
             self.tally = self.tally or Tally()
             self.tally.add(made.tally)
-            if not made.tally.is_finite:
-                raise refuse_odd(self.base, target)
+        if made.overflowed or (made.tally is not None and not made.tally.is_finite):
+            raise refuse_odd(self.base, target)
         if not job.last:
             return
         if job.counted:
@@ -245,7 +245,8 @@ def _write_index(stage: Path, folder: Path, plan: ModelPlan, shard_of: Mapping[s
     """Write the index with the bytes, and where the base's names them the parameters, of the merged model."""
     index = read_json(confined(folder, INDEX), limit=1 << 26)
     assert isinstance(index, dict)
-    metadata = dict(index.get("metadata") or {})
+    said = index.get("metadata")
+    metadata = dict(said) if isinstance(said, dict) else {}
     sizes = {target.name: target.nbytes for target in plan.targets}
     metadata["total_size"] = sum(sizes.values())
     if "total_parameters" in metadata:

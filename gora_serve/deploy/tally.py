@@ -19,7 +19,8 @@ class Tally:
 
     elements: how many. changed: those whose stored value is another than the base's, in the same type. max_error and
     squared_error: of the stored value less the sum before rounding. squared_update: of the sum less the base's. along:
-    error times update, from which follows how much of the update is stored. squared_stored and squared_quantized: of
+    error times update, less what rounding the base alone to the same type does, from which follows how much of the
+    update is stored. squared_stored and squared_quantized: of
     what adding to the weights as stored, and to those in 4 bits, is away from the model in training; None elsewhere.
     """
 
@@ -39,13 +40,16 @@ class Tally:
         """
         rounded = stored.to(exact.dtype)
         self.elements += stored.numel()
-        self.changed += count_true(differing(stored, before.to(stored.dtype) if base is None else base))
+        alone = before.to(stored.dtype) if base is None else base
+        self.changed += count_true(differing(stored, alone))
         error = rounded.sub_(exact).view(-1)
         update = exact.sub_(before).view(-1)
         self.max_error = max(self.max_error, *(abs(float(one)) for one in error.aminmax()))
         self.squared_error += float(error.dot(error))
         self.squared_update += float(update.dot(update))
         self.along += float(error.dot(update))
+        if base is None:
+            self.along -= float(alone.to(exact.dtype).sub_(before).view(-1).dot(update))
 
     def add(self, other: Tally) -> None:
         """Take in another tally of the same tensor."""
@@ -73,7 +77,8 @@ class Tally:
 
     @property
     def held(self) -> float:
-        """How much of the update is stored: <stored - base, update> / |update|^2, 1 for all of it."""
+        """How much of the update is stored: <stored - base, update> / |update|^2, 1 for all of it; base: in the type of
+        what is stored, so that its own rounding does not count."""
         return 1 + self.along / self.squared_update if self.squared_update else 1.0
 
     def to_json(self) -> dict[str, Any]:

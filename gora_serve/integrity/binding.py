@@ -12,11 +12,11 @@ from gora_serve.integrity.files import list_files, sha256_file, write_json
 from gora_serve.integrity.known import known_tensors
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, TensorRecord, differences
 from gora_serve.integrity.staging import SEAL
+from gora_serve.integrity.targets import SEAL_LIMIT, SEAL_SCHEMA
 from gora_serve.integrity.values import only_types_differ
 
-SCHEMA = "gora-serve/output-manifest/1"
+SCHEMA = SEAL_SCHEMA
 _RESERVED = {"schema", "files", "status"}
-_SEAL_LIMIT = 64 << 20  # bytes
 
 
 def seal_folder(
@@ -95,7 +95,7 @@ def _fault(folder: Path, name: str, expected: Mapping[str, object], cache: Quick
 
 
 def _read_seal(path: Path) -> dict[str, object]:
-    value = read_json(path, limit=_SEAL_LIMIT)
+    value = read_json(path, limit=SEAL_LIMIT)
     if isinstance(value, dict) and value.get("schema", SCHEMA) != SCHEMA:
         what = "this manifest has a schema that this version does not read"
         raise InputError(

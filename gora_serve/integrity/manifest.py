@@ -19,7 +19,7 @@ from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import Differences, TensorRecord, differences, tensor_digest, weights_root
 from gora_serve.integrity.files import sha256_file
 from gora_serve.integrity.hashing import OpenFile, hash_tensors
-from gora_serve.integrity.headers import AGAIN, Header, read_open_header
+from gora_serve.integrity.headers import AGAIN, Header, read_header, read_open_header
 from gora_serve.integrity.layout import INDEX, blob_name, confined, find_model
 from gora_serve.integrity.manifest_schema import FileRecord, Manifest, Roots, tensors_from_json, tensors_to_json
 from gora_serve.integrity.reading import open_regular
@@ -27,9 +27,9 @@ from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_r
 from gora_serve.progress import Listener, silent
 
 __all__ = [
-    "Differences", "FileRecord", "Manifest", "Roots", "TensorRecord", "config_root", "differences", "hash_adapter",
-    "hash_model", "make_manifest", "tensor_digest", "tensors_from_json", "tensors_to_json", "tokenizer_root",
-    "weights_root",
+    "Differences", "FileRecord", "Manifest", "Roots", "TensorRecord", "check_index", "config_root", "differences",
+    "hash_adapter", "hash_model", "make_manifest", "tensor_digest", "tensors_from_json", "tensors_to_json",
+    "tokenizer_root", "weights_root",
 ]  # fmt: skip
 
 
@@ -65,6 +65,15 @@ def make_manifest(directory: Path, *, listen: Listener = silent, cache: QuickCac
     names = [name for name in (INDEX, "config.json") if (directory / name).is_file()] + tokenizer_names(directory)
     small = [FileRecord(name, *sha256_file(confined(directory, name))) for name in names]
     return replace(_manifest(model, found), files=(*weights, *small))
+
+
+def check_index(directory: Path) -> None:
+    """Hold the index of the model in `directory`, if it has one, against the headers of its files; no weights are read.
+
+    Raises InputError GS-326 to GS-328 where they disagree, and what `find_model` and `read_header` raise.
+    """
+    model = find_model(directory)
+    _check_placement(directory, {name: read_header(path) for name, path in model.weights.items()}, model.placed)
 
 
 @dataclass(frozen=True)

@@ -306,14 +306,14 @@ def test_leftover_of_an_unfinished_run(space: Space) -> None:
 
 def test_overwrite_replaces_output_and_leftover_whole(space: Space) -> None:
     for folder in (space.run, space.folder / "run.partial"):
-        folder.mkdir()
-        (folder / "old.txt").write_text("old")
-        (folder / "run.json").write_text("{}\n")  # without it, it would be no folder of ours
+        (folder / "tracking").mkdir(parents=True)
+        (folder / "tracking" / "old.txt").write_text("old")
+        (folder / "run.json").write_text('{"schema": "gora-serve/run/1"}\n')  # else it would be no folder of ours
     base = snapshot(space.base)
     answer = gora_here(*space.fit("--overwrite"))
     assert answer.code == 0, answer.err
     assert not (space.folder / "run.partial").exists()
-    assert not (space.run / "old.txt").exists()
+    assert not (space.run / "tracking").exists()
     assert json.loads((space.run / "run.json").read_text())["status"] == "complete"
     assert snapshot(space.base) == base
     assert {path.name for path in space.folder.iterdir()} == {"base", "data.jsonl", "earlier", "run"}
@@ -321,8 +321,8 @@ def test_overwrite_replaces_output_and_leftover_whole(space: Space) -> None:
 
 def test_failed_overwrite_keeps_the_earlier_run(space: Space) -> None:
     space.run.mkdir()
-    (space.run / "old.txt").write_text("old")
-    (space.run / "run.json").write_text("{}\n")
+    (space.run / "metrics.jsonl").write_text("old")
+    (space.run / "run.json").write_text('{"schema": "gora-serve/run/1"}\n')
     space.refuses(space.fit("--overwrite", "--lr", "1e30"), 7, "GS-702", leaves=(space.folder / "run.partial",))
 
 
