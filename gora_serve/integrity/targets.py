@@ -54,6 +54,10 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
         if _relation(target, place) in ("is", "contains"):
             what = f"the output to be replaced is or contains {place}"
             raise UsageError(what, code="GS-254", file=target, kept=UNCHANGED)
+    for parent, folders, _ in os.walk(target):
+        for name in folders:
+            if _is_model(Path(parent, name)):
+                raise _model(target, f"the folder to be replaced holds a model, {Path(parent, name)}")
     foreign = _foreign(target)
     if foreign is not None:
         hint = "choose another output; --overwrite replaces what gora-serve wrote, and nothing else"
@@ -61,10 +65,6 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
             "the folder to be replaced holds other things", code="GS-257", file=target, actual=foreign,
             kept=UNCHANGED, hint=hint,
         )  # fmt: skip
-    for parent, folders, _ in os.walk(target):
-        for name in folders:
-            if _is_model(Path(parent, name)):
-                raise _model(target, f"the folder to be replaced holds a model, {Path(parent, name)}")
 
 
 def check_is_unicode(output: Path) -> None:
