@@ -203,7 +203,7 @@ def test_every_model_is_verified_against_peft(plan: ServePlan, server: Server) -
     compared = list(check_parity(plan))
     assert [one.name for one in compared] == list(server.models)
     for one in compared:
-        assert one.count > 200
+        assert one.count >= 150  # log probabilities; an answer that ends early has fewer
         assert one.distance < 1e-3
 
 
