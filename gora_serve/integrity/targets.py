@@ -60,7 +60,7 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
                 raise _model(target, f"the folder to be replaced holds a model, {Path(parent, name)}")
     foreign = _foreign(target)
     if foreign is not None:
-        hint = "choose another output; --overwrite replaces what gora-serve wrote, and nothing else"
+        hint = "choose another output; --overwrite replaces whole outputs of gora-serve, and nothing else"
         raise UsageError(
             "the folder to be replaced holds other things", code="GS-257", file=target, actual=foreign,
             kept=UNCHANGED, hint=hint,

@@ -640,7 +640,7 @@ class Refusal:
 
 SOME = {"tolerance": 0.1}
 REFUSALS = {
-    "neither": Refusal(UsageError, "GS-231", "--rank or --tolerance", saved, {}),
+    "neither": Refusal(UsageError, "GS-231", "--rank R, --tolerance T", saved, {}),
     "both": Refusal(UsageError, "GS-201", "give --rank or --tolerance", saved, {"rank": 1, "tolerance": 0.1}),
     "rank-0": Refusal(UsageError, "GS-201", "--rank", saved, {"rank": 0}),
     "tolerance-1": Refusal(UsageError, "GS-201", "--tolerance", saved, {"tolerance": 1.0}),

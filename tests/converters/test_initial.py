@@ -25,6 +25,7 @@ from gora_serve.config import GapConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError, MismatchError, UsageError
 from gora_serve.integrity.bases import Base
+from gora_serve.integrity.binding import seal_folder
 from gora_serve.progress import Progress
 
 PATH = "model.layers.0.mlp.up_proj"
@@ -242,6 +243,7 @@ def test_a_source_that_nobody_needs(tmp_path: Path, tiny_base: Path, option: str
 def test_a_sibling_that_was_read_is_never_the_output(tmp_path: Path, tiny_base: Path) -> None:
     run = make_run(tmp_path, "pissa_niter_4")
     shutil.copytree(run.initial, tmp_path / "pissa_init")
+    seal_folder(tmp_path / "pissa_init", {})  # one of our outputs, which --overwrite would replace
     before = (tmp_path / "pissa_init" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(UsageError, match="an input") as refused:
         convert(run.adapter, Base("base", tiny_base), tmp_path / "pissa_init", overwrite=True)
