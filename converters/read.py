@@ -74,8 +74,9 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
         raise InputError(
             f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
             tensor=remaining[0], actual=lost[remaining[0]],
-            hint="gora-serve merge holds it exactly; for LoRA, --leave-out NAMES drops the tensor and says so" if known
-            else "name the family by --from, or report the file's tensor names; --leave-out NAMES drops the tensor",
+            hint="gora-serve merge into a model holds it exactly; gora-serve convert --leave-out NAMES drops the tensor"
+            if known
+            else "name the family by --from, or report it; gora-serve convert --leave-out NAMES drops the tensor",
         )  # fmt: skip
     return replace(reading, known={**reading.known, **left_out})
 

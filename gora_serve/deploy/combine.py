@@ -23,6 +23,7 @@ from gora_serve.errors import BindingError, InputError
 from gora_serve.progress import Listener, Progress, silent
 
 Weighted = Sequence[tuple[Adapter, float]]
+LARGEST = 1e150  # of an update's elements: their squares are finite in float64
 TRUNCATED = ("svd", "ties", "dare")  # these get no more parameters than the largest adapter, where nothing is said
 
 
@@ -112,8 +113,8 @@ def combine(
 
 def applied_weights(weights: Sequence[float], method: MergeMethod) -> list[float]:
     """Return the weights as the method takes them. Raises InputError (GS-3450)."""
-    total = math.fsum(weights)
-    usable = any(weights) and all(map(math.isfinite, weights))
+    usable = any(weights) and math.isfinite(sum(map(abs, weights)))
+    total = math.fsum(weights) if usable else 0.0
     if not usable or (method == "linear" and abs(total) < 1e-9 * math.fsum(map(abs, weights))):
         raise InputError(
             "these weights say nothing" if not usable else "linear divides by the sum of the weights, which is zero",
@@ -179,10 +180,22 @@ def _spectrum(
 ) -> Spectrum:
     terms = [Term(adapter.modules[path], weight) for adapter, weight in given if path in adapter.modules]
     merged = formula(path, terms)
+    _check_size(path, merged)
     count = most_directions(shapes, rank=limits.rank, tolerance=limits.tolerance, parameters=limits.parameters)
     if count is None or merged.rank < min(merged.shape):
         return compress(merged, tolerance=precision)
     return leading(merged, count, tolerance=precision)
+
+
+def _check_size(path: str, merged: LoraFactors) -> None:
+    """Raise InputError (GS-3455) for factors whose squares are not finite in float64; NaN among them."""
+    size = abs(merged.scale) * math.prod(float(one.abs().max()) for one in (merged.A, merged.B) if one.numel())
+    if not size < LARGEST:
+        raise InputError(
+            "the merged update is beyond all numbers", code="GS-3455", tensor=path,
+            expected=f"values below {LARGEST:g}", actual=f"{size:g}",
+            hint="look at the weights, and at lora_alpha of each adapter",
+        )  # fmt: skip
 
 
 def _adapter(

@@ -18,6 +18,7 @@ from gora_serve.integrity.bases import Base, locate_settings
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_text
 from gora_serve.integrity.space import require_space
+from gora_serve.integrity.targets import check_is_unicode
 from gora_serve.integrity.verify import find_adapter
 from gora_serve.training.reference import fingerprint
 
@@ -84,12 +85,15 @@ def export_adapter(
     """Write an adapter, whoever trained it, as `export` does: tensors, configuration, model card and seal.
 
     gguf_for: the base, which a file for llama.cpp needs. `output` must not lie in or above a folder of
-    `protect`. Raises OutputError for an existing output, MachineError (GS-560) where the disk has no room for it.
+    `protect`. Raises OutputError for an existing output, MachineError (GS-560) where the disk has no room for it,
+    UsageError (GS-239) for a path that is not UTF-8 with a file for llama.cpp.
     """
     config = config or ExportConfig()
     assert gguf_for is not None or not config.gguf, "a file for llama.cpp needs the base"
     wanted = written_bytes(adapter, config.form, getattr(torch, config.dtype))
     require_space(output, 2 * wanted if config.gguf else wanted)
+    if config.gguf:
+        check_is_unicode(output)  # the file is read back by a library
     base = Path(adapter.base.name) if adapter.base.name else None
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))

@@ -153,3 +153,19 @@ def test_what_all_adapters_say_of_their_base_in_4_bits_stays_said(
     done = merge([quantized[0], ingredients[1]], tiny_base, bound, tmp_path / "one")
     assert "trained_on" not in read_adapter(tmp_path / "one").origin
     assert [one["trained_on"] for one in done.receipt["adapters"]] == [said["trained_on"], None]
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "svd", "ties", "dare"])
+def test_weights_beyond_all_numbers_are_refused(
+    method: str, tmp_path: Path, tiny_base: Path, bound: BaseId, ingredients: list[Ingredient]
+) -> None:
+    huge = [replace(one, weight=1e308) for one in ingredients]
+    with pytest.raises(InputError) as caught:
+        merge(huge, tiny_base, bound, tmp_path / "two", method=method)
+    assert caught.value.code == "GS-3450"  # their sum is infinite
+    if method != "linear":  # which divides by the weight
+        with pytest.raises(InputError) as caught:
+            merge(huge[:1], tiny_base, bound, tmp_path / "one", method=method)
+        assert caught.value.code == "GS-3455"
+        assert caught.value.fields["tensor"]
+    assert not list(tmp_path.glob("one*")) + list(tmp_path.glob("two*"))
