@@ -14,6 +14,7 @@ from converters.reading import Reading
 from converters.receipt import files_read
 from converters.source import Source
 from gora_serve.config import MergeConfig
+from gora_serve.deploy.combine_files import SCHEMA
 from gora_serve.deploy.merge import Written
 from gora_serve.deploy.merge_values import ModelPlan
 from gora_serve.integrity.bases import Base
@@ -23,8 +24,6 @@ from gora_serve.integrity.manifest import Roots
 from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.roots import config_root, tokenizer_root
 
-RECEIPT = "merge.json"
-SCHEMA = "gora-serve/merge/1"
 FAINT = 0.5  # of an update: where less than this is stored, people are told
 
 

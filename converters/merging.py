@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.full import NOT_LINEAR
-from converters.merge_receipt import RECEIPT, MergedModel, Opened, make_receipt, merged_roots, said_of_nothing
+from converters.merge_receipt import MergedModel, Opened, make_receipt, merged_roots, said_of_nothing
 from converters.read import held_to_base, read
 from converters.reading import Inputs
 from gora_serve.adapter.factors import LazyModules
@@ -20,6 +20,7 @@ from gora_serve.adapter.tensors import Both, Renamed
 from gora_serve.config import BaseAs, MergeConfig
 from gora_serve.deploy.base import EMBEDDINGS, MODEL_HEAD, BaseWeights
 from gora_serve.deploy.beside import copy_beside
+from gora_serve.deploy.combine_files import RECEIPT
 from gora_serve.deploy.gap import is_quantizable
 from gora_serve.deploy.merge import write_model
 from gora_serve.deploy.merge_plan import plan_merge

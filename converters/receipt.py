@@ -12,7 +12,7 @@ from converters.detect import Detection
 from converters.reading import Reading
 from converters.source import CONFIG, PICKLED, Source
 from gora_serve.adapter.factors import BaseId
-from gora_serve.adapter.measure import ModuleError, relative
+from gora_serve.adapter.measure import Measured, ModuleError
 from gora_serve.config import ConvertConfig
 from gora_serve.integrity.files import sha256_file
 from gora_serve.integrity.record import binding_json
@@ -22,7 +22,7 @@ SCHEMA = "gora-serve/conversion/1"
 
 
 @dataclass(frozen=True)
-class Converted:
+class Converted(Measured):
     """What was written, and how far it is from the exact update."""
 
     folder: Path
@@ -34,16 +34,6 @@ class Converted:
     modules: Mapping[str, ModuleError]
     receipt: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-
-    @property
-    def error(self) -> float:
-        """Relative error of the whole adapter, Frobenius over all modules together."""
-        return relative(self.modules.values(), "error")
-
-    @property
-    def truncated(self) -> float:
-        """The part of it that truncation caused."""
-        return relative(self.modules.values(), "truncated")
 
 
 def make_receipt(source: Source, done: Converted, config: ConvertConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from gora_serve.adapter.format import read_adapter
@@ -27,6 +27,26 @@ class ModuleError:
     error: float
 
 
+class Measured:
+    """Something written whose errors are known, module by module."""
+
+    modules: Mapping[str, ModuleError]
+
+    @property
+    def error(self) -> float:
+        """Relative error of the whole adapter, Frobenius over all modules together."""
+        return self._share("error")
+
+    @property
+    def truncated(self) -> float:
+        """The part of it that truncation caused."""
+        return self._share("truncated")
+
+    def _share(self, name: str) -> float:
+        norm = math.hypot(*(module.norm for module in self.modules.values()))
+        return math.hypot(*(getattr(module, name) for module in self.modules.values())) / norm if norm else 0.0
+
+
 def measure_written(folder: Path, spectra: Spectra, ranks: Mapping[str, int]) -> dict[str, ModuleError]:
     """Read back what was written and return how far it is from the exact update, module by module."""
     written = read_adapter(folder).modules
@@ -38,13 +58,6 @@ def measure_written(folder: Path, spectra: Spectra, ranks: Mapping[str, int]) ->
         error = math.hypot(distance(written[path], spectrum.first(spectrum.rank)), spectrum.rest) if held else norm
         errors[path] = ModuleError(rank, spectrum.numerical_rank, norm, truncated, error)
     return errors
-
-
-def relative(modules: Iterable[ModuleError], name: str) -> float:
-    """Return "error" or "truncated" of all modules together, as a share of the update's norm; 0 of nothing."""
-    rows = [asdict(module) for module in modules]
-    norm = float(sum(row["norm"] ** 2 for row in rows) ** 0.5)
-    return float(sum(row[name] ** 2 for row in rows) ** 0.5) / norm if norm else 0.0
 
 
 def rounded_away(modules: Iterable[ModuleError]) -> bool:

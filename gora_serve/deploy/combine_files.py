@@ -20,7 +20,7 @@ from gora_serve.adapter.card import model_card
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules
 from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
 from gora_serve.adapter.linalg import NUMERICAL
-from gora_serve.adapter.measure import ModuleError, measure_written, relative, rounded_away
+from gora_serve.adapter.measure import Measured, ModuleError, measure_written, rounded_away
 from gora_serve.adapter.spill import Spill
 from gora_serve.config import ExportConfig, ExportDtype, MergeConfig
 from gora_serve.deploy.base import BaseWeights
@@ -36,7 +36,7 @@ from gora_serve.integrity.record import binding_json
 from gora_serve.progress import Listener, silent
 
 RECEIPT = "merge.json"
-SCHEMA = "gora-serve/merge/1"
+SCHEMA = "gora-serve/merge/1"  # "into" says whether it tells of an adapter or of a model
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Ingredient:
 
 
 @dataclass(frozen=True)
-class MergedAdapter:
+class MergedAdapter(Measured):
     """What was written, and how far it is from the exact result of the method. receipt: the content of merge.json."""
 
     folder: Path
@@ -63,16 +63,6 @@ class MergedAdapter:
     modules: Mapping[str, ModuleError]
     receipt: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-
-    @property
-    def error(self) -> float:
-        """Relative error of the whole adapter, Frobenius over all modules together."""
-        return relative(self.modules.values(), "error")
-
-    @property
-    def truncated(self) -> float:
-        """The part of it that truncation caused."""
-        return relative(self.modules.values(), "truncated")
 
 
 def merge_into_adapter(
