@@ -51,7 +51,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/gora/ranks.py": frozenset(),
     "gora_serve/gora/gamma.py": frozenset(),
     "gora_serve/gora/settle.py": frozenset(),
-    "deploy": frozenset({"torch", "safetensors"}),
+    "deploy": frozenset({"torch", "safetensors", "numpy"}),
     "training": frozenset(
         {"torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "psutil", "numpy"}
     ),

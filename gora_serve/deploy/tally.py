@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-
-ROWS = 128
-WORDS = 8 * ROWS
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Tally:
         rounded = stored.to(exact.dtype)
         self.elements += stored.numel()
         alone = before.to(stored.dtype) if base is None else base
-        self.changed += count_true(differing(stored, alone))
+        self.changed += count_differing(stored, alone)
         error = rounded.sub_(exact).view(-1)
         update = exact.sub_(before).view(-1)
         self.max_error = max(self.max_error, *(abs(float(one)) for one in error.aminmax()))
@@ -93,19 +91,13 @@ class Tally:
         return value
 
 
-def differing(one: Tensor, other: Tensor) -> Tensor:
-    """Return where the bits of two vectors of one type differ; of 16 bits as integers, which is twice as fast."""
-    return one.view(torch.int16) != other.view(torch.int16) if one.itemsize == 2 else one != other
+def count_differing(one: Tensor, other: Tensor) -> int:
+    """Return how many elements of two vectors of one type differ in their bits.
 
-
-def count_true(mask: Tensor) -> int:
-    """Return how many elements of a vector are true: bytes of 0 and 1, added eight at a time in 64-bit words.
-
-    Ten times as fast as torch's sum of booleans, which was a fifth of a merge.
+    NumPy compares integers of 16 bits ten times, and counts what is true three times, as fast as torch does.
     """
-    whole = mask.numel() // WORDS * WORDS
-    words = mask[:whole].view(torch.int64).view(ROWS, -1).sum(0)  # no byte of a word carries over: ROWS < 256
-    return int(words.view(torch.uint8).sum()) + int(mask[whole:].sum())
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    return int(np.count_nonzero(one.view(bits).numpy() != other.view(bits).numpy()))
 
 
 def _plus(one: float | None, other: float | None) -> float | None:
