@@ -117,7 +117,8 @@ def _longer(name: str, ours: str | None) -> str:
 
 
 def _is_linear(model: BaseWeights, path: str, name: str) -> bool:
-    return len(model.tensors.shape(name)) == 2 and not NOT_LINEAR.search(path)
+    shape = model.tensors.shape(name)
+    return len(shape) == 2 and 0 not in shape and not NOT_LINEAR.search(path)
 
 
 def _is_vector(model: BaseWeights, name: str) -> bool:

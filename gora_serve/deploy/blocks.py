@@ -101,7 +101,7 @@ def cast(source: Stored, target: Target, start: int, stop: int) -> Made:
     out = bytearray((stop - start) * TORCH[target.dtype].itemsize)
     overflowed = False
     if out:
-        before, rounded = _view(data, source.entry.dtype), _view(out, target.dtype)
+        before, rounded = as_tensor(data, source.entry.dtype), as_tensor(out, target.dtype)
         rounded.copy_(before)
         overflowed = not is_finite(rounded) and bool((before.isfinite() & ~rounded.isfinite()).any())
     return Made(out, leaves_of(data), leaves_of(out), overflowed=overflowed)
@@ -110,7 +110,7 @@ def cast(source: Stored, target: Target, start: int, stop: int) -> Made:
 def merged(source: Stored | None, target: Target, total: Sum, start: int, stop: int) -> Made:
     """Return a block of elements of a sum, rounded once; source: the base's tensor, None where the sum has its own."""
     out = bytearray((stop - start) * TORCH[target.dtype].itemsize)
-    rounded, tally = _view(out, target.dtype), Tally()
+    rounded, tally = as_tensor(out, target.dtype), Tally()
     read: list[bytes] = []
     for row, end, W, inside, place, rows in summed_rows(source, total, start, stop, read):
         value = total.rows(row, end, W)
@@ -131,7 +131,7 @@ def summed_rows(
 
     read: gets the leaves of the base's own bytes of these elements.
     """
-    columns = total.shape[1]
+    columns = max(total.shape[1], 1)
     first, last = start // columns, math.ceil(stop / columns)
     stored = None
     if source is not None:
@@ -140,8 +140,8 @@ def summed_rows(
         view = memoryview(data)[(start - first * columns) * size : (stop - first * columns) * size]
         if read is not None:
             read += leaves_of(view)
-        stored = _view(data, source.entry.dtype).view(-1, columns) if data else None
-    step = max(1, SMALL // max(columns, 1))
+        stored = as_tensor(data, source.entry.dtype).view(-1, columns) if data else None
+    step = max(1, SMALL // columns)
     for row in range(first, last, step):
         end = min(row + step, last)
         rows = None if stored is None else stored[row - first : end - first]
@@ -170,7 +170,8 @@ def _see_both(
     tally.add(Tally(squared_stored=float(away[0].dot(away[0])), squared_quantized=float(away[1].dot(away[1]))))
 
 
-def _view(data: bytearray, dtype: str) -> Tensor:
+def as_tensor(data: bytearray, dtype: str) -> Tensor:
+    """Return the bytes as a vector of a type in safetensors' spelling; no bytes make an empty one."""
     return torch.frombuffer(data, dtype=TORCH[dtype]) if data else torch.empty(0, dtype=TORCH[dtype])
 
 

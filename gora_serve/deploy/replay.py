@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gora_serve.deploy.base import FLOATS, HEADS, MODEL_HEAD, BaseWeights
-from gora_serve.deploy.blocks import Stored, in_order, opened_tensors, spans, summed_rows
-from gora_serve.deploy.merge_values import TORCH, ModelPlan, Target
+from gora_serve.deploy.blocks import Stored, as_tensor, in_order, opened_tensors, spans, summed_rows
+from gora_serve.deploy.merge_values import ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, sum_of
 from gora_serve.deploy.sums import Sum, as_matrix
 from gora_serve.progress import Listener, Progress, silent
@@ -135,7 +135,7 @@ class Job:
             same = data == self.source.read(self.start * size, self.stop * size)
             count = self.stop - self.start
             return Held(self.target.name, count, count if same else 0, 0 if same else count)
-        return _held(self, torch.frombuffer(data, dtype=TORCH[self.theirs.entry.dtype]))
+        return _held(self, as_tensor(data, self.theirs.entry.dtype))
 
 
 def replay(

@@ -485,3 +485,19 @@ def test_inputs_of_families_are_taken(tmp_path: Path) -> None:
         merge_model([(tmp_path / "adapter", 1.0)], Base("base", tmp_path / "base"), tmp_path / "out",
                     MergeConfig(family="vera"), Inputs())  # fmt: skip
     assert BaseWeights(tmp_path / "base").find("lm_head") == "lm_head.weight"
+
+
+def test_a_matrix_of_no_elements_is_merged_and_judged(tmp_path: Path) -> None:
+    build_llama().save_pretrained(tmp_path / "base")
+    model = build_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.add_(0.01)
+    model.save_pretrained(tmp_path / "adapter")
+    for folder in ("base", "adapter"):
+        file = tmp_path / folder / "model.safetensors"
+        save_file(load_file(file) | {"model.layers.0.extra.weight": torch.zeros(4, 0)}, file, {"format": "pt"})
+    merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    ours, theirs = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "adapter")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert judge(tmp_path, tmp_path / "out").verdict == "exact"
