@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import MachineError, UsageError
 from gora_serve.gora.ranks import RankPlan
+from gora_serve.integrity.file_targets import check_file
 from gora_serve.integrity.files import make_parents, write_bytes
 
 if TYPE_CHECKING:
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def check_picture(file: Path) -> None:
-    """Raise UsageError (GS-201) for a picture of a kind that is not drawn: to be asked before work starts."""
+def check_picture(file: Path, *, overwrite: bool) -> None:
+    """Say before work starts that a picture cannot be drawn here: UsageError (GS-201) for a kind that is not drawn, and
+    as `check_file`."""
     if file.suffix.lower() not in ("", *PICTURES):
         raise UsageError(
             "no picture is drawn in a file of this kind", code="GS-201", file=file, expected=", ".join(PICTURES),
             actual=file.suffix, hint="give the file another ending",
         )  # fmt: skip
+    check_file(file, "picture", overwrite=overwrite)
 
 
 def plot_ranks(plan: RankPlan, file: Path) -> None:

@@ -109,29 +109,31 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
     The weights root depends on each tensor's name, type, shape and bytes, and on nothing else: the same weights
     in other shards have the same root. --json prints the whole manifest.
     """
-    from gora_serve.cli.render import emit, hash_summary, watching
+    from gora_serve.cli.render import emit, hash_summary, say, watching
     from gora_serve.integrity.bases import locate_base
     from gora_serve.integrity.cache import QuickCache
-    from gora_serve.integrity.files import make_parents, refuse_existing, write_json
+    from gora_serve.integrity.file_targets import check_file
+    from gora_serve.integrity.files import make_parents, write_json
     from gora_serve.integrity.known import remember_manifest
     from gora_serve.integrity.levels import Level
     from gora_serve.integrity.manifest import hash_model, make_manifest
     from gora_serve.integrity.oms import oms_statement
+    from gora_serve.integrity.verify import other_files
 
     cache = QuickCache() if quick else None
     outputs = [path for path in (output, oms) if path]
-    for path in outputs:
-        if not overwrite:
-            refuse_existing(path)
     with watching() as listen:
         located = locate_base(base)
         for path in outputs:
             if path.resolve().is_relative_to(located.path.resolve()):
                 hint = "choose a place outside of it"
                 raise UsageError("the manifest is never written into the base", code="GS-208", file=path, hint=hint)
+            check_file(path, "manifest" if path == output else "statement", overwrite=overwrite)
         of_folder = make_manifest if outputs or as_json else hash_model
         manifest = of_folder(located.path, listen=listen, cache=cache)
         remember_manifest(manifest)
+        for warning in other_files(located.path):
+            say(f"warning: {warning}")
         statement = oms_statement(located.path, manifest, cache=cache) if oms else None
     if located.revision:
         manifest = replace(manifest, source={"repo_id": located.name, "revision": located.revision})
@@ -241,7 +243,7 @@ def _verify_merge(
 ) -> int:  # fmt: skip
     from converters.merging import verify_merged
     from converters.reading import Inputs
-    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render import answer, say, watching
     from gora_serve.cli.render_merge import refusal, replay_summary
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
@@ -256,24 +258,15 @@ def _verify_merge(
         done = verify_merged(merged, folders, located, family, inputs, rounder=nf4_rounder)
     for warning in done.warnings:
         say(f"warning: {warning}")
-    emit(replay_summary(done), as_json=as_json)
-    if done.replay.verdict != "differs":
-        return 0
-    for line in str(refusal(done)).splitlines():
-        say(line)
-    return 1
+    refused = refusal(done) if done.replay.verdict == "differs" else None
+    return answer(replay_summary(done), refused, as_json=as_json)
 
 
 def _against_hub(path: Path, repo: str | None, *, as_json: bool) -> int:
-    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render import answer, watching
     from gora_serve.cli.render_hub import against_hub_summary, refusal
     from gora_serve.integrity.against_hub import verify_against_hub
 
     with watching() as listen:
         compared = verify_against_hub(str(path), repo, listen=listen)
-    emit(against_hub_summary(compared), as_json=as_json)
-    if not compared.faults:
-        return 0
-    for line in str(refusal(compared)).splitlines():
-        say(line)
-    return 1
+    return answer(against_hub_summary(compared), refusal(compared) if compared.faults else None, as_json=as_json)

@@ -165,16 +165,16 @@ def ranks(
     """
     from gora_serve.cli.render import emit, ranks_summary
     from gora_serve.gora.ranks import allocate_ranks
-    from gora_serve.integrity.files import make_parents, refuse_existing, write_json
+    from gora_serve.integrity.file_targets import check_file
+    from gora_serve.integrity.files import make_parents, write_json
     from gora_serve.training.run_files import probe_importances, probe_shapes, ranks_json, read_probe
 
     if plot:
         from gora_serve.pictures import check_picture
 
-        check_picture(plot)
-    for path in (output, plot):
-        if path and not options["overwrite"]:
-            refuse_existing(path)
+        check_picture(plot, overwrite=options["overwrite"])
+    if output:
+        check_file(output, "ranks", overwrite=options["overwrite"])
     measured = read_probe(probe)
     values = probe_importances(measured, importance[0] if importance else None)
     plan = allocate_ranks(values, probe_shapes(measured), _rank_config(options))

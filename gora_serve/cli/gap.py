@@ -79,7 +79,7 @@ def gap(
     """
     from converters.gap import find_gap
     from converters.reading import Inputs
-    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render import answer, say, watching
     from gora_serve.cli.render_gap import gap_summary, refusal
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
@@ -91,7 +91,7 @@ def gap(
     if plot:
         from gora_serve.pictures import check_picture
 
-        check_picture(plot)
+        check_picture(plot, overwrite=True)
     with watching() as listen, naming_inputs():
         inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen, leave_out, carry)
         located = locate_base(base)
@@ -103,14 +103,10 @@ def gap(
         plot_gap(report.gap, plot, dtype=dtype, title=f"{adapter.name} ({report.detection.family}) on {located.name}")
     for warning in report.warnings:
         say(f"warning: {warning}")
-    emit(gap_summary(report, plot), as_json=as_json)
-    if report.gap.within(threshold):
-        return 0
     given = {"--init-adapter": init_adapter, "--mutated-base": mutated_base, "--cache": cache}
     words = [word for option, path in given.items() if path is not None for word in (option, str(path))]
     words += [word for option, names in (("--leave-out", leave_out), ("--carry", carry)) for name in names
               for word in (option, name)]  # fmt: skip
     words += ["--allow-pickle"] if allow_pickle else []
-    for line in str(refusal(report, words)).splitlines():
-        say(line)
-    return 1
+    refused = None if report.gap.within(threshold) else refusal(report, words)
+    return answer(gap_summary(report, plot), refused, as_json=as_json)

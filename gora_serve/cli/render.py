@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gora_serve.adapter.names import kinds_and_layers
-from gora_serve.errors import MachineError, printable
+from gora_serve.errors import GoraError, MachineError, printable
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.record import ASSERTED, trained_on_text
 from gora_serve.progress import Listener, Progress, silent
@@ -54,6 +54,18 @@ def emit(summary: Summary, *, as_json: bool) -> None:
     if _speaks():
         with _reader_may_go():
             _print(summary, as_json=as_json)
+
+
+def answer(summary: Summary, refused: GoraError | None, *, as_json: bool) -> int:
+    """Print what a check found and, where the answer is no, the error that says so: with --json among the same fields.
+
+    Returns the exit status.
+    """
+    told = refused.to_json() if refused else {}
+    emit(replace(summary, value={**summary.value, **told}), as_json=as_json)
+    for line in str(refused).splitlines() if refused else ():
+        say(line)
+    return refused.exit_code if refused else 0
 
 
 def _print(summary: Summary, *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from rich.text import Text
 from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.cli.render import Summary
 from gora_serve.errors import MismatchError, printable
+from gora_serve.integrity.levels import Level
 
 if TYPE_CHECKING:
     from converters.merge_receipt import MergedModel
@@ -58,11 +59,12 @@ def replay_summary(done: Checked) -> Summary:
     lines = [
         f"{done.folder} against {done.base.path} with {names}",
         f"{counts['exact']} tensors bit-exact, {counts['rounded']} within rounding, {counts['differs']} differ",
-        _SAID[replay.verdict],
+        f"{_SAID[replay.verdict]} ({Level.BYTES.value})",
     ]
     lines += ["its files are those of its manifest"] if done.sealed and replay.verdict != "differs" else []
     value = {
         "path": str(done.folder), "base": str(done.base.path), "verdict": replay.verdict, "counts": counts,
+        "verified": replay.verdict != "differs", "level": Level.BYTES.value,
         "adapters": [{"adapter": str(one.path), "weight": one.weight, "family": one.detection.family}
                      for one in done.adapters],
         "tensors": {name: one.to_json() for name, one in replay.tensors.items()}, "warnings": list(done.warnings),

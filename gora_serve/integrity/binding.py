@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
 from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
-from gora_serve.integrity.files import list_files, sha256_file, write_json
+from gora_serve.integrity.files import json_text, list_files, sha256_file, write_json
 from gora_serve.integrity.known import known_tensors
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, TensorRecord, differences
 from gora_serve.integrity.staging import SEAL
@@ -16,7 +17,8 @@ from gora_serve.integrity.targets import SEAL_LIMIT, SEAL_SCHEMA
 from gora_serve.integrity.values import only_types_differ
 
 SCHEMA = SEAL_SCHEMA
-_RESERVED = {"schema", "files", "status"}
+OWN = "seal"  # the key of the digest of everything else in the file
+_RESERVED = {"schema", "files", "status", OWN}
 
 
 def seal_folder(
@@ -29,7 +31,19 @@ def seal_folder(
     assert not _RESERVED & record.keys(), "record must not name keys of the seal"
     hashed = {name: (known or {}).get(name) or sha256_file(folder / name) for name in _files(folder)}
     files = {name: dict(zip(("size", "sha256"), one, strict=True)) for name, one in hashed.items()}
-    write_json(folder / SEAL, {"schema": SCHEMA, "files": files, **record, "status": "complete"})
+    value = {"schema": SCHEMA, "files": files, **record, "status": "complete"}
+    write_json(folder / SEAL, with_digest(value))
+
+
+def with_digest(value: Mapping[str, object]) -> dict[str, object]:
+    """Return a seal with the digest of its own text, in the place of one that it may have."""
+    return {**{key: one for key, one in value.items() if key != OWN}, OWN: digest_of_seal(value)}
+
+
+def digest_of_seal(value: Mapping[str, object]) -> str:
+    """Return what a seal says of itself: the SHA-256 of its own text without this key, in hexadecimal digits."""
+    text = json_text({key: one for key, one in value.items() if key != OWN})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[str]:
@@ -46,7 +60,8 @@ def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, 
 
     With `cache`, files that it knows are not read again.
     Raises MismatchError (GS-102 a file differs, GS-103 is missing, GS-104 is extra) naming the first in that order and
-    counting the others; InputError (GS-330 schema, GS-332 no seal, GS-333 malformed or not complete).
+    counting the others, and GS-116 where the manifest itself has changed; InputError (GS-330 schema, GS-332 no seal,
+    GS-333 malformed or not complete).
     """
     if not folder.is_dir():
         raise MachineError("there is no such folder", code="GS-503", hint="check the path", file=folder)
@@ -76,7 +91,18 @@ def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, 
             expected=expected,
             actual=actual,
         )
+    _check_seal(seal, value)
     return value
+
+
+def _check_seal(file: Path, value: Mapping[str, object]) -> None:
+    """Hold a seal to its own digest, and to the text that is written of it: not a byte of it may be another."""
+    expected, actual = value.get(OWN), digest_of_seal(value)
+    if expected != actual or json_text(value).encode() != file.read_bytes():
+        raise MismatchError(
+            f"{SEAL} has changed itself", code="GS-116", hint="export or fetch the folder again, whole", file=file,
+            expected=expected, actual=actual if expected != actual else "the same values in another text",
+        )  # fmt: skip
 
 
 Fault = tuple[str, str, str, str | None, str | None]  # code, file, what, expected, actual

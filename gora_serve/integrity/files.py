@@ -22,8 +22,8 @@ from gora_serve.integrity.reading import open_regular, pieces
 from gora_serve.integrity.staging import file_in_the_way, publish, staged_folder, sync_published
 
 __all__ = [
-    "list_files", "make_parents", "refuse_existing", "sha256_file", "staged_folder", "write_bytes", "write_json",
-    "write_stream", "write_text",
+    "json_text", "list_files", "make_parents", "refuse_existing", "sha256_file", "staged_folder", "write_bytes",
+    "write_json", "write_stream", "write_text",
 ]  # fmt: skip
 
 
@@ -155,8 +155,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def json_text(value: object) -> str:
+    """Return `value` as JSON for people: 2 spaces, keys in their order, no NaN, a line end."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: object, *, overwrite: bool = True) -> None:
-    """Write `value` as JSON for people (2 spaces, keys in their order, no NaN), as `write_stream`."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write `value` as JSON for people, as `write_stream`."""
     with write_stream(path, overwrite=overwrite) as stream:
-        stream.write(text.encode("utf-8"))
+        stream.write(json_text(value).encode("utf-8"))

@@ -6,7 +6,6 @@ blobs, and into the store that the cache's repositories share.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path, PurePosixPath
 
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.canonical import MIB, read_json
-
-log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,14 +31,15 @@ def find_model(directory: Path) -> ModelFiles:
     """Return the weight files of the model in `directory`.
 
     Raises MachineError (GS-503 no such folder, GS-504 shards missing) and InputError (GS-322 not a model, GS-323 only
-    pickles, GS-324 malformed index, GS-325 a path that leaves the folder).
+    pickles, GS-324 malformed index, GS-325 a path that leaves the folder, GS-3290 two models in one folder).
     """
     if not directory.is_dir():
         raise MachineError("there is no such folder", code="GS-503", file=directory, hint="check the path")
     if (directory / SINGLE).exists():
-        if (directory / INDEX).exists():
-            log.warning("%s: both %s and an index are present; the index is not used", directory, SINGLE)
-        return ModelFiles({SINGLE: confined(directory, SINGLE)}, None)
+        placed = _read_index(directory / INDEX) if (directory / INDEX).exists() else None
+        if placed is not None and set(placed.values()) != {SINGLE}:
+            raise _two_models(directory, placed)
+        return ModelFiles({SINGLE: confined(directory, SINGLE)}, placed)
     if not (directory / INDEX).exists():
         raise _not_a_model(directory)
     placed = _read_index(directory / INDEX)
@@ -53,6 +51,22 @@ def find_model(directory: Path) -> ModelFiles:
             file=directory, hint="download the model again; an interrupted download continues where it stopped",
         )  # fmt: skip
     return ModelFiles(paths, placed)
+
+
+def _two_models(directory: Path, placed: Mapping[str, str]) -> InputError:
+    others = sorted(set(placed.values()) - {SINGLE})
+    return InputError(
+        f"the folder holds {SINGLE} and an index that names other files: transformers reads the one, vLLM the others",
+        code="GS-3290", file=directory, expected=f"{SINGLE}, or {INDEX} and its files", actual=", ".join(others[:5]),
+        hint="move away what is a leftover, or fetch the model again into an empty folder",
+    )  # fmt: skip
+
+
+def other_weights(directory: Path) -> list[str]:
+    """Return the safetensors files beside the model's own ones: no part of what is hashed, though a program that reads
+    every file would load them. Raises as `find_model`."""
+    own = find_model(directory).weights
+    return sorted(path.name for path in directory.glob("*.safetensors") if path.name not in own)
 
 
 def _not_a_model(directory: Path) -> InputError:

@@ -37,7 +37,7 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
             what = f"the output {relation} an input, {path}"
             raise UsageError(what, code="GS-251", file=target, kept=UNCHANGED, hint=hint)
     for folder in Path(os.path.realpath(target)).parents:
-        if _is_model(folder):
+        if is_model(folder):
             raise _model(target, f"the output lies in a model folder, {folder}")
     if not os.path.lexists(target):
         return
@@ -56,7 +56,7 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
             raise UsageError(what, code="GS-254", file=target, kept=UNCHANGED)
     for parent, folders, _ in os.walk(target):
         for name in folders:
-            if _is_model(Path(parent, name)):
+            if is_model(Path(parent, name)):
                 raise _model(target, f"the folder to be replaced holds a model, {Path(parent, name)}")
     foreign = _foreign(target)
     if foreign is not None:
@@ -144,7 +144,7 @@ def _model(target: Path, what: str) -> UsageError:
     return UsageError(what, code="GS-256", file=target, kept=UNCHANGED, hint=hint)
 
 
-def _is_model(folder: Path) -> bool:
+def is_model(folder: Path) -> bool:
     """Return whether a model lies in the folder: whatever the inputs are, it may be somebody's base."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     return os.path.lexists(folder / "config.json") and any(os.path.lexists(folder / name) for name in names)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
-from gora_serve.integrity.binding import UNBOUND, check_binding, check_folder
+from gora_serve.integrity.binding import UNBOUND, check_binding, check_folder, which_differ
 from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import CHUNK
+from gora_serve.integrity.files import sha256_file
 from gora_serve.integrity.finite import check_finite
 from gora_serve.integrity.headers import read_header
-from gora_serve.integrity.layout import find_model
+from gora_serve.integrity.layout import INDEX, find_model, other_weights
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.manifest import Differences, Manifest, Roots, differences, hash_adapter, hash_model
 from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record, trained_on
@@ -83,7 +84,7 @@ def verify_adapter(
     warnings: tuple[str, ...] = ()
     if base is not None:
         manifest = base_manifest or hash_model(base, listen=listen, cache=cache)
-        warnings = _check_base(record, names, manifest, base, strict=strict)
+        warnings = _check_base(record, names, manifest, base, adapter=folder, strict=strict)
     said = trained_on(record.get("origin", {}), folder / WEIGHTS)
     level = cache.level if cache else Level.BYTES
     return Verified(
@@ -99,7 +100,7 @@ def verify_unsealed(folder: Path, *, base: Path, base_manifest: Manifest, strict
     """
     record, root, names = _checked_record(folder / WEIGHTS)
     missing = "no gora_manifest.json: its other files cannot be checked"
-    warnings = _check_base(record, names, base_manifest, base, strict=strict)
+    warnings = _check_base(record, names, base_manifest, base, adapter=folder, strict=strict)
     told = (missing, *warnings) if record else warnings
     return Verified(folder, root, bound_roots(record), base, told, claim=claim_of(record))
 
@@ -122,14 +123,14 @@ def _checked_record(file: Path, cache: QuickCache | None = None) -> tuple[dict[s
 
 
 def _check_base(
-    record: Mapping[str, Any], names: Collection[str], manifest: Manifest, base: Path, *, strict: bool
+    record: Mapping[str, Any], names: Collection[str], manifest: Manifest, base: Path, *, adapter: Path, strict: bool
 ) -> tuple[str, ...]:
     bound = bound_roots(record)
     if bound is not None:
         return tuple(check_bound(record, bound, manifest, names, strict=strict, base=base))
     if strict:
         raise BindingError(
-            "the adapter does not say which base it belongs to", code="GS-403", file=base,
+            "the adapter does not say which base it belongs to", code="GS-403", file=adapter,
             hint="leave --strict away to take it as it is",
         )  # fmt: skip
     return (UNBOUND,)
@@ -157,16 +158,29 @@ def verify_base(
     expected = Manifest.from_json(read_json(manifest_file, limit=1 << 28), file=manifest_file)
     actual = hash_model(folder, listen=listen, cache=cache)
     changed = differences(expected.resolved(), actual.resolved())
-    if changed:
+    if changed and expected.roots.weights != actual.roots.weights:  # else what ties them differs: the configuration
         raise _other_tensors(folder, expected, actual, changed)
-    _check_settings(folder, {"configuration": (expected.roots.config, actual.roots.config)})
-    _check_settings(folder, {"tokenizer": (expected.roots.tokenizer, actual.roots.tokenizer)})
-    return Verified(folder, actual.roots.weights, None, None, (), level=cache.level if cache else Level.BYTES)
+    _check_settings(folder, expected, "configuration", expected.roots.config, actual.roots.config)
+    _check_settings(folder, expected, "tokenizer", expected.roots.tokenizer, actual.roots.tokenizer)
+    warnings = other_files(folder)
+    if expected.roots.weights != actual.roots.weights:  # only tied weights make that possible
+        warnings.append(
+            "the same weights, but a tied head is stored in one of the two: by its root this is another base, and "
+            f"adapters are bound to roots (the manifest has {expected.roots.weights})"
+        )
+    level = cache.level if cache else Level.BYTES
+    return Verified(folder, actual.roots.weights, None, None, tuple(warnings), level=level)
+
+
+def other_files(folder: Path) -> list[str]:
+    """Return a warning where the folder of a model holds more weight files than the model's."""
+    others = other_weights(folder)
+    return [f"{folder}: no part of the model, and not hashed: {', '.join(others)}"] if others else []
 
 
 def _other_tensors(folder: Path, expected: Manifest, actual: Manifest, changed: Differences) -> MismatchError:
     """Return GS-150 where all values are equal and only types differ, else GS-113; both name the first tensor."""
-    names = (*changed.changed, *changed.missing, *changed.extra)
+    names = _stored_first(expected, actual, changed)
     first, ours, theirs = names[0], expected.roots.weights, actual.roots.weights
     if only_types_differ(folder, expected.resolved(), actual):
         was, now = expected.resolved()[first].dtype, actual.resolved()[first].dtype
@@ -176,10 +190,24 @@ def _other_tensors(folder: Path, expected: Manifest, actual: Manifest, changed: 
             hint="use the base as it was, or hash this one anew; adapters are bound to bytes, not to values",
         )  # fmt: skip
     return MismatchError(
-        f"{len(names)} tensors differ from the manifest{damaged_chunk(expected, actual, first)}", code="GS-113",
+        f"{len(names)} tensors differ from the manifest: {which_differ(only(changed, names))}"
+        f"{damaged_chunk(expected, actual, first)}", code="GS-113",
         file=_holder(folder, first), tensor=first, expected=ours, actual=theirs,
         hint="restore the base, or hash it again if the change was meant",
     )  # fmt: skip
+
+
+def _stored_first(expected: Manifest, actual: Manifest, changed: Differences) -> list[str]:
+    """Return the names that differ, without those that are tied to another one of them and lie in no file."""
+    names = [*changed.changed, *changed.missing, *changed.extra]
+    ties = {**expected.aliases, **actual.aliases}
+    return [name for name in names if ties.get(name) not in names]
+
+
+def only(diff: Differences, names: Collection[str]) -> Differences:
+    """Return the differences in these tensors alone."""
+    kept = [tuple(name for name in kind if name in names) for kind in (diff.changed, diff.missing, diff.extra)]
+    return Differences(*kept)
 
 
 def damaged_chunk(expected: Manifest, actual: Manifest, name: str) -> str:
@@ -191,7 +219,7 @@ def damaged_chunk(expected: Manifest, actual: Manifest, name: str) -> str:
     if chunk is None:
         return ""
     end = min((chunk + 1) * CHUNK, expected.tensors[name].nbytes)
-    return f", the first from chunk {chunk + 1} of {len(ours)} on: bytes {chunk * CHUNK} to {end - 1} of the tensor"
+    return f"; the first from chunk {chunk + 1} of {len(ours)} on: bytes {chunk * CHUNK} to {end - 1} of the tensor"
 
 
 def _holder(folder: Path, tensor: str) -> Path:
@@ -200,13 +228,25 @@ def _holder(folder: Path, tensor: str) -> Path:
     return next((path for path in files if tensor in read_header(path).entries), folder)
 
 
-def _check_settings(folder: Path, roots: Mapping[str, tuple[str | None, str | None]]) -> None:
-    for name, (expected, actual) in roots.items():
-        if expected != actual:
-            raise MismatchError(
-                f"the weights are those of the manifest, the {name} is not", code="GS-114", file=folder,
-                expected=expected, actual=actual, hint="restore the files, or hash the base again",
-            )  # fmt: skip
+def _check_settings(folder: Path, manifest: Manifest, name: str, expected: str | None, actual: str | None) -> None:
+    if expected != actual:
+        raise MismatchError(
+            f"the weights are those of the manifest, the {name} is not", code="GS-114",
+            file=_changed_file(folder, manifest, config=name == "configuration"), expected=expected or "none",
+            actual=actual or "none", hint="restore the files, or hash the base again",
+        )  # fmt: skip
+
+
+def _changed_file(folder: Path, manifest: Manifest, *, config: bool) -> Path:
+    """Return the first of the small files that is not the manifest's, or the folder where it cannot be told."""
+    weights = (".safetensors", INDEX)
+    for record in manifest.files:
+        if record.path.endswith(weights) or (record.path == "config.json") != config:
+            continue
+        path = folder / record.path
+        if not path.is_file() or sha256_file(path)[1] != record.sha256:
+            return path
+    return folder
 
 
 def is_adapter(folder: Path) -> bool:
@@ -240,8 +280,10 @@ def find_adapter(path: Path) -> Path:
     if not path.is_dir():
         hint = "check the path; an adapter of the hub is given with its revision, org/name@main"
         raise MachineError("there is no such folder", code="GS-503", file=path, hint=hint)
-    raise InputError(
-        "neither an adapter nor a finished run", code="GS-346", file=path,
-        hint="give what export or fit wrote; verify also takes a base with --manifest FILE or --against hub, and a "
-        "merged model with --base BASE -a ADAPTER",
-    )  # fmt: skip
+    hint = (
+        "give what export or fit wrote; verify also takes a base with --manifest FILE or --against hub, and a merged "
+        "model with --base BASE -a ADAPTER"
+    )
+    if (path / "run.json").is_file():
+        hint = "its adapter comes when the run is finished: fit with --resume goes on with it"
+    raise InputError("neither an adapter nor a finished run", code="GS-346", file=path, hint=hint)

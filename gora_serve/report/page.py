@@ -9,7 +9,8 @@ from pathlib import Path
 
 import gora_serve
 from gora_serve.errors import UsageError
-from gora_serve.integrity.files import refuse_existing, write_stream
+from gora_serve.integrity.file_targets import check_file
+from gora_serve.integrity.files import write_stream
 from gora_serve.report import curves, modules, overview, repeat
 from gora_serve.report.gaps import GapFile, gap_figure, gap_tables, read_gap, verdict
 from gora_serve.report.markup import Figure, Html, Table, escape, folded, join, tag
@@ -37,8 +38,7 @@ def write_report(
     `read_gap`. Nothing is written then.
     """
     check_output(output, [find_run(folder) for folder in folders], gaps)
-    if not overwrite:
-        refuse_existing(output)
+    check_file(output, "page", overwrite=overwrite)
     runs = read_runs(folders)
     page = render(runs, [read_gap(file) for file in gaps])
     with write_stream(output, overwrite=overwrite) as stream:

@@ -16,6 +16,7 @@ from gora_serve.integrity.reading import stamps
 from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
+from gora_serve.serving.base_weights import refuse_other_weights
 from gora_serve.serving.engine import find_engine, scrubbed
 from gora_serve.serving.options import group_options, single
 from gora_serve.serving.plan import (
@@ -54,12 +55,14 @@ def prepare(
     for name, _ in adapters:
         check_adapter_name(name)
     located = locate_base(base)
-    if "--trust-remote-code" not in group_options(extra):
+    options = group_options(extra)
+    if "--trust-remote-code" not in options:
         refuse_remote_code(located.path)
+    refuse_other_weights(located.path, single(options, "--load-format"))
     warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)
     warnings += [f"{name} is set, and taken away from the engine" for name in scrubbed(os.environ, SCRUBBED)]
     verified = stamps(_base_files(located.path))
-    target = _served_base(located, single(group_options(extra), "--served-model-name") or config.served_name, listen)
+    target = _served_base(located, single(options, "--served-model-name") or config.served_name, listen)
     found = [examine(name, locate_adapter(folder), target, strict=strict) for name, folder in adapters]
     refuse([fault for one in found for fault in one.faults])
     warnings += [warning for one in found for warning in one.warnings]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,7 +32,7 @@ def sealed(tmp_path: Path) -> Path:
 def test_seal_lists_every_file(sealed: Path) -> None:
     value = check_folder(sealed)
     assert value == json.loads((sealed / "gora_manifest.json").read_text())
-    assert list(value) == ["schema", "files", "adapter_root", "training", "status"]
+    assert list(value) == ["schema", "files", "adapter_root", "training", "status", "seal"]
     expected = {name: sha256_file(sealed / name) for name in ("a.json", "b.bin", "sub/c")}
     files = value["files"]
     assert isinstance(files, dict)
@@ -54,6 +57,44 @@ def test_any_flipped_bit_is_found(sealed: Path, name: str, place: int, bit: int)
         check_folder(sealed)
     assert caught.value.fields["file"] == sealed / name
     (sealed / name).write_bytes(raw)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 10_000), bit=st.integers(0, 7))
+def test_any_flipped_bit_of_the_seal_is_found(sealed: Path, place: int, bit: int) -> None:
+    """Whatever the bit makes of it: other values, other text, or no JSON at all."""
+    seal = sealed / "gora_manifest.json"
+    raw = seal.read_bytes()
+    broken = bytearray(raw)
+    broken[place % len(raw)] ^= 1 << bit
+    seal.write_bytes(broken)
+    with pytest.raises((MismatchError, InputError)):
+        check_folder(sealed)
+    seal.write_bytes(raw)
+    check_folder(sealed)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda value: value["training"].update(seed=2),
+        lambda value: value.pop("training"),
+        lambda value: value.pop("seal"),
+        lambda value: value.update(more=1),
+        lambda value: value.update(value.pop("training") and {"training": {"seed": 1}}),  # in another order
+    ],
+)
+def test_the_seal_states_the_digest_of_its_own_text(sealed: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    seal = sealed / "gora_manifest.json"
+    value = json.loads(seal.read_text())
+    own = value["seal"]
+    text = json.dumps({key: one for key, one in value.items() if key != "seal"}, indent=2) + "\n"
+    assert hashlib.sha256(text.encode()).hexdigest() == own
+    edit(value)
+    seal.write_text(json.dumps(value, indent=2) + "\n")
+    with pytest.raises(MismatchError, match="GS-116") as caught:
+        check_folder(sealed)
+    assert caught.value.fields["file"] == seal
 
 
 def test_missing_extra_and_counted(sealed: Path) -> None:

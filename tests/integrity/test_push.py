@@ -181,4 +181,4 @@ def check_seal(folder: Path) -> dict[str, object]:
     import json
 
     value = json.loads((folder / "gora_manifest.json").read_text())
-    return {name: item for name, item in value.items() if name not in ("schema", "files", "status")}
+    return {name: item for name, item in value.items() if name not in ("schema", "files", "status", "seal")}

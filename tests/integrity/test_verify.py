@@ -12,7 +12,7 @@ import torch
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
 from gora_serve.errors import BindingError, InputError, MismatchError
-from gora_serve.integrity.binding import seal_folder
+from gora_serve.integrity.binding import seal_folder, with_digest
 from gora_serve.integrity.files import write_json
 from gora_serve.integrity.headers import encode_header
 from gora_serve.integrity.manifest import Manifest, hash_model
@@ -62,7 +62,7 @@ def test_a_seal_that_names_another_base_than_the_file_is_refused(bound: Path, ti
     seal = bound / "gora_manifest.json"
     value = json.loads(seal.read_text())
     value["binding"]["weights_root"] = "gb1:sha256:" + "0" * 64
-    seal.write_text(json.dumps(value))
+    write_json(seal, with_digest(value))
     with pytest.raises(MismatchError) as caught:
         verify_adapter(bound, base=tiny_base)
     assert caught.value.code == "GS-112"

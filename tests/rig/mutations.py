@@ -15,8 +15,9 @@ from typing import Any
 
 from gora_serve.adapter.peft_config import foreign_scales, read_scales, saved_modules
 from gora_serve.errors import GoraError
-from gora_serve.integrity.binding import check_folder
+from gora_serve.integrity.binding import check_folder, with_digest
 from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.files import json_text
 from gora_serve.integrity.headers import encode_header, read_header
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Manifest, hash_model, tensors_from_json, weights_root
@@ -198,6 +199,14 @@ def _read_peft(path: Path) -> object:
     return None
 
 
+def sealed_bytes(value: Any, chance: random.Random) -> bytes:
+    """A seal that states its own digest, so that damage of the value reaches what reads it; else as `json_bytes`."""
+    try:
+        return json_text(with_digest(value)).encode()
+    except (AttributeError, TypeError, ValueError):
+        return json_bytes(value, chance)
+
+
 def _preflight(_config: Mapping[str, Any], _ranks: Mapping[str, int], *, file: Path) -> None:
     refuse(check_adapter(read_adapter_dir("x", file.parent)))
 
@@ -213,7 +222,7 @@ def targets(manifest: Mapping[str, Any]) -> list[Target]:
         of("index.json", INDEX, _read_index, "model.safetensors.index.json"),
         of("adapter_config.json", PEFT, _read_peft, "adapter_config.json"),
         of("config.json", CONFIG, lambda path: config_root(path.parent), "config.json"),
-        of("seal", SEALED, lambda path: check_folder(path.parent), "gora_manifest.json"),
+        Target("seal", lambda _: SEALED, sealed_bytes, lambda path: check_folder(path.parent), "gora_manifest.json"),
         of("record", RECORD, _read_record, "record"),
         of("base manifest", manifest, _read_manifest, "gora-base.json"),
     ]

@@ -1,0 +1,36 @@
+"""Which weight files of a base's folder vLLM 0.32 reads: it must be those that were hashed, and no other.
+
+Facts of its DefaultModelLoader: `consolidated*.safetensors`, Mistral's own layout, come first and alone, unless
+--load-format is given; else every `*.safetensors` of the folder, less what an index does not name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gora_serve.errors import BindingError, UsageError
+from gora_serve.integrity.layout import find_model, other_weights
+
+BY_NAME = "consolidated"
+BY_INDEX = ("hf", "safetensors", "fastsafetensors", "instanttensor")  # formats that never look for those
+
+
+def refuse_other_weights(base: Path, load_format: str | None = None) -> None:
+    """Raise BindingError (GS-4360) where the engine would read weights that are not the model that was hashed.
+
+    load_format: as vLLM's option has it; None is its own choice. UsageError (GS-284) for one that reads other files.
+    """
+    if load_format not in (None, "auto", *BY_INDEX):
+        raise UsageError(
+            f"--load-format {load_format} cannot be passed on: it reads other files than those that are verified",
+            code="GS-284", expected=", ".join(("auto", *BY_INDEX)), hint="leave the option out",
+        )  # fmt: skip
+    others = other_weights(base)
+    if find_model(base).placed is not None:  # the index keeps others out, but for those that come first
+        others = [name for name in others if name.startswith(BY_NAME) and load_format not in BY_INDEX]
+    if others:
+        raise BindingError(
+            "vLLM would read weight files that are no part of the model that is verified", code="GS-4360",
+            file=base / others[0], actual=", ".join(others[:5]),
+            hint="move them out of the folder; they are leftovers, or the same model in another layout",
+        )  # fmt: skip
