@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from converters.read import check_can_be_low_rank, held_to_base, is_asserted, read
+from converters.read import check_can_be_low_rank, held_to_base, is_asserted, read, refuse_another_base
 from converters.reading import Inputs
 from converters.receipt import files_read
 from gora_serve.adapter.factors import BaseId
@@ -35,7 +35,7 @@ def merge_adapters(
 
     Adapters may be of any family that `convert` reads; sealed ones are held to their manifests. Raises what the readers
     and `merge_into_adapter` raise, UsageError (GS-231) for an update of full rank without a limit, MismatchError for a
-    damaged adapter, BindingError (GS-401) for one of another base.
+    damaged adapter, BindingError (GS-401, GS-4352) for one of another base.
     """
     config = config or MergeConfig(into="adapter")
     config.validate()
@@ -53,10 +53,12 @@ def merge_adapters(
         check_can_be_low_rank(source, detection, reading, limited=limited)
     manifest = hash_model(base.path, listen=inputs.listen)
     remember_manifest(manifest)
+    for _, _, source, detection, reading in opened:
+        refuse_another_base(source, detection, reading, lambda: manifest, base)
     sources = [source for _, _, source, _, _ in opened]
     warnings = [
         line for _, _, source, detection, _ in opened
-        for line in held_to_base(source, detection, lambda: manifest, base.path, inputs)
+        for line in held_to_base(source, detection, lambda: manifest, base, inputs)
     ]  # fmt: skip
     asserted = any(is_asserted(source, manifest.roots.weights) for source in sources)
     ingredients = [

@@ -69,7 +69,7 @@ def find_gap(
         check_length(positions(weights.config), rows)
     inputs = replace(inputs, base=weights)
     source, detection, reading = read(path, inputs, config.family)
-    warnings = held_to_base(source, detection, lambda: hash_model(base.path, listen=inputs.listen), base.path, inputs)
+    warnings = held_to_base(source, detection, lambda: hash_model(base.path, listen=inputs.listen), base, inputs)
     lay_in = _lay_in(source, reading, config)
     if lay_in and lay_in[0] == "float32":
         reading = replace(reading, notes=tuple(note for note in reading.notes if note != IF_ROUNDED))

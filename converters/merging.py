@@ -13,7 +13,7 @@ from typing import Any
 
 from converters.full import NOT_LINEAR
 from converters.merge_receipt import MergedModel, Opened, make_receipt, merged_roots, said_of_nothing
-from converters.read import held_to_base, read
+from converters.read import held_to_base, read, refuse_another_base
 from converters.reading import Inputs
 from gora_serve.adapter.factors import LazyModules
 from gora_serve.adapter.tensors import Both, Renamed
@@ -51,7 +51,7 @@ def open_adapters(adapters: Sequence[tuple[Path, float]], inputs: Inputs, family
     return [Opened(path, weight, *read(path, inputs, family)) for path, weight in adapters]
 
 
-def _held(one: Opened, manifest: Callable[[], Manifest], base: Path, inputs: Inputs) -> tuple[str, ...]:
+def _held(one: Opened, manifest: Callable[[], Manifest], base: Base, inputs: Inputs) -> tuple[str, ...]:
     return held_to_base(one.source, one.detection, manifest, base, inputs)
 
 
@@ -102,7 +102,7 @@ def merge_model(
     """Write `base` with the adapters merged into it as a model of the same shards into `output`, with a receipt.
 
     rounder: makes what rounds weights to NF4, for adapters that were trained on such a base. Raises what the readers,
-    `check_index`, `plan_merge` and `write_model` raise, and BindingError (GS-401) for an adapter of another base.
+    `check_index`, `plan_merge` and `write_model` raise, and BindingError (GS-401, GS-4352) for an adapter of another base.
     """
     config = config or MergeConfig()
     config.validate()
@@ -114,6 +114,9 @@ def merge_model(
     protect = [base.path, *(path for path, _ in adapters), *others]
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         opened = open_adapters(adapters, inputs, config.family)
+        hashed = cache(lambda: hash_model(base.path))  # before the merge, only where two folders must be compared
+        for one in opened:
+            refuse_another_base(one.source, one.detection, one.reading, hashed, base)
         read_from = [file for one in opened for file in one.files]
         check_target(output, overwrite=overwrite, protect=read_from)
         before = stamps(read_from)
@@ -123,7 +126,7 @@ def merge_model(
         copied, left_out = copy_beside(base.path, stage, plan.config, _tokenizer(opened, weights, plan))
         roots = Roots(weights_root(written.base), config_root(base.path), tokenizer_root(base.path))
         manifest = Manifest(roots, written.base)
-        warnings = [line for one in opened for line in _held(one, lambda: manifest, base.path, inputs)]
+        warnings = [line for one in opened for line in _held(one, lambda: manifest, base, inputs)]
         warnings += said_of_nothing(written)
         check_unchanged(before)
         remember_manifest(manifest)
@@ -221,7 +224,7 @@ def verify_merged(
     plan = plan_of(opened, weights, config, four_bits)
     found = replay(BaseWeights(folder), weights, plan, four_bits=four_bits, listen=inputs.listen)
     manifest = cache(lambda: hash_model(base.path, listen=inputs.listen))
-    warnings = [line for one in opened for line in _held(one, manifest, base.path, inputs)]
+    warnings = [line for one in opened for line in _held(one, manifest, base, inputs)]
     sealed = (folder / SEAL).is_file()
     if sealed and found.verdict != "differs":
         check_folder(folder)

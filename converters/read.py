@@ -11,9 +11,12 @@ from converters.families import family_named
 from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source, open_source
-from gora_serve.errors import InputError, UsageError
+from gora_serve.deploy.trained_on import unquantized_name
+from gora_serve.errors import BindingError, InputError, UsageError
+from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import UNBOUND
 from gora_serve.integrity.manifest import Manifest, hash_model
+from gora_serve.integrity.named_base import KEY, another_base, is_another, names_of
 from gora_serve.integrity.record import ASSERTED, bound_roots, claim_of, read_record
 from gora_serve.integrity.verify import check_bound
 
@@ -102,11 +105,34 @@ def check_can_be_low_rank(source: Source, detection: Detection, reading: Reading
         )  # fmt: skip
 
 
+def refuse_another_base(
+    source: Source, detection: Detection, reading: Reading, manifest: Callable[[], Manifest], base: Base
+) -> None:
+    """Raise BindingError (GS-4352) where nothing binds the adapter and it names another model than `base`.
+
+    Not where an initialisation edited the base: such adapters name the edited one, and are held to the base's weights.
+    """
+    if reading.initial is None and not detection.assumed and (named := _another(source, manifest, base)):
+        names = names_of(base.path, base.name)
+        raise another_base(source.folder, source.config_file, named, base.path, names)
+
+
+def _another(source: Source, manifest: Callable[[], Manifest], base: Base) -> str | None:
+    """Return what the adapter calls its base, where nothing binds it and that is another model than this."""
+    named = source.config.get(KEY)
+    if not isinstance(named, str) or not named or bound_roots(read_record(source.tensors.metadata, source.weights)):
+        return None
+    names = names_of(base.path, base.name)
+    another = is_another(unquantized_name(named), base.path, lambda: manifest().roots.weights, names)
+    return named if another else None
+
+
 def held_to_base(
-    source: Source, detection: Detection, manifest: Callable[[], Manifest], base: Path, inputs: Inputs
+    source: Source, detection: Detection, manifest: Callable[[], Manifest], base: Base, inputs: Inputs
 ) -> tuple[str, ...]:
-    """Return what to warn of: that nothing says which base the adapter belongs to, or that its settings differ; or
-    instead of the first, that an edited base which nobody named was taken as the one that it was trained on.
+    """Return what to warn of: that nothing says which base the adapter belongs to, or that it names another, or that
+    its settings differ; or instead of the first, that an edited base which nobody named was taken as the one that it
+    was trained on.
 
     manifest: of the base, made where it is needed. Raises BindingError (GS-401) where the adapter itself says that it
     belongs to another base, which is not the edited one that was given beside it either.
@@ -114,12 +140,16 @@ def held_to_base(
     record = read_record(source.tensors.metadata, source.weights)
     bound = bound_roots(record)
     if bound is None:
-        return (detection.assumed or f"{UNBOUND}: --base is taken at its word",)
+        if detection.assumed:
+            return (detection.assumed,)
+        if (named := _another(source, manifest, base)) is not None:
+            return (f"the adapter names the base {named}, and {base.name} is given: --base is taken at its word",)
+        return (f"{UNBOUND}: --base is taken at its word",)
     actual, assumed = manifest(), (detection.assumed,) if detection.assumed else ()
     edited = inputs.mutated_base if bound.weights != actual.roots.weights else None
     if edited is not None and bound.weights == hash_model(edited, listen=inputs.listen).roots.weights:
         return assumed
-    return assumed + tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base))
+    return assumed + tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base.path))
 
 
 def is_asserted(source: Source, weights_root: str) -> bool:

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.record import read_record, trained_on
 
 QUANTIZED_NAME = re.compile(r"(?i)[-_]bnb[-_]4bit$|[-_]nf4$")  # as mirrors of such bases on the hub are called
+MIRROR = re.compile(rf"(?i)([-_]unsloth)?({QUANTIZED_NAME.pattern[4:]})")
 
 
 def quantization(metadata: Mapping[str, str], base_name: str, file: Path) -> tuple[str, str] | None:
@@ -23,3 +25,15 @@ def quantization(metadata: Mapping[str, str], base_name: str, file: Path) -> tup
     if QUANTIZED_NAME.search(base_name.rstrip("/")):
         return "nf4", f"the adapter names the base {base_name}"
     return None
+
+
+def unquantized_name(name: str) -> str:
+    """Return what a base is called before it was quantized, by the name of a mirror of it in 4 bits; another name as it
+    is. A folder that holds a quantized model becomes a name, since its weights are none to be compared."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or not config.get("quantization_config"):
+            return name
+        name = folder.resolve().name
+    return MIRROR.sub("", name.rstrip("/"))

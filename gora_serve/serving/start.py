@@ -12,6 +12,7 @@ from gora_serve.integrity.bases import Base, locate_adapter, locate_base
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import hash_model
+from gora_serve.integrity.named_base import names_of
 from gora_serve.integrity.reading import stamps
 from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.progress import Listener, silent
@@ -30,7 +31,6 @@ from gora_serve.serving.plan import (
 )
 from gora_serve.serving.plan import check_name as check_adapter_name
 from gora_serve.serving.preflight import refuse
-from gora_serve.serving.same_base import names_of
 from gora_serve.serving.store import Store
 
 
