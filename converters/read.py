@@ -12,7 +12,7 @@ from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source, open_source
 from gora_serve.deploy.trained_on import unquantized_name
-from gora_serve.errors import BindingError, InputError, UsageError
+from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import UNBOUND
 from gora_serve.integrity.manifest import Manifest, hash_model
