@@ -77,15 +77,14 @@ class MergedModel:
 
 
 def said_of_nothing(written: Written) -> tuple[str, ...]:
-    """Return the warning for a merge in which no element changed: () where one did."""
+    """Return the warning for a merge in which no element changed, or only by rounding to 4 bits: () for others."""
     tallies = written.tallies.values()
-    if any(one.changed for one in tallies):
-        return ()
-    if any(one.squared_update for one in tallies):
-        why = "the update is too small for the type of every tensor (--dtype float32 keeps it)"
-    else:
-        why = "the update is zero (look at the weights, lora_alpha and the factors)"
-    return (f"nothing changed: {why}",)
+    changed = any(one.changed for one in tallies)
+    if not any(one.squared_update for one in tallies):
+        what = "nothing is added" if changed else "nothing changed"
+        return (f"{what}: the update is zero (look at the weights, lora_alpha and the factors)",)
+    small = "the update is too small for the type of every tensor (--dtype float32 keeps it)"
+    return () if changed else (f"nothing changed: {small}",)
 
 
 def merged_roots(stage: Path, written: Written) -> Roots:

@@ -28,12 +28,12 @@ from gora_serve.deploy.merge_values import ModelPlan, Part
 from gora_serve.deploy.replay import Replay, replay
 from gora_serve.deploy.sum_of import FourBits, Requantize
 from gora_serve.deploy.trained_on import quantization
-from gora_serve.errors import MachineError
+from gora_serve.errors import MachineError, MismatchError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import weights_root
-from gora_serve.integrity.files import staged_folder, write_json
+from gora_serve.integrity.files import sha256_file, staged_folder, write_json
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.manifest import Manifest, Roots, check_index, hash_model
 from gora_serve.integrity.reading import check_unchanged, stamps
@@ -42,6 +42,7 @@ from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_r
 from gora_serve.integrity.staging import SEAL, check_target
 from gora_serve.integrity.targets import check_is_unicode
 
+_SHOWN = 5
 Rounder = Callable[[], Requantize]  # makes what rounds to 4 bits, or raises MachineError
 
 
@@ -102,7 +103,8 @@ def merge_model(
     """Write `base` with the adapters merged into it as a model of the same shards into `output`, with a receipt.
 
     rounder: makes what rounds weights to NF4, for adapters that were trained on such a base. Raises what the readers,
-    `check_index`, `plan_merge` and `write_model` raise, and BindingError (GS-401, GS-4352) for an adapter of another base.
+    `check_index`, `plan_merge` and `write_model` raise, and BindingError (GS-401, GS-4352) for an adapter of
+    another base.
     """
     config = config or MergeConfig()
     config.validate()
@@ -153,20 +155,26 @@ def _four_bits(
 ) -> tuple[FourBits | None, tuple[str, ...]]:
     """Return what compares with, or adds to, a base in 4 bits, where an adapter says or the user does that it was one.
 
-    Raises MachineError (GS-530) where that was asked for and bitsandbytes is not installed.
+    Only a single adapter with weight 1 has had a model in training that the merged one can be compared with. Raises
+    MachineError (GS-530) where it was asked for and bitsandbytes is not installed.
     """
-    said = [found for one in opened if (found := _lay_in(one)) is not None]
+    said = [(one, found) for one in opened if (found := _lay_in(one)) is not None]
     if rounder is None or (config.base_as == "auto" and not said):
         return None, ()
+    add_to, alone = config.base_as == "nf4", len(opened) == 1 and opened[0].weight == 1
+    why = "--base-as says so" if not said else said[0][1]
+    if len(opened) > 1 and said:
+        why = "; ".join(f"{one.path}: {found}" for one, found in said)
+    added = "to what NF4 makes of the weights" if add_to else "to the weights as stored"
+    note = f"trained on a base in 4 bits ({why}); updates are added {added}"
+    if not add_to and not alone:
+        return None, (note,)
     try:
-        made = FourBits(rounder(), config.base_as == "nf4")
+        return FourBits(rounder(), add_to, alone), (note,)
     except MachineError as err:
         if config.base_as != "auto":
             raise
-        return None, (f"trained on a base in 4 bits ({said[0]}); what that means is not measured: {err.what}",)
-    why = said[0] if said else "--base-as says so"
-    added = "to what NF4 makes of the weights" if made.add_to else "to the weights as stored"
-    return made, (f"trained on a base in 4 bits ({why}); updates are added {added}",)
+        return None, (f"trained on a base in 4 bits ({why}); what that means is not measured: {err.what}",)
 
 
 def _lay_in(one: Opened) -> str | None:
@@ -190,7 +198,8 @@ def _seal(done: MergedModel) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Checked:
-    """A model held against the merge that it should be. sealed: whether it has a manifest, which its files fit."""
+    """A model held against the merge that it should be. sealed: whether it has a manifest, which its files fit.
+    added_to: what the updates were added to in the replay."""
 
     folder: Path
     base: Base
@@ -198,6 +207,16 @@ class Checked:
     replay: Replay
     sealed: bool
     warnings: tuple[str, ...]
+    added_to: AddedTo
+
+
+@dataclass(frozen=True)
+class AddedTo:
+    """What a replay adds the updates to, "bf16" (the weights as stored) or "nf4", and who says so."""
+
+    base_as: BaseAs
+    said_by: str
+    warnings: tuple[str, ...] = ()
 
 
 def verify_merged(
@@ -207,32 +226,78 @@ def verify_merged(
     family: str = MergeConfig.family,
     inputs: Inputs | None = None,
     *,
+    base_as: BaseAs = MergeConfig.base_as,
     rounder: Rounder | None = None,
 ) -> Checked:
     """Make every tensor of the merge again, and hold it against the one in `folder`, whoever made that.
 
-    Raises MismatchError where the folder has a manifest that its files do not fit (after the tensors were compared, so
-    that these are named), BindingError for an adapter of another base, and what reading adapters raises.
+    base_as: what the updates are added to; "auto" is what merge.json says, where the folder's manifest proves that it
+    is the one that `merge` wrote, and else the weights as stored. Raises MismatchError where the folder has a manifest
+    that its files do not fit (after the tensors were compared, so that these are named), BindingError for an adapter of
+    another base, and what reading adapters raises.
     """
     for model in (base.path, folder):
         check_index(model)
     weights = BaseWeights(base.path)
     inputs = replace(inputs or Inputs(), base=weights)
     opened = open_adapters(adapters, inputs, family)
-    config = MergeConfig(family, base_as=_base_as(folder))
-    four_bits = _four_bits(opened, config, rounder)[0] if config.base_as == "nf4" else None
-    plan = plan_of(opened, weights, config, four_bits)
-    found = replay(BaseWeights(folder), weights, plan, four_bits=four_bits, listen=inputs.listen)
+    added = _added_to(folder, base_as)
+    four_bits = _four_bits(opened, MergeConfig(family, base_as="nf4"), rounder)[0] if added.base_as == "nf4" else None
+    plan = plan_of(opened, weights, MergeConfig(family), four_bits)
+    theirs = BaseWeights(folder)
+    found = replay(theirs, weights, plan, four_bits=four_bits, listen=inputs.listen)
     manifest = cache(lambda: hash_model(base.path, listen=inputs.listen))
-    warnings = [line for one in opened for line in _held(one, manifest, base, inputs)]
+    warnings = [*added.warnings, *(line for one in opened for line in _held(one, manifest, base, inputs))]
     sealed = (folder / SEAL).is_file()
     if sealed and found.verdict != "differs":
+        _check_files(folder, theirs, found)
+    return Checked(folder, base, tuple(opened), found, sealed, tuple(dict.fromkeys(warnings)), added)
+
+
+def _check_files(folder: Path, theirs: BaseWeights, found: Replay) -> None:
+    """Raise MismatchError where the files are not those of the manifest; with the tensors in the file that are not to
+    the bit what the merge gives: rounding may explain them, but the manifest does not."""
+    try:
         check_folder(folder)
-    return Checked(folder, base, tuple(opened), found, sealed, tuple(dict.fromkeys(warnings)))
+    except MismatchError as err:
+        file = Path(str(err.fields["file"]))
+        near = [one for one in found.of("rounded") if _lies_in(theirs, one.name, file)]
+        if not near:
+            raise
+        named = "; ".join(f"{one.name}: {one.elements - one.equal} of {one.elements} elements" for one in near[:_SHOWN])
+        more = f" and {len(near) - _SHOWN} more" if len(near) > _SHOWN else ""
+        raise MismatchError(
+            f"{err.what}; not bit-exact, but within rounding, in it: {named}{more}", code=err.code, file=file,
+            tensor=near[0].name, expected=err.fields.get("expected"), actual=err.fields.get("actual"),
+            hint="merge again: gora-serve merge; or fetch the folder again, whole",
+        ) from err  # fmt: skip
 
 
-def _base_as(folder: Path) -> BaseAs:
-    """Return what our own receipt says that the updates were added to; other tools add to the weights as stored."""
+def _lies_in(model: BaseWeights, name: str, file: Path) -> bool:
+    return name in model.tensors.files and model.tensors.files[name].samefile(file)
+
+
+def _added_to(folder: Path, asked: BaseAs) -> AddedTo:
+    """Return what the updates were added to: as asked for, or as our own receipt says, where a manifest proves it.
+
+    Other tools add to the weights as stored.
+    """
+    if asked != "auto":
+        return AddedTo(asked, "--base-as")
     value = read_json(folder / RECEIPT) if (folder / RECEIPT).is_file() else {}
     settings = value.get("settings") if isinstance(value, dict) else None
-    return "nf4" if isinstance(settings, dict) and settings.get("base_as") == "nf4" else "bf16"
+    said = isinstance(settings, dict) and settings.get("base_as") == "nf4"
+    if _is_sealed(folder, RECEIPT):
+        return AddedTo("nf4" if said else "bf16", f"{RECEIPT}, which {SEAL} proves")
+    warning = (
+        f"{RECEIPT} says that the updates were added to NF4's weights, and no {SEAL} proves it: give --base-as nf4"
+    )
+    return AddedTo("bf16", "the default", (warning,) if said else ())
+
+
+def _is_sealed(folder: Path, name: str) -> bool:
+    """Tell whether a file is there and is the one of the folder's manifest."""
+    seal = read_json(folder / SEAL) if (folder / SEAL).is_file() and (folder / name).is_file() else {}
+    files = seal.get("files") if isinstance(seal, dict) else None
+    entry = files.get(name) if isinstance(files, dict) else None
+    return isinstance(entry, dict) and entry.get("sha256") == sha256_file(folder / name)[1]

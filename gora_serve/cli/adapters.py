@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -18,7 +18,7 @@ from gora_serve.cli.options import (
     quick_option,
     source_options,
 )
-from gora_serve.config import Canary, ExportConfig, ExportDtype, Form
+from gora_serve.config import BaseAs, Canary, ExportConfig, ExportDtype, Form, MergeConfig
 from gora_serve.errors import UsageError
 
 
@@ -151,6 +151,11 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
     "-a", "--adapter", "adapters", multiple=True, type=Weighted(),
     help="PATH is a merged model: it must be --base with this merged into it. Repeatable.",
 )  # fmt: skip
+@click.option(
+    "--base-as", default=MergeConfig.base_as, show_default=True, type=click.Choice(get_args(BaseAs)),
+    help="Of a merged model: whether updates were added to the weights as stored (bf16), or to what NF4 makes of them. "
+    "auto: as merge.json says, where the manifest of the folder proves it; else bf16.",
+)  # fmt: skip
 @click.option("--manifest", type=FILE, help="PATH is a base: it must be the one of this manifest, made by hash.")
 @click.option(
     "--against", type=click.Choice(["hub"]),
@@ -165,6 +170,7 @@ def verify(
     path: Path,
     base: str | None,
     adapters: tuple[tuple[str, float], ...],
+    base_as: BaseAs,
     manifest: Path | None,
     against: str | None,
     repo: str | None,
@@ -186,7 +192,7 @@ def verify(
 
     With --adapter it is a merged model, of gora-serve or of any other tool: every tensor is merged again and compared.
     The answer is bit-exact, within rounding, or which tensors differ. --from, --init-adapter, --mutated-base, --cache
-    and --allow-pickle are for these adapters.
+    and --allow-pickle are for these adapters, --base-as for the model.
 
     Exit status: 0 proved; 1 some bytes differ; 4 the adapter belongs to another base; 5 the hub cannot be asked.
     """
@@ -216,11 +222,11 @@ def verify(
                 "a merged model is proved by --base and --adapter, and by nothing else", code="GS-264",
                 hint="gora-serve verify MERGED --base BASE -a ADAPTER",
             )  # fmt: skip
-        return _verify_merge(path, base, adapters, family, given, as_json=as_json)
-    if family != "auto" or any(given.values()):
+        return _verify_merge(path, base, adapters, family, given, base_as, as_json=as_json)
+    if family != "auto" or any(given.values()) or base_as != "auto":
         raise UsageError(
-            "--from, --init-adapter, --mutated-base, --cache and --allow-pickle go with --adapter", code="GS-264",
-            hint="gora-serve verify MERGED --base BASE -a ADAPTER",
+            "--base-as, --from, --init-adapter, --mutated-base, --cache and --allow-pickle go with --adapter",
+            code="GS-264", hint="gora-serve verify MERGED --base BASE -a ADAPTER",
         )  # fmt: skip
     quick_cache = QuickCache() if quick else None
     with watching() as listen:
@@ -238,8 +244,8 @@ def verify(
 
 
 def _verify_merge(
-    path: Path, base: str, adapters: tuple[tuple[str, float], ...], family: str, given: Mapping[str, Any], *,
-    as_json: bool,
+    path: Path, base: str, adapters: tuple[tuple[str, float], ...], family: str, given: Mapping[str, Any],
+    base_as: BaseAs, *, as_json: bool,
 ) -> int:  # fmt: skip
     from converters.merging import verify_merged
     from converters.reading import Inputs
@@ -255,7 +261,7 @@ def _verify_merge(
         located = locate_base(base)
         merged = locate_base(str(path)).path
         inputs = Inputs(listen=listen, **given)
-        done = verify_merged(merged, folders, located, family, inputs, rounder=nf4_rounder)
+        done = verify_merged(merged, folders, located, family, inputs, base_as=base_as, rounder=nf4_rounder)
     for warning in done.warnings:
         say(f"warning: {warning}")
     refused = refusal(done) if done.replay.verdict == "differs" else None

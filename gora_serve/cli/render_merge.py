@@ -61,10 +61,13 @@ def replay_summary(done: Checked) -> Summary:
         f"{counts['exact']} tensors bit-exact, {counts['rounded']} within rounding, {counts['differs']} differ",
         f"{_SAID[replay.verdict]} ({Level.BYTES.value})",
     ]
+    what = "what NF4 makes of the weights" if done.added_to.base_as == "nf4" else "the weights as stored"
+    lines.insert(1, f"updates added to {what}, by {done.added_to.said_by}")
     lines += ["its files are those of its manifest"] if done.sealed and replay.verdict != "differs" else []
     value = {
         "path": str(done.folder), "base": str(done.base.path), "verdict": replay.verdict, "counts": counts,
         "verified": replay.verdict != "differs", "level": Level.BYTES.value,
+        "base_as": done.added_to.base_as, "base_as_by": done.added_to.said_by,
         "adapters": [{"adapter": str(one.path), "weight": one.weight, "family": one.detection.family}
                      for one in done.adapters],
         "tensors": {name: one.to_json() for name, one in replay.tensors.items()}, "warnings": list(done.warnings),
@@ -105,6 +108,6 @@ def _table(done: MergedModel) -> Table:
         changed = sum(one.changed for one in some) / max(1, sum(one.elements for one in some))
         table.add_row(
             Text(printable(kind)), str(len(some)), f"{math.sqrt(squares):.3g}", f"{changed:.1%}",
-            f"{1 + along / squares if squares else 1:.1%}", f"{max(one.max_error for one in some):.1e}",
+            f"{1 + along / squares:.1%}" if squares else "-", f"{max(one.max_error for one in some):.1e}",
         )  # fmt: skip
     return table

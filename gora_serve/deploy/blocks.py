@@ -118,8 +118,13 @@ def merged(source: Stored | None, target: Target, total: Sum, start: int, stop: 
             _see_both(total.both, row, end, rows, rounded.dtype, inside, tally)
         exact = value.view(-1)[inside]
         rounded[place].copy_(exact)
-        stored = rows.view(-1)[inside] if rows is not None and rows.dtype == rounded.dtype else None
-        tally.see(W.reshape(-1)[inside], exact, rounded[place], stored if total.ground is None else None)
+        stored = None if rows is None else rows.view(-1)[inside]
+        if total.ground is None:
+            same = stored if stored is not None and stored.dtype == rounded.dtype else None
+            tally.see(W.reshape(-1)[inside], exact, rounded[place], same)
+        else:
+            kept = None if stored is None else stored.to(rounded.dtype)
+            tally.see(W.reshape(-1)[inside], exact, rounded[place], kept=kept)
     return Made(out, tuple(read), leaves_of(out), tally)
 
 

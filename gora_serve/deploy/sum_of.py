@@ -23,11 +23,12 @@ Requantize = Callable[[Tensor], Tensor]  # a weight, (out, in) -> the same, roun
 
 @dataclass(frozen=True)
 class FourBits:
-    """Bases in 4 bits. requantize: rounds a weight. add_to: whether updates are added to what it makes of weights; else
-    the two are compared."""
+    """Bases in 4 bits. requantize: rounds a weight. add_to: whether updates are added to what it makes of weights.
+    compared: whether both ways are held against the model in training, which there is for one adapter alone."""
 
     requantize: Requantize
     add_to: bool
+    compared: bool = True
 
 
 def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None) -> Sum:
@@ -47,7 +48,7 @@ def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None)
     if turned and any(piece.kind == "magnitude" for piece in target.pieces):  # lengths of whole columns, of this weight
         terms = tuple(_terms(base, target, dtype, four, turned=turned))
     trained = replace(stored, terms=terms, ground=four)
-    return replace(trained if four_bits.add_to else stored, both=(stored, trained))
+    return replace(trained if four_bits.add_to else stored, both=(stored, trained) if four_bits.compared else None)
 
 
 def _sizes(target: Target, *, turned: bool) -> Callable[[], Tensor] | None:

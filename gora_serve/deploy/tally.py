@@ -31,15 +31,19 @@ class Tally:
     squared_stored: float | None = None
     squared_quantized: float | None = None
 
-    def see(self, before: Tensor, exact: Tensor, stored: Tensor, base: Tensor | None = None) -> None:
-        """Take in a block: the base's values and the sum, both in the type of sums, and what is stored of the sum.
+    def see(
+        self, before: Tensor, exact: Tensor, stored: Tensor, base: Tensor | None = None, *, kept: Tensor | None = None
+    ) -> None:
+        """Take in a block: what the update is added to and the sum, both in the type of sums, and what is stored of it.
 
-        base: the base's values as they were stored, where that is the type of the sum too. `exact` is used up.
+        base: the base's values as they were stored, where that is the type of the sum too. kept: the base's values in
+        that type, where the update is added to others (NF4's), and which changes are counted against. `exact` is used
+        up.
         """
         rounded = stored.to(exact.dtype)
         self.elements += stored.numel()
         alone = before.to(stored.dtype) if base is None else base
-        self.changed += count_differing(stored, alone)
+        self.changed += count_differing(stored, alone if kept is None else kept)
         error = rounded.sub_(exact).view(-1)
         update = exact.sub_(before).view(-1)
         self.max_error = max(self.max_error, *(abs(float(one)) for one in error.aminmax()))
