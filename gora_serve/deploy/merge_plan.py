@@ -54,7 +54,13 @@ def _pieces(base: BaseWeights, parts: Sequence[Part]) -> Pieces:
 def _lacks(base: BaseWeights, path: str, pieces: tuple[Piece, ...]) -> bool:
     if base.counterpart(path) is not None:
         return False
-    piece = pieces[0]
+    piece = next((one for one in pieces if one.kind == "added"), pieces[0])
+    if piece.kind == "added":
+        raise InputError(
+            "lora_bias adds to a bias, and this layer has none: the merged model has no place for it", code="GS-3400",
+            file=piece.part.file, tensor=path,
+            hint="serve the adapter as it is, with PEFT; gora-serve convert --leave-out NAMES drops the tensor",
+        )  # fmt: skip
     if len(pieces) > 1 or piece.part.weight != 1 or piece.kind != "replaced":
         raise InputError(
             "a module that the base lacks can be taken from one adapter alone, whole", code="GS-3400",

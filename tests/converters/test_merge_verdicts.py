@@ -18,7 +18,7 @@ from tiny_models import build_llama
 from converters.merging import Checked, merge_model, verify_merged
 from gora_serve.cli.render_merge import model_summary, replay_summary
 from gora_serve.config import MergeConfig
-from gora_serve.errors import MismatchError
+from gora_serve.errors import InputError, MismatchError
 from gora_serve.integrity.bases import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -122,3 +122,11 @@ def test_a_sealed_merge_that_was_altered_within_rounding_names_the_tensor(work: 
     with pytest.raises(MismatchError, match=r"(?s)GS-102.*generation_config\.json") as caught:
         verify(work, "out")
     assert "tensor" not in caught.value.fields
+
+
+def test_lora_bias_of_a_layer_without_a_bias(tmp_path: Path) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(InputError, match=r"(?s)GS-3400.*lora_bias.*this layer has none") as caught:
+        merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert "one adapter" not in str(caught.value)
+    assert caught.value.fields["tensor"] == "model.layers.0.self_attn.q_proj.bias"
