@@ -20,7 +20,7 @@ def plan_merge(base: BaseWeights, parts: Sequence[Part], dtype: str, *, in_4_bit
 
     Raises BindingError: GS-404 a module that the base lacks, GS-405 another shape, GS-4400 modules that share a tensor
     and are not updated alike, GS-4401 vocabularies that do not agree. InputError: GS-3117 a quantized base, GS-3400 a
-    module replaced whole that the base lacks, by several adapters or in part.
+    module replaced whole that the base lacks, by several adapters or in part, GS-3403 a resized vocabulary likewise.
     """
     by_path = _pieces(base, parts)
     shared, untied = share_out(base, by_path)
@@ -97,8 +97,15 @@ def _shape(base: BaseWeights, name: str, pieces: tuple[Piece, ...]) -> tuple[int
         if new is None or new == shape:
             continue
         resized = len(new) == 2 and new[1:] == shape[1:] and name.split(".")[-2] in (*EMBEDDINGS, *HEADS)
-        if not resized or len(pieces) > 1 or piece.part.weight != 1:
+        if not resized:
             raise misfit(piece.part.file, name, shape, new)
+        if len(pieces) > 1 or piece.part.weight != 1:
+            raise InputError(
+                "a resized vocabulary can be taken from one adapter alone, with weight 1: its new rows have no base",
+                code="GS-3403", file=piece.part.file, tensor=name, expected="one update, weight 1",
+                actual=f"{len(pieces)} updates of this tensor" if len(pieces) > 1 else f"weight {piece.part.weight:g}",
+                hint="give the adapter with weight 1, and none beside it that updates embeddings or head",
+            )  # fmt: skip
         return new
     return shape
 

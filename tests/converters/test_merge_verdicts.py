@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from proving import merged
 from safetensors.torch import load_file
 from test_merging import WEIGHTS, make, quantizer, spoiled, tensors_of
@@ -130,3 +130,16 @@ def test_lora_bias_of_a_layer_without_a_bias(tmp_path: Path) -> None:
         merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     assert "one adapter" not in str(caught.value)
     assert caught.value.fields["tensor"] == "model.layers.0.self_attn.q_proj.bias"
+
+
+def test_a_resized_vocabulary_with_a_weight(tmp_path: Path) -> None:
+    build_llama().save_pretrained(tmp_path / "base")
+    resized = build_llama()
+    resized.resize_token_embeddings(390, mean_resizing=False)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(resized, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"(?s)GS-3403.*weight 1.*weight 0\.5"):
+        merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", weight=0.5)
+    given = [(tmp_path / "adapter", 1.0)] * 2
+    with pytest.raises(InputError, match=r"(?s)GS-3403.*2 updates"):
+        merge_model(given, Base("base", tmp_path / "base"), tmp_path / "out")
