@@ -80,7 +80,7 @@ def merge_into_adapter(
 
     bound_to: `base` by its roots, to which the result is bound. Nothing is written where anything is refused. Raises
     BindingError (GS-404, GS-405) for modules that the base lacks or has in another shape; InputError: GS-3452 where all
-    updates cancel, GS-3454 where the dtype leaves nothing; and what `combine` raises.
+    updates cancel, GS-3456 where the limit keeps none, GS-3454 where the dtype leaves nothing; and what `combine` raises.
     """
     dtype: ExportDtype = "float32" if config.dtype == "auto" else config.dtype
     limits = Limits(config.rank, config.tolerance, config.parameters)
@@ -94,10 +94,7 @@ def merge_into_adapter(
             seed=config.seed, base=bound_to, spectra=spill, precision=NUMERICAL[dtype], listen=listen,
         )  # fmt: skip
         if not done.adapter.modules:
-            raise InputError(
-                "the updates cancel: the merged adapter changes nothing", code="GS-3452",
-                hint="look at the weights; is one of them the other's with the opposite sign?",
-            )  # fmt: skip
+            raise _nothing_is_left(done)
         ranks = level(done.ranks, base)
         adapter = _finished(done, ranks, ingredients, base, config)
         root = write_adapter(stage, adapter, config.form, getattr(torch, dtype))
@@ -120,6 +117,24 @@ def _check(ingredients: Sequence[Ingredient], base: BaseWeights) -> None:
         for path, factors in one.adapter.modules.items():
             check_update(base, path, factors, file=file)
         check_carried(base, one.adapter.carried, file=file)
+
+
+def _nothing_is_left(done: Combined) -> InputError:
+    """Return the error for a result without a module: nothing fits the limit (GS-3456), or the updates cancel (GS-3452).
+
+    Of the limits only a number of parameters can leave nothing.
+    """
+    smallest = min((sum(one.shape) for one in done.spectra.values() if one.numerical_rank), default=None)
+    if smallest is None:
+        return InputError(
+            "the updates cancel: the merged adapter changes nothing", code="GS-3452",
+            hint="look at the weights; is one of them the other's with the opposite sign?",
+        )  # fmt: skip
+    return InputError(
+        "the number of parameters is too small: rank 1 of no module fits", code="GS-3456",
+        expected=f"--parameters {smallest} or more", actual=done.limits.parameters,
+        hint=f"--parameters {smallest} keeps one direction of the smallest module; or --rank R, --tolerance T",
+    )  # fmt: skip
 
 
 def _above_budget(merged: MergedAdapter, limits: Limits) -> tuple[str, ...]:

@@ -143,6 +143,18 @@ def test_refusals_leave_nothing(tmp_path: Path, tiny_base: Path, bound: BaseId, 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_number_of_parameters_that_keeps_nothing_is_no_cancelling(
+    tmp_path: Path, tiny_base: Path, bound: BaseId, ingredients: list[Ingredient]
+) -> None:
+    with pytest.raises(InputError, match="GS-3456") as caught:
+        merge(ingredients, tiny_base, bound, tmp_path / "out", parameters=10)
+    smallest = min(sum(llama_shapes()[path]) for one in ingredients for path in one.adapter.modules)
+    assert caught.value.fields["expected"] == f"--parameters {smallest} or more"
+    with pytest.raises(InputError, match="GS-3456"):
+        merge(ingredients, tiny_base, bound, tmp_path / "out", parameters=smallest - 1)
+    assert merge(ingredients, tiny_base, bound, tmp_path / "out", parameters=smallest).adapter.parameters == smallest
+
+
 def test_what_all_adapters_say_of_their_base_in_4_bits_stays_said(
     tmp_path: Path, tiny_base: Path, bound: BaseId, ingredients: list[Ingredient]
 ) -> None:
