@@ -80,7 +80,8 @@ def merge_into_adapter(
 
     bound_to: `base` by its roots, to which the result is bound. Nothing is written where anything is refused. Raises
     BindingError (GS-404, GS-405) for modules that the base lacks or has in another shape; InputError: GS-3452 where all
-    updates cancel, GS-3456 where the limit keeps none, GS-3454 where the dtype leaves nothing; and what `combine` raises.
+    updates cancel, GS-3456 where the limit keeps none, GS-3454 where the dtype leaves nothing; and what `combine`
+    raises.
     """
     dtype: ExportDtype = "float32" if config.dtype == "auto" else config.dtype
     limits = Limits(config.rank, config.tolerance, config.parameters)
@@ -103,7 +104,7 @@ def merge_into_adapter(
         _check_not_rounded_away(modules, dtype)
         shutil.rmtree(spill.folder)
         merged = MergedAdapter(output, root, read_adapter(stage), modules)
-        merged = replace(merged, warnings=_above_budget(merged, done.limits))
+        merged = replace(merged, warnings=_above_budget(merged, done, ranks, config))
         merged = replace(merged, receipt=make_receipt(merged, done, ingredients, config))
         check_unchanged(before)
         write_json(stage / RECEIPT, merged.receipt)
@@ -120,7 +121,7 @@ def _check(ingredients: Sequence[Ingredient], base: BaseWeights) -> None:
 
 
 def _nothing_is_left(done: Combined) -> InputError:
-    """Return the error for a result without a module: nothing fits the limit (GS-3456), or the updates cancel (GS-3452).
+    """Return the error for a result without a module: nothing fits the limit (GS-3456), or updates cancel (GS-3452).
 
     Of the limits only a number of parameters can leave nothing.
     """
@@ -137,13 +138,20 @@ def _nothing_is_left(done: Combined) -> InputError:
     )  # fmt: skip
 
 
-def _above_budget(merged: MergedAdapter, limits: Limits) -> tuple[str, ...]:
-    """Say where the budget is exceeded: engines want the experts of a layer at one rank, the largest among them."""
-    written = merged.adapter.parameters
-    if limits.parameters is None or written <= limits.parameters:
+def _above_budget(
+    merged: MergedAdapter, done: Combined, ranks: Mapping[str, int], config: MergeConfig
+) -> tuple[str, ...]:
+    """Say where more is written than the budget has: modules that are written at a rank above their own, and why."""
+    written, budget = merged.adapter.parameters, done.limits.parameters
+    if budget is None or written <= budget:
         return ()
-    why = "the experts of a layer are written at one rank, the largest among them"
-    return (f"{written:,} parameters, above the {limits.parameters:,} asked for: {why}",)
+    whose = "asked for" if config.parameters is not None else "of the largest adapter"
+    why = []
+    if any(rank > done.ranks.get(path, 0) for path, rank in ranks.items()):
+        why.append("the experts of a layer are written at one rank, the largest among them")
+    if config.form == "padded":
+        why.append("--form padded writes all modules at one rank, the largest among them")
+    return (f"{written:,} parameters, above the {budget:,} {whose}: {'; '.join(why)}",)
 
 
 def _check_not_rounded_away(modules: Mapping[str, ModuleError], dtype: str) -> None:

@@ -155,6 +155,18 @@ def test_a_number_of_parameters_that_keeps_nothing_is_no_cancelling(
     assert merge(ingredients, tiny_base, bound, tmp_path / "out", parameters=smallest).adapter.parameters == smallest
 
 
+def test_padding_is_told_as_padding(
+    tmp_path: Path, tiny_base: Path, bound: BaseId, ingredients: list[Ingredient]
+) -> None:
+    for name, settings, whose in (("a", {"method": "svd"}, "largest adapter"), ("b", {"parameters": 900}, "asked for")):
+        done = merge(ingredients, tiny_base, bound, tmp_path / name, form="padded", **settings)
+        [warning] = done.warnings
+        assert "padded" in warning
+        assert whose in warning
+        assert "experts" not in warning
+        assert ("asked for" in warning) == ("parameters" in settings)
+
+
 def test_what_all_adapters_say_of_their_base_in_4_bits_stays_said(
     tmp_path: Path, tiny_base: Path, bound: BaseId, ingredients: list[Ingredient]
 ) -> None:
