@@ -30,7 +30,7 @@ from gora_serve.deploy.sum_of import FourBits, Requantize
 from gora_serve.deploy.trained_on import quantization
 from gora_serve.errors import MachineError, MismatchError
 from gora_serve.integrity.bases import Base
-from gora_serve.integrity.binding import check_folder, seal_folder
+from gora_serve.integrity.binding import OWN, check_folder, digest_of_seal, seal_folder
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.digest import weights_root
 from gora_serve.integrity.files import sha256_file, staged_folder, write_json
@@ -40,7 +40,7 @@ from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.roots import config_root, tokenizer_names, tokenizer_root
 from gora_serve.integrity.staging import SEAL, check_target
-from gora_serve.integrity.targets import check_is_unicode
+from gora_serve.integrity.targets import SEAL_LIMIT, check_is_unicode
 
 _SHOWN = 5
 Rounder = Callable[[], Requantize]  # makes what rounds to 4 bits, or raises MachineError
@@ -296,8 +296,8 @@ def _added_to(folder: Path, asked: BaseAs) -> AddedTo:
 
 
 def _is_sealed(folder: Path, name: str) -> bool:
-    """Tell whether a file is there and is the one of the folder's manifest."""
-    seal = read_json(folder / SEAL) if (folder / SEAL).is_file() and (folder / name).is_file() else {}
-    files = seal.get("files") if isinstance(seal, dict) else None
+    """Tell whether a file is there and is the one of the folder's manifest, which is as it was written."""
+    seal = read_json(folder / SEAL, limit=SEAL_LIMIT) if (folder / SEAL).is_file() and (folder / name).is_file() else {}
+    files = seal.get("files") if isinstance(seal, dict) and seal.get(OWN) == digest_of_seal(seal) else None
     entry = files.get(name) if isinstance(files, dict) else None
     return isinstance(entry, dict) and entry.get("sha256") == sha256_file(folder / name)[1]

@@ -20,6 +20,7 @@ from gora_serve.cli.render_merge import model_summary, replay_summary
 from gora_serve.config import MergeConfig
 from gora_serve.errors import InputError, MismatchError
 from gora_serve.integrity.bases import Base
+from gora_serve.integrity.files import sha256_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 Q_PROJ, UP_PROJ = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
@@ -64,6 +65,12 @@ def test_only_a_sealed_receipt_says_what_updates_were_added_to(work: Path) -> No
     receipt["settings"]["base_as"] = "nf4"
     file.write_text(json.dumps(receipt))
     with pytest.raises(MismatchError, match=r"(?s)GS-102.*merge\.json"):
+        verify(work, "plain")
+    seal = work / "plain" / "gora_manifest.json"
+    files = json.loads(seal.read_text())
+    files["files"]["merge.json"] = {"size": file.stat().st_size, "sha256": sha256_file(file)[1]}
+    seal.write_text(json.dumps(files))
+    with pytest.raises(MismatchError, match="GS-116"):
         verify(work, "plain")
 
 
