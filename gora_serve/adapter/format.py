@@ -272,7 +272,7 @@ def _sorted_out(tensors: TensorFiles, saved: Collection[str], file: Path) -> tup
         if parsed is None or len(entry.shape) != 2 or entry.dtype not in DTYPES.values():
             raise InputError(
                 "a tensor that is no LoRA factor", code="GS-361", file=file, tensor=key,
-                hint="only exports of this tool are read here; export the run again, or convert the adapter",
+                hint="gora-serve convert ADAPTER --base BASE --output DIR reads adapters of any tool",
             )  # fmt: skip
         parts.setdefault(parsed[0], {})[parsed[1]] = key
         embeddings |= {parsed[0]} if embedding else set()

@@ -97,7 +97,7 @@ def read_scales(config: Mapping[str, Any], ranks: Mapping[str, int], *, file: Pa
         if foreign or not isinstance(pattern, dict):
             raise InputError(
                 f"{name} is not one that gora-serve wrote", code="GS-353", file=file, actual=foreign,
-                hint="only exports of this tool are read here; export the run again",
+                hint="gora-serve convert ADAPTER --base BASE --output DIR reads the patterns of any tool",
             )  # fmt: skip
         patterns[name] = {keys[key]: value for key, value in pattern.items()}
     scales = {}
@@ -231,5 +231,6 @@ def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:
         if config.get(key) not in allowed:
             raise InputError(
                 "not a plain LoRA adapter", code="GS-356", file=file, tensor=key, expected=allowed[0],
-                actual=config.get(key), hint="only exports of this tool are read here; export the run again",
+                actual=config.get(key),
+                hint="gora-serve convert ADAPTER --base BASE --output DIR reads adapters of any tool",
             )  # fmt: skip

@@ -17,6 +17,7 @@ from gora_serve.config import MergeMethod
 from gora_serve.errors import InputError
 
 AVERAGING = ("cat", "linear", "svd")  # of ties and dare the mean is none
+_INTO_MODEL = "--into model is exact for any weights, and any tensors"
 
 
 def combine_carried(given: Sequence[tuple[Adapter, float]], method: MergeMethod) -> dict[str, Tensor]:
@@ -46,7 +47,8 @@ def _combined(name: str, given: Sequence[tuple[Adapter, float]], method: MergeMe
         raise _conflict(name, "of different shapes, or no floating-point numbers")
     total = math.fsum(weight for _, weight in found)
     if method not in AVERAGING or not math.isclose(total, 1, rel_tol=1e-9):
-        raise _conflict(name, f"different, with weights that sum to {total:g}, by {method}")
+        mean = f"--method linear averages it; {_INTO_MODEL}" if method != "linear" else _INTO_MODEL
+        raise _conflict(name, f"different, with weights that sum to {total:g}, by {method}", hint=mean)
     ordered = sorted(found, key=lambda pair: (pair[1], _bytes(pair[0])))
     mean = torch.zeros(first.shape, dtype=torch.float64)
     for tensor, weight in ordered:
@@ -70,9 +72,9 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return widest
 
 
-def _conflict(name: str, actual: str) -> InputError:
+def _conflict(name: str, actual: str, *, hint: str = _INTO_MODEL) -> InputError:
     return InputError(
         "a tensor that is carried whole cannot be merged", code="GS-3451", tensor=name,
         expected="the same in all adapters, or carried by all of them with weights that sum to 1", actual=actual,
-        hint="--method linear averages; merging into the model is exact for any weights",
+        hint=hint,
     )  # fmt: skip

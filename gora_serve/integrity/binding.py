@@ -17,6 +17,7 @@ from gora_serve.integrity.targets import SEAL_LIMIT, SEAL_SCHEMA
 from gora_serve.integrity.values import only_types_differ
 
 SCHEMA = SEAL_SCHEMA
+_AGAIN = "write the folder again with the command that made it, or fetch it again, whole"
 OWN = "seal"  # the key of the digest of everything else in the file
 _RESERVED = {"schema", "files", "status", OWN}
 
@@ -68,8 +69,8 @@ def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, 
     seal = folder / SEAL
     if not seal.exists():
         hint = (
-            "an adapter of another tool: gora-serve bind (plain LoRA) or gora-serve convert makes a copy that can be "
-            "verified; one of gora-serve's own was not finished"
+            "an adapter of another tool: gora-serve convert makes a copy that can be verified and exported, gora-serve "
+            "bind (plain LoRA) one that can be verified; one of gora-serve's own was not finished"
         )
         raise InputError(f"there is no {SEAL}", code="GS-332", file=folder, hint=hint)
     value = _read_seal(seal)
@@ -86,7 +87,7 @@ def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, 
         raise MismatchError(
             what + more,
             code=code,
-            hint="export or fetch the folder again, whole",
+            hint=_AGAIN,
             file=folder / name,
             expected=expected,
             actual=actual,
@@ -100,7 +101,7 @@ def _check_seal(file: Path, value: Mapping[str, object]) -> None:
     expected, actual = value.get(OWN), digest_of_seal(value)
     if expected != actual or json_text(value).encode() != file.read_bytes():
         raise MismatchError(
-            f"{SEAL} has changed itself", code="GS-116", hint="export or fetch the folder again, whole", file=file,
+            f"{SEAL} has changed itself", code="GS-116", hint=_AGAIN, file=file,
             expected=expected, actual=actual if expected != actual else "the same values in another text",
         )  # fmt: skip
 
@@ -132,7 +133,7 @@ def _read_seal(path: Path) -> dict[str, object]:
         raise InputError(
             "this manifest is malformed",
             code="GS-333",
-            hint="export or fetch the folder again, whole",
+            hint=_AGAIN,
             file=path,
             expected="schema, files, status",
         )
@@ -140,7 +141,7 @@ def _read_seal(path: Path) -> dict[str, object]:
         raise InputError(
             "this folder is not complete",
             code="GS-333",
-            hint="export or fetch the folder again, whole",
+            hint=_AGAIN,
             file=path,
             actual=value.get("status"),
         )
@@ -149,7 +150,7 @@ def _read_seal(path: Path) -> dict[str, object]:
             raise InputError(
                 "this manifest is malformed",
                 code="GS-333",
-                hint="export or fetch the folder again, whole",
+                hint=_AGAIN,
                 file=path,
                 actual=name,
             )

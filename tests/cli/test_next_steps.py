@@ -141,3 +141,28 @@ def test_many_names_are_counted(tmp_path: Path, tiny_base: Path) -> None:
     assert "and 1 more (tensors.carried in conversion.json)" in told
     left = gora_here(*words, "--leave-out", "norm", "--overwrite").out
     assert "tensors.without_effect in conversion.json" in left
+
+
+def test_patterns_of_another_tool_have_a_way_to_an_export(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """export says convert, also after bind; and convert does it."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    patterns = {"use_rslora": True, "rank_pattern": {"q_proj": config["r"]}, "alpha_pattern": {"q_proj": 3}}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **patterns}))
+    answer = gora_here("export", adapter, "--output", tmp_path / "one")
+    assert answer.gs == "GS-332"
+    assert "convert makes a copy that can be verified and exported" in str(answer.field("try"))
+    assert gora_here("bind", adapter, "--base", tiny_base, "--output", tmp_path / "bound").code == 0
+    answer = gora_here("export", tmp_path / "bound", "--output", tmp_path / "one")
+    assert answer.gs == "GS-353"
+    assert "gora-serve convert" in str(answer.field("try"))
+    answer = gora_here("convert", tmp_path / "bound", "--base", tiny_base, "--output", tmp_path / "converted")
+    assert answer.code == 0, answer.err
+    assert gora_here("export", tmp_path / "converted", "--output", tmp_path / "one").code == 0
+
+
+def test_a_damaged_folder_is_written_again_by_what_made_it(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+    assert gora_here("merge", tiny_base, "-a", adapter, "--output", tmp_path / "out").code == 0
+    (tmp_path / "out" / "generation_config.json").write_text("{}")
+    answer = gora_here("verify", tmp_path / "out")
+    assert answer.gs == "GS-102"
+    assert "export" not in str(answer.field("try"))

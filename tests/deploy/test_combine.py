@@ -259,8 +259,10 @@ def test_what_is_carried_is_kept_averaged_or_refused() -> None:
         ([(both[0], 0.5), (replace(other, carried={"score.weight": head[:2]}), 0.5)], "cat"),
     ]
     for given_adapters, method in conflicts:
-        with pytest.raises(InputError, match="GS-3451"):
+        with pytest.raises(InputError, match="GS-3451") as caught:
             combine_adapters(given_adapters, method)
+        summed = "weights that sum" in str(caught.value.fields["actual"])  # the mean alone would do
+        assert ("--method linear" in str(caught.value.fields["try"])) == summed
 
 
 def test_embeddings_stay_embeddings() -> None:
