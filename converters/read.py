@@ -12,7 +12,7 @@ from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source, open_source
 from gora_serve.deploy.trained_on import unquantized_name
-from gora_serve.errors import InputError, UsageError
+from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import UNBOUND
 from gora_serve.integrity.manifest import Manifest, hash_model
@@ -149,7 +149,10 @@ def held_to_base(
     edited = inputs.mutated_base if bound.weights != actual.roots.weights else None
     if edited is not None and bound.weights == hash_model(edited, listen=inputs.listen).roots.weights:
         return assumed
-    return assumed + tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base.path))
+    try:
+        return assumed + tuple(check_bound(record, bound, actual, source.tensors.keys(), base=base.path))
+    except BindingError as err:  # which of several it is
+        raise err.saying(f"{source.folder}: {err.what}") from err
 
 
 def is_asserted(source: Source, weights_root: str) -> bool:

@@ -81,6 +81,11 @@ class GoraError(Exception):
         fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
         return type(self)(self.what, code=self.code, faults=self.faults, **(fields | {"hint": hint}))  # type: ignore[arg-type]
 
+    def saying(self, what: str) -> Self:
+        """Return the same error with another first line, for a caller that knows more of it."""
+        fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
+        return type(self)(what, code=self.code, faults=self.faults, **fields)  # type: ignore[arg-type]
+
     def to_json(self) -> dict[str, object]:
         """Return the same fields for `--json`."""
         fields = {name: printable(value) for name, value in self.fields.items()}

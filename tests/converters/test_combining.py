@@ -86,8 +86,10 @@ def test_refusals(tmp_path: Path, tiny_base: Path, make_adapter: MakeAdapter) ->
     ranks = {LLAMA_PATHS[0]: 2}
     stranger = BaseId("other", None, hash_model(tmp_path / "other").roots)
     export_adapter(make_adapter(ranks, shapes=llama_shapes(), base=stranger), tmp_path / "stranger")
-    with pytest.raises(BindingError, match="GS-401"):
-        merge_adapters([(tmp_path / "stranger", 1.0)], base, tmp_path / "out")
+    trained(tmp_path / "lora", r=4)
+    with pytest.raises(BindingError, match="GS-401") as caught:
+        merge_adapters([(tmp_path / "lora", 1.0), (tmp_path / "stranger", 1.0)], base, tmp_path / "out")
+    assert caught.value.what.startswith(f"{tmp_path / 'stranger'}: ")
     bound = BaseId(str(tiny_base), None, hash_model(tiny_base).roots)
     export_adapter(make_adapter(ranks, shapes=llama_shapes(), base=bound), tmp_path / "damaged")
     (tmp_path / "damaged" / "README.md").write_text("something else")
