@@ -178,7 +178,8 @@ def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Repla
         elif (entry.dtype in FLOATS) != (target.dtype in FLOATS):
             why = f"its type is {entry.dtype}, and should be {target.dtype}"
         elif target.fresh and target.module in HEADS and merged.config.get("tie_word_embeddings", True):
-            why = "config.json ties the head to the embeddings, so that the head's own update is lost"
+            lost = "the head's own update is lost" if target.pieces else "it gets their update, and none belongs there"
+            why = f"config.json ties the head to the embeddings, so that {lost}"
         else:
             yield replace(target, dtype=entry.dtype), name
             continue

@@ -184,6 +184,8 @@ def test_a_tied_head_gets_a_tensor_of_its_own(tmp_path: Path, target: str) -> No
     model.save_pretrained(tmp_path / "theirs")
     check = verify_merged(tmp_path / "theirs", [(tmp_path / "adapter", 1.0)], Base("base", tmp_path / "base"))
     assert check.replay.verdict == "differs"
+    said = "own update is lost" if target == "lm_head" else "it gets their update"
+    assert said in check.replay.tensors["lm_head.weight"].reason
 
 
 @pytest.mark.parametrize("module", ["shared", "lm_head"])
