@@ -13,7 +13,7 @@ from gora_serve.adapter.factors import Adapter
 from gora_serve.adapter.format import read_adapter, seal_record, write_adapter, written_bytes
 from gora_serve.config import ExportConfig
 from gora_serve.deploy.gguf_file import GGUF, GgufWritten, base_config, need_gguf, write_gguf
-from gora_serve.errors import InputError
+from gora_serve.errors import InputError, MachineError, UsageError
 from gora_serve.integrity.bases import Base, locate_settings
 from gora_serve.integrity.binding import check_folder, seal_folder
 from gora_serve.integrity.files import staged_folder, write_text
@@ -47,8 +47,8 @@ def export(
 
     The files are the same, byte for byte, in every process. The source is checked against its own manifest first. Where
     the base is here, the manifest gets a fingerprint of the adapter's answers (`reference.fingerprint`).
-    base: whose config.json a file for llama.cpp needs, where it is not the one that the adapter names. Raises
-    InputError for an unfinished run, MismatchError for a damaged one, OutputError for an existing output, and what
+    base: whose config.json a file for llama.cpp needs, where it is not the one that the adapter names; the fingerprint
+    is taken on it too. Raises InputError for an unfinished run, MismatchError for a damaged one, OutputError for an existing output, and what
     `write_gguf` raises.
     """
     config = config or ExportConfig()
@@ -68,7 +68,13 @@ def _settings(trained: Adapter, base: str | None) -> Base:
     """Return the base with its config.json, of the hub at the adapter's revision."""
     need_gguf()
     revision = trained.base.revision
-    found = locate_settings(base or (f"{trained.base.name}@{revision}" if revision else trained.base.name))
+    try:
+        found = locate_settings(base or (f"{trained.base.name}@{revision}" if revision else trained.base.name))
+    except (MachineError, UsageError) as err:
+        if base is not None:
+            raise
+        here = f"--base BASE, where the base is now: {trained.base.name!r} is what the adapter calls it"
+        raise err.advising(f"{here}; or {err.fields['try']}" if "try" in err.fields else here) from err
     base_config(trained, found)
     return found
 
@@ -94,7 +100,7 @@ def export_adapter(
     require_space(output, 2 * wanted if config.gguf else wanted)
     if config.gguf:
         check_is_unicode(output)  # the file is read back by a library
-    base = Path(adapter.base.name) if adapter.base.name else None
+    base = _fingerprinted_on(adapter, gguf_for)
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         root = write_adapter(stage, adapter, config.form, getattr(torch, config.dtype))
         write_text(stage / "README.md", model_card(adapter, config.form))
@@ -103,3 +109,10 @@ def export_adapter(
         record = seal_record(root, adapter.base, adapter.origin, config)
         seal_folder(stage, record | ({"canary": canary} if canary else {}))
     return Exported(output, root, adapter, f"{'stored' if canary else 'none'}: {told}", gguf)
+
+
+def _fingerprinted_on(adapter: Adapter, gguf_for: Base | None) -> Path | None:
+    """Return where the base may lie with its weights: the folder that was given, or that the adapter names."""
+    if gguf_for is not None and gguf_for.revision is None:  # of a hub id only settings are here
+        return gguf_for.path
+    return Path(adapter.base.name) if adapter.base.name else None

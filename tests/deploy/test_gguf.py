@@ -22,7 +22,7 @@ from gora_serve.deploy.gguf_names import ARCHITECTURES, places
 from gora_serve.deploy.rope_rows import interleave, separate
 from gora_serve.errors import BindingError, InputError, MachineError
 from gora_serve.integrity.bases import Base
-from gora_serve.integrity.manifest import Roots
+from gora_serve.integrity.manifest import Roots, hash_model
 from gora_serve.integrity.verify import verify_adapter
 from gora_serve.training.export import export, export_adapter
 
@@ -142,6 +142,19 @@ def test_export_writes_it_beside_the_rest_and_twice_the_same(
     assert 0 < done.gguf.error < 1e-7
     assert verify_adapter(tmp_path / "out").root == done.root
     assert read_gguf(tmp_path / "out" / GGUF, {}).keys() == {llama_cpp_name(path) for path in tiny_adapter.modules}
+
+
+def test_a_base_that_has_moved(
+    tmp_path: Path, tiny_base: Path, tiny_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the path in the adapter leads nowhere from here, --base is named, and takes the fingerprint too."""
+    bound = BaseId("bases/tiny", None, hash_model(tiny_base).roots)
+    export_adapter(replace(tiny_adapter, base=bound), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MachineError, match=r"(?s)GS-521.*--base BASE.*bases/tiny"):
+        export(tmp_path / "run", tmp_path / "out", ExportConfig(gguf=True))
+    done = export(tmp_path / "run", tmp_path / "out", ExportConfig(gguf=True), base=str(tiny_base))
+    assert done.canary.startswith("stored")
 
 
 def test_what_llama_cpp_cannot_hold_is_refused_with_its_name(
