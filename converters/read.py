@@ -10,7 +10,7 @@ from converters.detect import Detection, decide
 from converters.families import family_named
 from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
-from converters.source import Source, open_source
+from converters.source import CONFIG, Source, open_source
 from gora_serve.deploy.trained_on import unquantized_name
 from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.integrity.bases import Base
@@ -114,7 +114,8 @@ def refuse_another_base(
     """
     if reading.initial is None and not detection.assumed and (named := _another(source, manifest, base)):
         names = names_of(base.path, base.name)
-        raise another_base(source.folder, source.config_file, named, base.path, names)
+        err = another_base(source.folder, source.config_file, named, base.path, names)
+        raise err.advising(f"{err.fields['try']}; of a family that bind refuses, correct the name in {CONFIG}")
 
 
 def _another(source: Source, manifest: Callable[[], Manifest], base: Base) -> str | None:

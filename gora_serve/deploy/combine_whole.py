@@ -47,8 +47,8 @@ def _combined(name: str, given: Sequence[tuple[Adapter, float]], method: MergeMe
         raise _conflict(name, "of different shapes, or no floating-point numbers")
     total = math.fsum(weight for _, weight in found)
     if method not in AVERAGING or not math.isclose(total, 1, rel_tol=1e-9):
-        mean = f"--method linear averages it; {_INTO_MODEL}" if method != "linear" else _INTO_MODEL
-        raise _conflict(name, f"different, with weights that sum to {total:g}, by {method}", hint=mean)
+        way = f"--method linear averages it; {_INTO_MODEL}" if method != "linear" else _INTO_MODEL
+        raise _conflict(name, f"different, with weights that sum to {total:g}, by {method}", hint=way)
     ordered = sorted(found, key=lambda pair: (pair[1], _bytes(pair[0])))
     mean = torch.zeros(first.shape, dtype=torch.float64)
     for tensor, weight in ordered:

@@ -48,8 +48,8 @@ def export(
     The files are the same, byte for byte, in every process. The source is checked against its own manifest first. Where
     the base is here, the manifest gets a fingerprint of the adapter's answers (`reference.fingerprint`).
     base: whose config.json a file for llama.cpp needs, where it is not the one that the adapter names; the fingerprint
-    is taken on it too. Raises InputError for an unfinished run, MismatchError for a damaged one, OutputError for an existing output, and what
-    `write_gguf` raises.
+    is taken on it too. Raises InputError for an unfinished run, MismatchError for a damaged one, OutputError for an
+    existing output, and what `write_gguf` raises.
     """
     config = config or ExportConfig()
     if source.name.endswith(".partial") and not (source / "adapter").exists():
