@@ -168,7 +168,7 @@ def _four_bits(
     added = "to what NF4 makes of the weights" if add_to else "to the weights as stored"
     note = f"trained on a base in 4 bits ({why}); updates are added {added}"
     if not add_to and not alone:
-        return None, (note,)
+        return None, (note,) if said else ()
     try:
         return FourBits(rounder(), add_to, alone), (note,)
     except MachineError as err:

@@ -62,7 +62,7 @@ def replay_summary(done: Checked) -> Summary:
         f"{_SAID[replay.verdict]} ({Level.BYTES.value})",
     ]
     what = "what NF4 makes of the weights" if done.added_to.base_as == "nf4" else "the weights as stored"
-    lines.insert(1, f"updates added to {what}, by {done.added_to.said_by}")
+    lines.insert(1, f"updates added to {what} ({done.added_to.said_by})")
     lines += ["its files are those of its manifest"] if done.sealed and replay.verdict != "differs" else []
     value = {
         "path": str(done.folder), "base": str(done.base.path), "verdict": replay.verdict, "counts": counts,

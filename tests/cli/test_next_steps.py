@@ -166,3 +166,9 @@ def test_a_damaged_folder_is_written_again_by_what_made_it(adapter: Path, tiny_b
     answer = gora_here("verify", tmp_path / "out")
     assert answer.gs == "GS-102"
     assert "export" not in str(answer.field("try"))
+
+
+def test_base_as_is_for_merged_models(adapter: Path) -> None:
+    answer = gora_here("verify", adapter, "--base-as", "nf4")
+    assert (answer.code, answer.gs) == (2, "GS-264")
+    assert "-a ADAPTER" in str(answer.field("try"))

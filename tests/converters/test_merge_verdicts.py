@@ -104,6 +104,21 @@ def test_the_model_in_training_is_that_of_one_adapter(work: Path) -> None:
             assert not any("model in training" in line for line in model_summary(done).lines)
 
 
+def test_of_several_adapters_the_one_in_4_bits_is_named(work: Path) -> None:
+    shutil.copytree(work / "adapter", work / "q")
+    file = work / "q" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "org/base-bnb-4bit"}))
+    given = [(work / "adapter", 1.0), (work / "q", 1.0)]
+    base = Base("base", work / "base")
+    done = merge_model(given, base, work / "both", MergeConfig(), rounder=quantizer)  # type: ignore[arg-type]
+    assert "error_on_stored" not in done.receipt["totals"]
+    [note] = done.notes
+    assert str(work / "q") in note
+    assert str(work / "adapter") not in note
+    done = merge_model(given[1:], base, work / "one", MergeConfig(), rounder=quantizer)  # type: ignore[arg-type]
+    assert "error_on_stored" in done.receipt["totals"]
+
+
 def test_no_share_of_an_update_that_is_none(work: Path) -> None:
     [table] = model_summary(of(work, "out", 0.0)).tables
     assert [list(column.cells) for column in table.columns if column.header == "stored"] == [["-"]]
