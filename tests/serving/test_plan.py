@@ -12,17 +12,15 @@ import pytest
 from gora_serve.errors import InputError, MachineError, UsageError
 from gora_serve.serving.options import group_options
 from gora_serve.serving.plan import (
-    RANK_BUCKETS,
     ServeConfig,
     ServedAdapter,
     ServePlan,
     parse_adapter,
     plan_server,
-    rank_bucket,
     read_served_adapters,
-    target_modules,
     with_device,
 )
+from gora_serve.serving.room import RANK_BUCKETS, rank_bucket, target_modules
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 CPU = ServeConfig(device="cpu")
