@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Devices on Windows, with any ending: a folder of such a name cannot be copied there.
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-# Each opens a way to load adapters, code or debug routes that nobody checked, past the guard too, or logs answers. A name may end in "*".
+# Each opens a way to load adapters, code or debug routes that nobody checked, a front end that the guard is not in, or
+# logs answers. A name may end in "*".
 SCRUBBED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*", "VLLM_ALLOW_INSECURE_*",
-    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_USE_RUST_FRONTEND",  # a front end that the guard is not in
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_USE_RUST_FRONTEND",
 )  # fmt: skip
 # Secrets that an engine without a network has no use for: taken away without a word.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

@@ -63,7 +63,7 @@ def rank_bucket(rank: int) -> int:
 class Room:
     """What an engine that takes adapters while it runs was started for.
 
-    adapters: how many may be served at once. rank: the largest. targets: the names of modules, None where all are taken.
+    adapters: how many may be served at once. rank: the largest. targets: names of modules, None where all are taken.
     """
 
     adapters: int
