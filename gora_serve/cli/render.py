@@ -366,6 +366,9 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
     patterns = [name for name in plan.removed if "*" in name]
     lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
     lines += [f"# {name}: {trained_on_text(record)}" for name, record in value["trained_on"].items()]
+    if watched := value["watched"]:
+        room = f"room for {watched['max_adapters']} adapters up to rank {watched['max_rank']}"
+        lines.append(f"# watched: {watched['directory']}, {len(watched['found'])} to be served now, {room}")
     return Summary(value, [*lines, " ".join(["env", *words, shlex.join(plan.argv)])])
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from gora_serve.errors import BindingError, GoraError, MachineError, OutputError, RunError, UsageError
@@ -31,7 +32,7 @@ from gora_serve.serving.changes import (
 from gora_serve.serving.engine import Beside, Server
 from gora_serve.serving.loading import Loaded, RunningEngine
 from gora_serve.serving.plan import ServedAdapter, ServePlan, Watched, check_name
-from gora_serve.serving.preflight import refuse
+from gora_serve.serving.preflight import as_fault, refuse
 from gora_serve.serving.room import SWAP, require_room
 from gora_serve.serving.store import Store, hold
 from gora_serve.serving.watch import FileWatch
@@ -159,13 +160,13 @@ class LiveAdapters:
                     self.step()
                     self._complain("")
                 except GoraError as err:  # the directory, or the engine, does not answer: all stays as it is
-                    self._complain(str(err))
+                    self._complain("; ".join(_lines(err, self._watched.folder)))
         except Exception as err:  # ours: the server's own loop raises it
             self._failure = err
 
     def _complain(self, text: str) -> None:
         if text and text != self._complaint and not self._stop.is_set():
-            self._say(f"{text}\n  kept: what was served is served")
+            self._say(f"{text}; what was served is served")
         self._complaint = text
 
     # One look.
@@ -271,8 +272,9 @@ class LiveAdapters:
             stands = self._known[name].stamp == one.stamp and now - self._known[name].since >= self._pace.patience
             if stands and not one.told:
                 self._refused[name] = replace(one, told=True)
-                older = "; its older version goes on being served" if name in self._served else ""
-                self._say(f"refused: {name}{older}: {one.error}")
+                older = " (its older version goes on being served)" if name in self._served else ""
+                for line in _lines(one.error, self._watched.folder / name):
+                    self._say(f"refused: {name}{older}: {line}")
         state = self.state()
         if state != self._state:
             self._tell(adapters=state)
@@ -287,6 +289,10 @@ class LiveAdapters:
             "refused": {name: one.error.to_json()["error"] for name, one in self._refused.items() if one.told},
             "leaving": sorted(one.adapter.path.name for one, _ in self._leaving),
         }  # fmt: skip
+
+
+def _lines(err: GoraError, path: Path) -> Sequence[str]:
+    return err.faults or (str(as_fault(err, path)),)
 
 
 def watch_directory(plan: ServePlan, say: Callable[[str], None]) -> Beside:
