@@ -53,7 +53,7 @@ class Row:
 def write_sound(
     folder: Path, shapes: Mapping[str, tuple[int, int]], *, seed: int = 0, base: str = "", rank: int = 4
 ) -> Path:
-    """Write a sound adapter: q_proj at half the rank, the others at `rank`. shapes: (out, in) of each of its modules."""
+    """Write a sound adapter: q_proj at half the rank, others at `rank`. shapes: (out, in) of each of its modules."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     tensors: Arrays = {}
