@@ -84,10 +84,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     shutil.copytree(made / "a1", live / "a")
     CORPUS[0].build(made / "b", live / "bad")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    long = "Once upon a time there was a small village at the foot of a mountain. " * 12  # some blocks of the KV cache
-    texts = ("The capital of France is", "def fibonacci(n):\n    if n < 2:\n        return n\n    return", long)
+    long = "Once upon a time there was a small village at the foot of a mountain. " * 9  # a block of the KV cache
+    texts = ("The capital of France is", long)
     prompts = tuple(tuple(tokenizer(text)["input_ids"]) for text in texts)
     words = ("-a", f"fixed={made / 'fixed'}", "--adapters", str(live), "--store", str(folder / "store"))
+    words += ("--max-rank", "16", "--max-adapters", "4", "--", "--lora-target-modules", *ends)  # less to compute
     with serving(base, folder, *words) as server:
         server.wait("ready:")
         versions = {"base": [Version(None)], "fixed": [Version("fixed")], "a": [Version("a1")], "b": [Version("b")]}
@@ -104,31 +105,31 @@ def test_what_lay_there_at_the_start_is_served(scene: Scene) -> None:
 def test_under_load_adapters_come_change_and_go(scene: Scene) -> None:
     """No request fails. Whether each answer is right is the next test's question."""
     server, live = scene.server, scene.live
-    with Traffic(server.url, ["base", "fixed", "a"], scene.prompts, workers=6) as traffic:
-        traffic.after(12)
+    with Traffic(server.url, ["base", "fixed", "a"], scene.prompts, workers=4) as traffic:
+        traffic.after(8)
         scene.drop("b", "b")
         server.wait("served: b:")
         traffic.models.append("b")
-        traffic.after(16)
+        traffic.after(12)
         for row in CORPUS:
             if row.name in BROKEN:
                 row.build(scene.made / "a2", live / f"bad-{row.code.lower()}")
         scene.swap("a2", "a", 1)
-        traffic.after(16)
+        traffic.after(12)
         for row in CORPUS:
             if row.name in BROKEN:
                 server.wait(f"refused: bad-{row.code.lower()}:")
         scene.swap("a3", "a", 2)
-        traffic.after(16)
+        traffic.after(12)
         traffic.without("b")
         shutil.rmtree(live / "b")
         server.wait("withdrawn: b")
-        traffic.after(6)
+        traffic.after(4)
     server.wait("unloaded: b")
     server.wait("unloaded: a", 2)
     scene.asked = traffic.asked
     assert [one.error for one in scene.asked if one.error] == []
-    assert len(scene.asked) > 66
+    assert len(scene.asked) > 48
     assert list_models(server.url) == ("base", "fixed", "a")
     with pytest.raises(RunError, match="HTTP 404"):
         complete(server.url, "b", [1, 2, 3], 1)
@@ -145,10 +146,10 @@ def test_every_answer_was_that_of_its_own_adapter(scene: Scene, record_property:
     record_property("largest difference", max(found))
     assert max(found) < TOLERANCE
     crossed = {name: [Version("a2")] for name in scene.versions}
-    others = [one for one in scene.asked if one.model != "a"]
+    others = [one for one in scene.asked if one.model != "a"][:4]
     assert min(distances(others, crossed, reference.logprobs)) > 100 * TOLERANCE, "the comparison can fail"
     before = {**scene.versions, "a": [Version("a1")]}
-    after = [one for one in scene.asked if one.model == "a" and one.begun > scene.versions["a"][1].until]
+    after = [one for one in scene.asked if one.model == "a" and one.begun > scene.versions["a"][1].until][:4]
     assert after
     assert min(distances(after, before, reference.logprobs)) > 100 * TOLERANCE, "nothing of an old version is left"
 
