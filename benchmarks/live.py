@@ -69,7 +69,7 @@ def drive(server: Running, made: Path, live: Path, prompts: list[Any], count: in
     with Traffic(server.url, ["base", *names], prompts, workers=workers, steps=STEPS, most=count) as traffic:
         traffic.after(count // 8)
         for index, row in enumerate(CORPUS):
-            row.build(made / "t3", live / f"broken-{index}")
+            row.build(made / "t2", live / f"broken-{index}")
         traffic.after(count // 8)
         for number, name in enumerate(REPLACED, start=1):
             since = replace(made, live, name)
@@ -136,6 +136,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(chosen.base)
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in TEXTS]
+    load = round(os.getloadavg()[0], 1)  # of the machine's other work
     with tempfile.TemporaryDirectory(prefix="gora-live-") as place:
         folder = Path(place)
         made, live = folder / "made", folder / "adapters"
@@ -153,7 +154,7 @@ def main() -> None:
             listed = sorted(list_models(server.url))
         compared = compare(chosen.base, made, told["asked"], told["versions"])
     result = facts(" ".join(["benchmarks/live.py", "BASE", f"--requests {chosen.requests}"])) | {
-        "base": chosen.base.resolve().name, "dtype": "float32", "ranks": RANKS, "at a time": chosen.workers,
+        "load average before": load, "base": chosen.base.resolve().name, "dtype": "float32", "ranks": RANKS, "at a time": chosen.workers,
         "tokens of an answer": STEPS, "seconds until ready, eight adapters": round(start, 1),
         "requests": len(told["asked"]), "failed": sum(one.error is not None for one in told["asked"]),
         "errors": sorted({one.error for one in told["asked"] if one.error}), **told["seen"],
