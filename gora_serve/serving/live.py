@@ -41,7 +41,6 @@ EVERY = 0.5  # seconds between two looks
 SETTLE = 1.0  # seconds that a folder has to stand still before it is read, and to be gone before it is withdrawn
 PATIENCE = 5.0  # seconds that it has to stand still before it is called bad: an upload may pause
 AGAIN = 60.0  # seconds until what the machine or the engine was in the way of is tried again
-FULL = "GS-4603"
 LEAVE = 5.0  # seconds for a look that is under way when the server stops
 
 
@@ -110,6 +109,7 @@ class LiveAdapters:
         self._served: dict[str, tuple[Loaded, int]] = {}  # with the descriptor that holds its entry in the store
         self._leaving: list[tuple[Loaded, int]] = []
         self._refused: dict[str, Refused] = {}
+        self._crowded: set[str] = set()  # of the refused, those that had no place
         self._complaint = ""
         self._state: dict[str, Any] = {}
         self._begun, self._caught_up = self._pace.clock(), False
@@ -203,9 +203,9 @@ class LiveAdapters:
             os.close(one[1])
             self._say(f"unloaded: {one[0].adapter.name}, version {_version(one[0].adapter)}")
         if self._fixed + len(self._served) < self._watched.room.adapters:
-            for name in [name for name, one in self._refused.items() if one.error.code == FULL]:
-                if name in self._known:
-                    self._known = tried(self._known, name, again=0.0)
+            for name in self._crowded & set(self._known):
+                self._known = tried(self._known, name, again=0.0)
+            self._crowded.clear()
 
     def _try(self, name: str, seen: Seen) -> None:
         again = NEVER
@@ -258,8 +258,9 @@ class LiveAdapters:
     def _require_place(self, adapter: ServedAdapter) -> None:
         most = self._watched.room.adapters
         if adapter.name not in self._served and self._fixed + len(self._served) >= most:
+            self._crowded.add(adapter.name)
             raise BindingError(
-                "as many adapters are served as the engine has room for", code=FULL, file=adapter.source,
+                "as many adapters are served as the engine has room for", code="GS-4603", file=adapter.source,
                 expected=f"<= {most}", actual=most + 1,
                 hint=f"remove another one, or serve with --max-adapters {most + 1}",
             )  # fmt: skip

@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import time
+import urllib.error
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ class RunningEngine:
             told = change_adapters(self._plan.url, {"do": do, **more}, self._key, self._token)
             self.resident = frozenset(int(number) for number in told["resident"])
         except RunError as err:
-            if err.code != "GS-784" or do != "try":
+            if do != "try" or not isinstance(err.__cause__, urllib.error.HTTPError):
                 raise
             raise RunError(
                 "the engine refused the adapter", code="GS-7600", actual=err.fields.get("actual"),

@@ -75,9 +75,8 @@ def prepare(
     store = Store(config.store)
     watched, told = _of_directory(config.adapters_dir, target, store, strict=strict)
     warnings += told if dry else []
-    plan_server(
-        located.path, _planned(found, store), settled, extra, watched=watched
-    )  # refused options come before any copy
+    # refused options come before any copy
+    plan_server(located.path, _planned(found, store), settled, extra, watched=watched)
     served = _planned(found, store) if dry else _stored(found, target, store, strict=strict)
     plan = plan_server(located.path, served, settled, extra, watched=watched)
     if plan.watched is not None:
