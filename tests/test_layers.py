@@ -86,6 +86,7 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/deploy/gguf_file.py": frozenset({"gguf"}),
     "gora_serve/deploy/gguf_names.py": frozenset({"gguf"}),
     "gora_serve/serving/vllm_cli.py": frozenset({"vllm"}),  # is the engine's process, never ours
+    "gora_serve/serving/metrics.py": frozenset({"prometheus_client"}),  # in the engine's process, never in ours
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates
     "gora_serve/training/quantize.py": frozenset({"bitsandbytes"}),
     "gora_serve/cli/render.py": frozenset({"rich"}),  # 30 ms, of what shows tables alone

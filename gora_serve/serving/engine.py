@@ -138,6 +138,7 @@ def _engine(plan: ServePlan, log: Path | None) -> Iterator[tuple[Child, FileWatc
     check_port_free(plan.url)
     stored = [adapter.path for adapter in plan.adapters if adapter.path != adapter.source]
     with held(stored), FileWatch(plan.stamps) as watch:
+        watch.ledger.serves(plan.models[0] if plan.models else "", plan.adapters)
         environment = child_environment(plan, os.environ) | watch.environment
         yield start_child(plan.argv, environment, log), watch
 

@@ -23,7 +23,7 @@ from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require
 from gora_serve.serving.canary import ASKED
 from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
 from gora_serve.serving.options import check_options, group_options, single, whole_number
-from gora_serve.serving.preflight import LARGEST_RANK, Fault, as_fault, check_adapter, effective_scales, refuse
+from gora_serve.serving.preflight import LARGEST_RANK, Fault, as_fault, check_adapter, effective_scales, form_of, refuse
 
 # vLLM 0.32, config/lora.py, MaxLoRARanks. Every slot of every module is padded to the chosen bucket.
 RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
@@ -57,7 +57,8 @@ class ServedAdapter:
     the quantized base that it says it was trained on, if it was, and how it is bound to its base, if it is.
 
     source: where it came from, where `path` is its entry in the store. scales: the smallest and the largest effective
-    scale of its modules. canary: its fingerprint.
+    scale of its modules. canary: its fingerprint. root: of its tensors, once they were read. form: unit, padded, native
+    or plain. verify_seconds: what verifying and copying it took.
     """
 
     name: str
@@ -69,6 +70,9 @@ class ServedAdapter:
     source: Path | None = None
     scales: tuple[float, float] | None = None
     canary: tuple[Expected, ...] = ()
+    root: str | None = None
+    form: str = "plain"
+    verify_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def served(adapter: AdapterDir) -> ServedAdapter:
     scales, source = effective_scales(adapter).values(), adapter.path.resolve()
     return ServedAdapter(
         adapter.name, source, max(ranks), modules, adapter.trained_on, adapter.claim, source,
-        (min(scales), max(scales)) if scales else None,
+        (min(scales), max(scales)) if scales else None, form=form_of(adapter),
     )  # fmt: skip
 
 

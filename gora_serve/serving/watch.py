@@ -20,6 +20,7 @@ from typing import Self
 from gora_serve.errors import MismatchError
 from gora_serve.integrity.reading import check_unchanged
 from gora_serve.serving.guard import STATE_FILE, TOKEN
+from gora_serve.serving.ledger import LEDGER, Ledger
 
 EVERY = 3600.0  # seconds
 
@@ -36,11 +37,12 @@ class FileWatch:
         self._folder = Path(tempfile.mkdtemp(prefix="gora-serve-"))
         self.degraded: str | None = None
         self.token = secrets.token_urlsafe(32)
+        self.ledger = Ledger(self._folder / "ledger.json")
 
     @property
     def environment(self) -> dict[str, str]:
         """What the guard has to know."""
-        return {STATE_FILE: str(self._folder / "state.json"), TOKEN: self.token}
+        return {STATE_FILE: str(self._folder / "state.json"), TOKEN: self.token, LEDGER: str(self.ledger.file)}
 
     def __enter__(self) -> Self:
         return self
@@ -50,6 +52,7 @@ class FileWatch:
 
     def started(self) -> None:
         """Say that the server is ready for others, and begin to count the time."""
+        self.ledger.ready()
         self._tell({"ready": True})
         self._again()
 
