@@ -76,6 +76,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render_doctor.py": frozenset({"rich"}),
     "gora_serve/cli/render_inspect.py": frozenset({"rich"}),
     "gora_serve/cli/render_hub.py": frozenset({"rich"}),
+    "gora_serve/cli/render_status.py": frozenset({"rich"}),
     "converters": frozenset({"torch", "safetensors"}),
 }
 # What may be imported inside functions beyond that.

@@ -22,9 +22,9 @@ def served_names(app: Any) -> frozenset[str]:
 async def residency(app: Any) -> Mapping[str, str]:
     """Return where each adapter is: "slot" of the computing device, "memory" of the engine, "listed" by name alone.
 
-    vLLM lists what its workers hold, and not what lies in their slots. Whatever is loaded is put into a slot, and leaves
-    it only for another one; so it is in a slot while no more are loaded than there are slots. Else "memory" is said of
-    those that may be in a slot, too. "unknown" while the engine does not answer.
+    vLLM lists what its workers hold, and not what lies in their slots. Whatever is loaded is put into a slot, and
+    leaves it only for another one; so it is in a slot while no more are loaded than there are slots. Else "memory" is
+    said, also of those that may be in a slot. "unknown" while the engine does not answer.
     """
     state = getattr(app, "state", None)
     adapters = getattr(getattr(state, "openai_serving_models", None), "lora_requests", {})

@@ -66,7 +66,7 @@ def test_nothing_long_is_kept() -> None:
         (b'{"choices":[],"usage":{"prompt_tokens":7,"total_tokens":10,"completion_tokens":3}}', (7, 3)),
         (b'{"usage":{"input_tokens":7,"input_tokens_details":{"x":1},"output_tokens":3}}', (7, 3)),
         (b'{"usage": {"prompt_tokens": 7, "total_tokens": 7}}', (7, 0)),
-        (b'data: {"usage":null}\n\ndata: {"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\ndata: [DONE]\n\n', (7, 3)),
+        (b'data: {"usage":null}\n\ndata: {"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\ndata: [D]\n\n', (7, 3)),
         (json.dumps({"text": '"usage":{"prompt_tokens":7,"completion_tokens":3}'}).encode(), None),
         (b'{"usage":null}', None), (b"", None),
     ],
