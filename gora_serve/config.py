@@ -20,6 +20,7 @@ Quantize = Literal["none", "nf4"]
 Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 ServeDevice = Literal["auto", "cpu", "cuda"]
+LogFormat = Literal["text", "json"]
 Form = Literal["unit", "padded", "native"]
 Canary = Literal["auto", "always", "none"]
 TrainedOn = Literal["auto", "stored", "float32", "bfloat16", "float16", "nf4"]
@@ -401,6 +402,8 @@ class ServeConfig:
     store: Path | None = None  # of the verified copies; None is the user's cache
     key_file: Path | None = None
     open_routes: tuple[str, ...] = ()
+    log_format: LogFormat = "text"
+    log_requests: bool = False
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,11 @@ class Exchange:
         return self._asked.value or self._answered.value
 
     def outcome(self) -> str:
-        """Return the status of the answer, or that its client did not wait for it."""
-        if self._over and self.status is not None:
-            return str(self.status)
+        """Return the status of the answer, or that its client did not wait for it: vLLM then answers 200 to nobody."""
         if self._gone:
             return DISCONNECTED
+        if self._over and self.status is not None:
+            return str(self.status)
         return "500" if self.failed or self.status is None else DISCONNECTED
 
 

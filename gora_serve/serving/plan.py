@@ -22,6 +22,7 @@ from gora_serve.integrity.fingerprint import Expected
 from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require_adapter_files
 from gora_serve.serving.canary import ASKED
 from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
+from gora_serve.serving.meter import LOG_REQUESTS
 from gora_serve.serving.options import check_options, group_options, single, whole_number
 from gora_serve.serving.preflight import LARGEST_RANK, Fault, as_fault, check_adapter, effective_scales, form_of, refuse
 
@@ -365,6 +366,8 @@ def _check_lora_options(
 def _environment(config: ServeConfig, options: Mapping[str, Sequence[str]]) -> dict[str, str]:
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     environment["VLLM_PLUGINS"] = ""  # no plugin at all; where it is not set, vLLM loads every one that is installed
+    if config.log_requests:
+        environment[LOG_REQUESTS] = "1"
     if config.device == "cpu" and "--kv-cache-memory-bytes" not in options:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
     return environment

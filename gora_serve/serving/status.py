@@ -64,7 +64,9 @@ def server_address(text: str) -> str:
             hint="gora-serve status http://127.0.0.1:8000",
         )  # fmt: skip
     if parts.username or parts.password:
-        raise UsageError("a key does not belong into an address", code="GS-2471", hint="--api-key-file, or VLLM_API_KEY")
+        raise UsageError(
+            "a key does not belong into an address", code="GS-2471", hint="--api-key-file, or VLLM_API_KEY"
+        )
     path = parts.path.rstrip("/").removesuffix("/v1")
     return f"{parts.scheme}://{parts.netloc}{path}"
 

@@ -111,7 +111,9 @@ def counted(metrics: Metrics) -> dict[str, dict[str, Any]]:
         if name == "requests_total":
             found.setdefault(model, _no_counts())["requests"][sample.labels["status"]] = int(sample.value)
         elif name in _COUNTS:
-            found.setdefault(model, _no_counts())[_COUNTS[name]] = sample.value
+            found.setdefault(model, _no_counts())[_COUNTS[name]] = (
+                int(sample.value) if name.endswith("_total") else sample.value
+            )
         elif name.endswith("_seconds_bucket"):
             buckets.setdefault((model, name), {})[float(sample.labels["le"])] = sample.value
     for (model, name), counts in buckets.items():

@@ -68,7 +68,8 @@ class FileWatch:
             check_unchanged(self._stamps)
         except MismatchError as err:
             self.degraded = f"a verified file changed: {err.fields['file']}"
-            log.error("DEGRADED: %s. The engine serves what it has in memory; restart it to verify anew", self.degraded)
+            what = "DEGRADED: %s. The engine serves what it has in memory; restart it to verify anew"
+            log.error(what, self.degraded, extra={"event": "degraded"})
             self._tell({"ready": True, "degraded": self.degraded})
 
     def _tell(self, state: Mapping[str, object]) -> None:

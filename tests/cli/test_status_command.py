@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving.metered import KEY, Bench, bench, make_bench, reply, serving
 from shell import Answer, gora_here
 
 from gora_serve.serving.engine import free_port
-from serving.metered import KEY, Bench, bench, make_bench, reply, serving
 
 __all__ = ["bench"]
 
