@@ -57,7 +57,8 @@ def cli(debug: bool) -> None:
 
 
 COMMANDS = (
-    plan, fit, probe, ranks, export, gap, convert, bind, merge, inspect, hash_, verify, serve, status, report, demo, doctor,
+    plan, fit, probe, ranks, export, gap, convert, bind, merge, inspect, hash_, verify, serve, status, report, demo,
+    doctor,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

@@ -114,8 +114,9 @@ def serve_forever(
     """Serve until a signal asks to stop, and return the exit code: 130 for SIGINT, 143 for SIGTERM.
 
     `proof` may look at the server when it has loaded everything and before anybody else is served, and raises to end
-    it; `announce` is called once, when the server is ready; `pump` takes the engine's output. A second signal kills the engine at once. Only the
-    main thread may call this, because it sets the process's signal handlers; they are put back.
+    it; `announce` is called once, when the server is ready; `pump` takes the engine's output. A second signal kills the
+    engine at once. Only the main thread may call this, because it sets the process's signal handlers; they are put
+    back.
     """
     stop = StopRequest()
     with _handling(stop), _engine(plan, log, pump) as (child, watch), _ending(child, plan) as patience:
