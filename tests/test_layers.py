@@ -37,6 +37,7 @@ FLOW_FILES = (
     "gora_serve/bind.py",
     "gora_serve/doctor.py",
     "gora_serve/inspect.py",
+    "gora_serve/capacity.py",
     "gora_serve/parity.py",
 )  # whole flows, which commands call
 
@@ -76,6 +77,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render_doctor.py": frozenset({"rich"}),
     "gora_serve/cli/render_inspect.py": frozenset({"rich"}),
     "gora_serve/cli/render_hub.py": frozenset({"rich"}),
+    "gora_serve/cli/render_slots.py": frozenset({"rich"}),
     "gora_serve/cli/render_status.py": frozenset({"rich"}),
     "converters": frozenset({"torch", "safetensors"}),
 }

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gora_serve.serving.meter import LOG_MARK
 
@@ -108,7 +108,7 @@ class Pump:
         self._lines.tell(ENGINE, text, level=level[0].lower() if level else "info")
 
 
-def _event(text: str) -> dict[str, object] | None:
+def _event(text: str) -> dict[str, Any] | None:
     try:
         event = json.loads(text)
     except ValueError:

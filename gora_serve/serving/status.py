@@ -23,7 +23,7 @@ _LIMIT = 16 << 20  # bytes of an answer
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:  # type: ignore[override]
+    def redirect_request(self, *_: Any) -> None:
         return None
 
 
@@ -64,9 +64,8 @@ def server_address(text: str) -> str:
             hint="gora-serve status http://127.0.0.1:8000",
         )  # fmt: skip
     if parts.username or parts.password:
-        raise UsageError(
-            "a key does not belong into an address", code="GS-2471", hint="--api-key-file, or VLLM_API_KEY"
-        )
+        what = "a key does not belong into an address"
+        raise UsageError(what, code="GS-2471", hint="--api-key-file, or VLLM_API_KEY in the environment")
     path = parts.path.rstrip("/").removesuffix("/v1")
     return f"{parts.scheme}://{parts.netloc}{path}"
 
