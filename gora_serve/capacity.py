@@ -39,7 +39,7 @@ def capacity(
     """
     served = read_served_adapters(named)
     if len({name for name, _ in named}) < len(named):
-        raise UsageError("two adapters have the same name", code="GS-282", hint="name them: -a NAME=DIR")
+        raise UsageError("two adapters have the same name", code="GS-2472", hint="name them: -a NAME=DIR")
     shapes, kind = read_shapes(base), architecture(base)
     found = [_adapter(name, path) for name, path in named]
     targets = target_modules(served, kind)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gora_serve.cli.render import say, watching
 from gora_serve.config import ServeConfig
-from gora_serve.errors import GoraError, MachineError
+from gora_serve.errors import GoraError
 from gora_serve.integrity.record import ASSERTED
 from gora_serve.progress import Listener, silent
 
@@ -63,17 +63,12 @@ class JsonJournal(Journal):
     def pump(self) -> Pump:
         from gora_serve.serving.journal import JsonLines, Pump
         from gora_serve.serving.keys import read_keys
+        from gora_serve.serving.process import open_log
 
         keys = read_keys(os.environ, self._key_file)
         if self.log is None:
             return Pump(self._lines, keys)
-        try:
-            stream = self._stack.enter_context(self.log.open("ab"))
-        except OSError as err:
-            raise MachineError(
-                f"the engine's log cannot be written: {err.strerror}", code="GS-584", file=self.log, hint="check --log"
-            ) from err
-        return Pump(JsonLines(stream), keys)
+        return Pump(JsonLines(self._stack.enter_context(open_log(self.log))), keys)
 
     def watching(self) -> AbstractContextManager[Listener]:
         return nullcontext(silent)

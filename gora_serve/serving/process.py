@@ -170,7 +170,7 @@ def start_child(
     launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(pipe), str(ORPHAN_GRACE), *argv]
     try:
         with contextlib.ExitStack() as stack:
-            stream: int | BinaryIO = 2 if log is None else stack.enter_context(log.open("ab"))
+            stream: int | BinaryIO = 2 if log is None else stack.enter_context(open_log(log))
             start = 0 if log is None else log.stat().st_size
             if pump is not None:
                 stream = pump.open()
@@ -179,17 +179,24 @@ def start_child(
                 launch, env=dict(environment), stdin=subprocess.DEVNULL, stdout=stream, pass_fds=(pipe,),
                 stderr=subprocess.STDOUT if log or pump else None, start_new_session=True,
             )  # fmt: skip
-    except OSError as err:
+    except BaseException as err:
         os.close(lifeline)
-        raise MachineError(
-            f"cannot start the engine: {err.strerror}",
-            code="GS-584",
-            hint="check --log, and the installation of vLLM",
-            file=log,
-        ) from err
+        if not isinstance(err, OSError):
+            raise
+        what, hint = f"cannot start the engine: {err.strerror}", "check the installation of vLLM"
+        raise MachineError(what, code="GS-584", hint=hint) from err
     finally:
         os.close(pipe)
     return Child(process, lifeline, log, start, pump)
+
+
+def open_log(log: Path) -> BinaryIO:
+    """Open the file that the engine's output is appended to. Raises MachineError (GS-584)."""
+    try:
+        return log.open("ab")
+    except OSError as err:
+        what = f"the engine's log cannot be written: {err.strerror}"
+        raise MachineError(what, code="GS-584", file=log, hint="check --log") from err
 
 
 def session_members(session: int) -> tuple[int, ...]:

@@ -126,6 +126,30 @@ def test_only_packed_layers_that_are_touched_are_wrapped(base: Path, tmp_path: P
     assert value["slot_bytes"] == 32 * sides * 16 * 2
 
 
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("leaves", "slot", "layers"),
+    [(("q_proj", "down_proj"), 2_304_000, 120), (("q_proj", "down_proj", "lm_head"), 6_475_776, 212)],
+)
+def test_it_is_what_vllm_allocates(tmp_path: Path, leaves: tuple[str, ...], slot: int, layers: int) -> None:
+    """Bytes and buffers of vLLM 0.32's LoRA layers over SmolLM2-135M at rank 8 in bfloat16, read out of the engine."""
+    from gora_serve.serving.slots import AdapterShapes, plan_slots, wrapped_layers
+    from gora_serve.training.shapes import read_shapes
+
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    linears, ends = read_shapes(tmp_path).linears, {"embed": (576, 49152), "lm_head": (49152, 576)}
+    wrapped = wrapped_layers(linears, ends, None if "lm_head" in leaves else leaves)
+    one = AdapterShapes("a", {"x": 8}, {"x": (1, 1)}, 2)
+    found = plan_slots([one], wrapped, slots=4, spare=1, width=2, room=0)
+    assert (found.slot_bytes, found.wrapped, found.bytes) == (slot, layers, 4 * slot)
+
+
 def test_an_architecture_of_other_names_has_every_layer_and_both_ends(base: Path, tmp_path: Path) -> None:
     words = ("-a", adapter(tmp_path, "a", {"q_proj": 16}))
     (base / "config.json").write_text(json.dumps(LLAMA_8B | {"architectures": ["OtherForCausalLM"]}))
@@ -144,7 +168,7 @@ def test_what_serve_refuses_is_refused(base: Path, tmp_path: Path) -> None:
     assert answer.code == 5
     good = whole(tmp_path, "good", 8)
     answer = gora_here("plan", base, "-a", f"x={good}", "-a", f"x={good}", "--memory", "80")
-    assert (answer.code, answer.gs) == (2, "GS-282")
+    assert (answer.code, answer.gs) == (2, "GS-2472")
 
 
 def test_another_bases_adapter_is_told(base: Path, tmp_path: Path) -> None:
