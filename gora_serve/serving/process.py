@@ -23,6 +23,7 @@ from gora_serve.serving.journal import Pump
 
 TAIL_BYTES = 256 * 1024
 _REASON = re.compile(r"\b\w*(Error|Exception|OutOfMemory|Killed)\b:? ?.+")
+_CALM = re.compile(r"\b(DEBUG|INFO|WARNING) \d\d-\d\d ")  # how vLLM begins its lines
 ORPHAN_GRACE = 10.0  # seconds that an engine gets to end by itself after our own process was killed
 # Runs in the child, then becomes the engine. Before that it leaves a watcher behind, in a session of its own, that
 # reads a pipe which only we can write to. End of file means that we were killed: the watcher then ends the whole group.
@@ -90,7 +91,7 @@ class Child:
         told = self._last_lines()
         if told is None:
             return None
-        reasons = [match[0] for line in told if (match := _REASON.search(line))]
+        reasons = [match[0] for line in told if not _CALM.search(line) and (match := _REASON.search(line))]
         return " | ".join(list(dict.fromkeys(reasons or told))[-lines:])
 
     def _last_lines(self) -> list[str] | None:

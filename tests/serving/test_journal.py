@@ -57,6 +57,14 @@ def test_lines_of_the_engine() -> None:
     assert tail == "ValueError: why"
 
 
+def test_a_warning_is_not_why_an_engine_died() -> None:
+    _, tail = pumped(
+        "print('(APIServer pid=1) WARNING 11-27 07:00:00 [a.py:1] this may raise `OSError: [Errno 24]`')\n"
+        "print('(APIServer pid=1) ERROR 11-27 07:00:01 [a.py:2] EngineDeadError: it is dead')"
+    )
+    assert tail == "EngineDeadError: it is dead"
+
+
 def test_an_event_of_ours_needs_the_mark() -> None:
     event = {"event": "request finished", "model": "a"}
     found, _ = pumped(
