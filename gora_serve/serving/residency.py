@@ -6,10 +6,12 @@ The names of vLLM 0.32's attributes are here alone. Where one is missing, the an
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from typing import Any
 
-PATIENCE = 2.0  # seconds; the engine answers between two of its steps
+PATIENCE = 5.0  # seconds; the engine answers between two of its steps
+FRESH = 1.0  # seconds that an answer is used again, so that no number of scrapes keeps the engine busy
 
 
 def served_names(app: Any) -> frozenset[str]:
@@ -33,6 +35,23 @@ async def residency(app: Any) -> Mapping[str, str]:
         return dict.fromkeys(adapters, "unknown")
     held = "slot" if slots is not None and len(loaded) <= slots else "memory"
     return {name: held if request.lora_int_id in loaded else "listed" for name, request in adapters.items()}
+
+
+class Residency:
+    """Asks the engine where the adapters are, once at a time and not too often."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._known: Mapping[str, str] = {}
+        self._until = 0.0
+
+    async def ask(self, app: Any) -> Mapping[str, str]:
+        """Return what `residency` says, or said less than a second ago."""
+        async with self._lock:
+            if time.monotonic() >= self._until:
+                self._known = await residency(app)
+                self._until = time.monotonic() + FRESH
+            return self._known
 
 
 async def _loaded(engine: Any) -> tuple[set[int] | None, int | None]:

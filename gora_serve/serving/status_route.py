@@ -15,7 +15,7 @@ from typing import Any
 from gora_serve.serving.guard import STATE_FILE, App, Receive, Scope, Send, read_state, route_of
 from gora_serve.serving.ledger import LEDGER, read_ledger
 from gora_serve.serving.metrics import PREFIX, UNKNOWN, WHERE, Metrics, quantile, shared
-from gora_serve.serving.residency import residency, served_names
+from gora_serve.serving.residency import Residency, served_names
 
 ROUTE, SCHEMA = "/gora-serve/status", "gora-serve/status/1"
 _COUNTS = {
@@ -31,6 +31,7 @@ class StatusRoute:
     def __init__(self, app: App, environ: Mapping[str, str] | None = None, metrics: Metrics | None = None) -> None:
         told = os.environ if environ is None else environ
         self._app = app
+        self._where = Residency()
         self._seen: set[str] = set()  # adapters that are, or were, served
         self._metrics = metrics or shared()
         self._state = Path(told[STATE_FILE]) if told.get(STATE_FILE) else None
@@ -41,8 +42,8 @@ class StatusRoute:
         route = route_of(scope) if scope["type"] == "http" and scope.get("method") == "GET" else None
         if route not in (ROUTE, "/metrics"):
             return await self._app(scope, receive, send)
-        app, ledger = scope.get("app"), read_ledger(self._ledger)
-        where = await residency(app)
+        app = scope.get("app")
+        where, ledger = await self._where.ask(app), read_ledger(self._ledger)
         degraded = read_state(self._state).get("degraded") if self._state else None
         self._refresh(ledger, where, served_names(app), degraded=bool(degraded))
         if route == "/metrics":

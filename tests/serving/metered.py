@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gora_serve.serving import residency
 from gora_serve.serving.guard import Guard
 from gora_serve.serving.meter import Meter
 from gora_serve.serving.metrics import Metrics
@@ -45,8 +46,11 @@ class Application:
         self.metrics = prometheus_client.make_asgi_app(registry=registry)
         self.pieces: list[int] = []
         self.healthy = True
+        self.lookups = 0
 
     async def list_loras(self) -> set[int]:
+        self.lookups += 1
+        await asyncio.sleep(0.01)
         return self.loaded
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -136,8 +140,9 @@ def adapter(name: str) -> ServedAdapter:
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """A server that is ready."""
+    monkeypatch.setattr(residency, "FRESH", 0.0)
     with make_bench() as made:
         made.watch.started()
         yield made

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from gora_serve.errors import InputError
+from gora_serve.serving import residency as module
 from gora_serve.serving.ledger import Ledger
 from gora_serve.serving.metrics import UNKNOWN, quantile
 from gora_serve.serving.residency import residency
@@ -188,6 +189,16 @@ def test_requests_are_logged_where_it_is_asked_for(bench: Bench, capfd: pytest.C
     assert lines[0].startswith("request finished: model=a status=200 seconds=0.")
     assert f"model={UNKNOWN} status=404" in lines[1]
     assert not any("secret" in line or "evil" in line for line in lines)
+
+
+def test_many_scrapes_do_not_keep_the_engine_busy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FRESH", 60.0)
+    threads = [threading.Thread(target=bench.scrape) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bench.app.lookups == 1
 
 
 def test_where_nothing_of_vllm_is_known() -> None:
