@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,35 +34,40 @@ class Ledger:
 
     def serves(self, base: str, adapters: Sequence[ServedAdapter]) -> None:
         """Say what the server starts with."""
-        models = {base: {"kind": "base"}} | {adapter.name: _entry(adapter) for adapter in adapters}
-        self._write(models={name: {**entry, "since": time.time()} for name, entry in models.items()})
+        now = time.time()
+        models = {base: {"kind": "base", "since": now}} | {one.name: {**_entry(one), "since": now} for one in adapters}
+        with self._changing() as told:
+            told["models"] = models
 
     def ready(self) -> None:
         """Say that the server is ready: all that it serves, it serves from now on."""
         now = time.time()
-        models = {name: {**entry, "since": now} for name, entry in self._told["models"].items()}
-        self._write(models=models, start_seconds=now - self._began)
+        with self._changing() as told:
+            told["models"] = {name: {**entry, "since": now} for name, entry in told["models"].items()}
+            told["start_seconds"] = now - self._began
 
     def added(self, adapter: ServedAdapter, seconds: float) -> None:
         """Say that an adapter, or another version of one, is served now; loading it took so many seconds."""
-        entry = {**_entry(adapter), "since": time.time(), "load_seconds": seconds}
-        self._write(models=self._told["models"] | {adapter.name: entry})
+        with self._changing() as told:
+            told["models"][adapter.name] = {**_entry(adapter), "since": time.time(), "load_seconds": seconds}
 
     def removed(self, name: str) -> None:
         """Say that an adapter is no longer served."""
-        self._write(models={kept: entry for kept, entry in self._told["models"].items() if kept != name})
+        with self._changing() as told:
+            told["models"].pop(name, None)
 
     def refused(self, name: str, err: GoraError) -> None:
         """Say that an adapter, or another version of one, was refused; an older version goes on being served."""
-        error = printable(f"[{err.code}] {err.what}")[:_LONGEST]
-        failures, models = self._told["failures"], self._told["models"]
-        if name in models:
-            models = models | {name: {**models[name], "error": error}}
-        self._write(failures=failures | {name: failures.get(name, 0) + 1}, models=models)
+        with self._changing() as told:
+            told["failures"][name] = told["failures"].get(name, 0) + 1
+            if name in told["models"]:
+                told["models"][name]["error"] = printable(f"[{err.code}] {err.what}")[:_LONGEST]
 
-    def _write(self, **changes: Any) -> None:
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Any]]:
+        """Yield what is told, to be changed; then write it. One thread at a time."""
         with self._lock:
-            self._told |= changes
+            yield self._told
             temporary = self.file.with_suffix(".new")
             temporary.write_text(json.dumps(self._told), encoding="utf-8")
             temporary.replace(self.file)
