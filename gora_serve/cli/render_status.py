@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gora_serve.cli.render import Summary
-from gora_serve.errors import printable
+from gora_serve.errors import MismatchError, printable
 
 if TYPE_CHECKING:
     from gora_serve.serving.status import ServerStatus
@@ -25,6 +25,14 @@ def status_summary(found: ServerStatus) -> Summary:
     for name, counts in _objects(found.told.get("others")).items():
         lines.append(f"  requests for {name}: {_requests(counts)}")
     return Summary(found.to_json(), lines, [_table(found)] if found.models else [])
+
+
+def not_ready(found: ServerStatus) -> MismatchError | None:
+    """Return the answer no (GS-1470) of a server that is degraded, or not ready."""
+    if found.state == "ready":
+        return None
+    hint = "see its log; a restart verifies everything anew" if found.state == "degraded" else "ask again in a while"
+    return MismatchError(f"the server is {found.state}", code="GS-1470", actual=found.reason, hint=hint)
 
 
 def _table(found: ServerStatus) -> Table:

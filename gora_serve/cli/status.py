@@ -28,13 +28,12 @@ def status(url: str, key_file: Path | None, as_json: bool) -> int:
 
     Latencies are estimated from histograms, over all answers since the start.
     """
-    from gora_serve.cli.render import emit
-    from gora_serve.cli.render_status import status_summary
+    from gora_serve.cli.render import answer
+    from gora_serve.cli.render_status import not_ready, status_summary
     from gora_serve.serving.keys import read_keys
     from gora_serve.serving.status import read_status, server_address
 
     address = server_address(url)
     keys = read_keys({} if key_file else os.environ, key_file)
     found = read_status(address, next(iter(keys), None))
-    emit(status_summary(found), as_json=as_json)
-    return 0 if found.state == "ready" else 1
+    return answer(status_summary(found), not_ready(found), as_json=as_json)

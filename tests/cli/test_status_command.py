@@ -75,7 +75,7 @@ def test_the_wrong_key_and_none(bench: Bench, key_file: Path) -> None:
 def test_a_server_that_is_degraded(bench: Bench, key_file: Path) -> None:
     bench.watch._tell({"ready": True, "degraded": "a verified file changed: x"})
     answer = gora_here("status", bench.url, "--api-key-file", key_file)
-    assert answer.code == 1
+    assert (answer.code, answer.gs) == (1, "GS-1470")
     assert answer.out.splitlines()[0] == f"degraded: {bench.url}: a verified file changed: x"
     assert "│ a " in answer.out
 
@@ -86,6 +86,7 @@ def test_a_server_that_is_not_ready(key_file: Path) -> None:
     assert answer.code == 1
     told = json.loads(answer.out)
     assert (told["state"], told["reason"], told["models"]) == ("not ready", "the adapters are being checked", None)
+    assert (told["error"]["code"], told["exit_code"]) == ("GS-1470", 1)
 
 
 def test_an_engine_that_is_dead(bench: Bench, key_file: Path) -> None:
