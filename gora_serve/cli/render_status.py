@@ -21,7 +21,9 @@ _DIGITS = 12  # of a root
 def status_summary(found: ServerStatus) -> Summary:
     """The server and its models; as JSON all that it says."""
     lines = [f"{found.state}: {found.url}" + (f": {found.reason}" if found.reason else "")]
-    lines += [f"  refused since the start: {name} ({count})" for name, count in _counts(found.told.get("failures")).items()]
+    lines += [
+        f"  refused since the start: {name} ({count})" for name, count in _counts(found.told.get("failures")).items()
+    ]
     for name, counts in _objects(found.told.get("others")).items():
         lines.append(f"  requests for {name}: {_requests(counts)}")
     return Summary(found.to_json(), lines, [_table(found)] if found.models else [])
