@@ -20,6 +20,7 @@ Quantize = Literal["none", "nf4"]
 Offload = Literal["none", "cpu", "disk"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 ServeDevice = Literal["auto", "cpu", "cuda"]
+LogFormat = Literal["text", "json"]
 Form = Literal["unit", "padded", "native"]
 Canary = Literal["auto", "always", "none"]
 TrainedOn = Literal["auto", "stored", "float32", "bfloat16", "float16", "nf4"]
@@ -401,6 +402,8 @@ class ServeConfig:
     store: Path | None = None  # of the verified copies; None is the user's cache
     key_file: Path | None = None
     open_routes: tuple[str, ...] = ()
+    log_format: LogFormat = "text"
+    log_requests: bool = False
     adapters_dir: Path | None = None  # is watched: its adapters are served as they come and go
     max_adapters: int = 8  # at once, where a directory is watched; or as many as there are at the start
     max_rank: int = 32  # of one that comes: what `fit` makes at most by default; or the largest at the start

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,29 @@ def tiny_adapter(make_adapter: MakeAdapter) -> Adapter:
     """An adapter for tiny_base with ranks 1, 3 and 8; the last down_proj has rank 0, that is, it is absent."""
     ranks = {path: (1, 3, 8)[index % 3] for index, path in enumerate(LLAMA_PATHS[:-1])}
     return make_adapter(ranks, shapes=llama_shapes())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a tmpfs of so many KiB, where this machine allows it."""
+    mounted: list[Path] = []
+
+    def mount(kib: int) -> Path:
+        place = tmp_path / f"disk-{kib}"
+        place.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", place], capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture

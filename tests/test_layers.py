@@ -37,6 +37,7 @@ FLOW_FILES = (
     "gora_serve/bind.py",
     "gora_serve/doctor.py",
     "gora_serve/inspect.py",
+    "gora_serve/capacity.py",
     "gora_serve/parity.py",
 )  # whole flows, which commands call
 
@@ -76,6 +77,8 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "gora_serve/cli/render_doctor.py": frozenset({"rich"}),
     "gora_serve/cli/render_inspect.py": frozenset({"rich"}),
     "gora_serve/cli/render_hub.py": frozenset({"rich"}),
+    "gora_serve/cli/render_slots.py": frozenset({"rich"}),
+    "gora_serve/cli/render_status.py": frozenset({"rich"}),
     "converters": frozenset({"torch", "safetensors"}),
 }
 # What may be imported inside functions beyond that.
@@ -87,6 +90,7 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/deploy/gguf_names.py": frozenset({"gguf"}),
     "gora_serve/serving/inside.py": frozenset({"vllm"}),  # in the engine's process, never in ours
     "gora_serve/serving/vllm_cli.py": frozenset({"vllm"}),  # is the engine's process, never ours
+    "gora_serve/serving/metrics.py": frozenset({"prometheus_client"}),  # in the engine's process, never in ours
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates
     "gora_serve/training/quantize.py": frozenset({"bitsandbytes"}),
     "gora_serve/cli/render.py": frozenset({"rich"}),  # 30 ms, of what shows tables alone

@@ -26,6 +26,7 @@ from gora_serve.cli.merge import merge
 from gora_serve.cli.plan import plan
 from gora_serve.cli.report import report
 from gora_serve.cli.serve import serve
+from gora_serve.cli.status import status
 from gora_serve.errors import GoraError, Stopped
 from gora_serve.integrity.hub import without_tokens
 
@@ -49,13 +50,15 @@ def cli(debug: bool) -> None:
     merge BASE -a ADAPTER --output DIR         adapters and base as one model, or as one adapter
     verify DIR --base BASE               prove files, tensors and base
     serve BASE -a NAME=DIR ...           serve many adapters over the one base
+    status URL                           how a server stands, and each of its models
     report RUN ...                       one HTML page about runs: losses, ranks, cost, proof
     doctor                               versions, advisories, what this machine can do
     """
 
 
 COMMANDS = (
-    plan, fit, probe, ranks, export, gap, convert, bind, merge, inspect, hash_, verify, serve, report, demo, doctor,
+    plan, fit, probe, ranks, export, gap, convert, bind, merge, inspect, hash_, verify, serve, status, report, demo,
+    doctor,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

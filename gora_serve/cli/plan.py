@@ -1,9 +1,9 @@
-"""`plan`: the memory that `probe` and `fit` will take, from headers and configuration alone."""
+"""`plan`: the memory that `probe`, `fit` and serving will take, from headers and configuration alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -13,6 +13,14 @@ from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig
 
 @click.command()
 @click.argument("base")
+@click.option(
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Plan serving instead: what these adapters take in vLLM. Repeatable.",
+)
 @click.option(
     "--targets",
     default=ModelConfig.targets,
@@ -62,7 +70,10 @@ from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig
 )
 @json_option
 def plan(base: str, **options: Any) -> None:
-    """Reckon parameters and memory of probing and training before anything is loaded.
+    """Reckon parameters and memory of probing and training before anything is loaded; with -a, of serving.
+
+    Of adapters: MiB of a slot, how much of it each one fills, how many fit --memory, and which modules make the slots
+    as large as they are. -a takes --dtype, --device and --memory.
 
     BASE is a model folder or a hub id, of which only the JSON files are fetched; without weights the shapes follow
     from config.json for Llama, Mistral, Qwen2 and Qwen3. docs/memory.md says what each part is.
@@ -79,6 +90,8 @@ def plan(base: str, **options: Any) -> None:
     if memory is None or device is None:
         found, free = free_memory(device)
         device, memory = device or found, free if memory is None else memory
+    if options["adapters"]:
+        return _plan_serving(base, options, "gpu" if device == "gpu" else "cpu", memory)
     config = PlanConfig(
         model=ModelConfig(options["targets"], options["dtype"], options["quantize"]),
         data=DataConfig(options["max_length"], batch_size=options["batch_size"]),
@@ -88,6 +101,25 @@ def plan(base: str, **options: Any) -> None:
     located = locate_settings(base)
     planned = estimate(read_shapes(Path(located.path)), config)
     emit(memory_summary(base, planned, config, memory, advise(planned, memory)), as_json=options["as_json"])
+
+
+def _plan_serving(base: str, options: dict[str, Any], device: Literal["gpu", "cpu"], memory: int) -> None:
+    from gora_serve.capacity import capacity
+    from gora_serve.cli.render import emit
+    from gora_serve.cli.render_slots import slots_summary
+    from gora_serve.integrity.bases import locate_adapter, locate_settings
+
+    named = [_named(text) for text in options["adapters"]]
+    located = [(name, locate_adapter(folder)) for name, folder in named]
+    found = capacity(Path(locate_settings(base).path), located, device=device, dtype=options["dtype"], memory=memory)
+    summary = slots_summary(base, found.plan, memory, found.weights, found.cache, found.notes)
+    emit(summary, as_json=options["as_json"])
+
+
+def _named(text: str) -> tuple[str, Path]:
+    from gora_serve.serving.plan import parse_adapter
+
+    return parse_adapter(text) if "=" in text else (Path(text).name, Path(text))
 
 
 def _given_memory(gib: float | None) -> int | None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gora_serve.cli.options import FILE, FOLDER
 from gora_serve.config import ServeConfig
+
+if TYPE_CHECKING:
+    from gora_serve.cli.journals import Journal
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -76,6 +81,14 @@ from gora_serve.config import ServeConfig
     help="Answer /health, /ping, /metrics, /version or /load without a key. Repeatable.",
 )
 @click.option("--verify", is_flag=True, help="Before it is ready, compare every adapter with PEFT, on the CPU.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default=ServeConfig.log_format,
+    show_default=True,
+    help="json: our events and the engine's lines as JSON, one object a line.",
+)
+@click.option("--log-requests", is_flag=True, default=ServeConfig.log_requests, help="A line for each request.")
 @click.option("--log", type=FILE, help="Write the engine's output here.  [default: standard error]")
 @click.option("--strict", is_flag=True, help="Refuse what otherwise is a warning.")
 @click.option("--dry-run", is_flag=True, help="Print command and environment of the engine, and stop.")
@@ -99,48 +112,63 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     gora-serve serve BASE -a sql=adapters/sql -a chat=adapters/chat -- --max-num-seqs 16
     gora-serve serve BASE --adapters live
     """
-    from gora_serve.cli.render import emit, plan_summary, say, watching
-    from gora_serve.integrity.record import ASSERTED
-    from gora_serve.serving.engine import Server, serve_forever
-    from gora_serve.serving.live import watch_directory
+    from gora_serve.cli.journals import journal
     from gora_serve.serving.plan import parse_adapter
-    from gora_serve.serving.start import prepare
 
     config = ServeConfig(
         host=options["host"], port=options["port"], dtype=options["dtype"], max_model_len=options["max_model_len"],
         kv_cache_gib=options["kv_cache_gib"], served_name=options["served_name"], store=options["store"],
-        key_file=options["key_file"], open_routes=options["open_routes"],
-        adapters_dir=options["adapters_dir"], max_adapters=options["max_adapters"], max_rank=options["max_rank"],
+        key_file=options["key_file"], open_routes=options["open_routes"], log_format=options["log_format"],
+        log_requests=options["log_requests"], adapters_dir=options["adapters_dir"],
+        max_adapters=options["max_adapters"], max_rank=options["max_rank"],
     )  # fmt: skip
     named = [parse_adapter(text) for text in adapters]
-    with watching() as listen:
+    with journal(config, options["log"]) as told:
+        return _serve(base, named, config, vllm_options, options, told)
+    return told.failed
+
+
+def _serve(
+    base: str,
+    named: list[tuple[str, Path]],
+    config: ServeConfig,
+    vllm_options: tuple[str, ...],
+    options: Mapping[str, Any],
+    told: Journal,
+) -> int:
+    from gora_serve.cli.render import emit, plan_summary, watching
+    from gora_serve.serving.engine import Server, serve_forever
+    from gora_serve.serving.live import watch_directory
+    from gora_serve.serving.start import prepare
+
+    with told.watching() as listen:
         plan, warnings = prepare(
             base, named, config, vllm_options, strict=options["strict"], dry=options["dry_run"], listen=listen
         )
     for warning in warnings:
-        say(f"warning: {warning}")
-    for adapter in plan.adapters:
-        if adapter.claim == ASSERTED:
-            who = "was asserted (gora-serve bind or convert), not recorded by the tool that made it"
-            say(f"note: {adapter.name}: its base {who}")
+        told.warn(warning)
+    told.verified(plan.adapters)
     if options["dry_run"]:
         emit(plan_summary(plan, warnings), as_json=options["as_json"])
         return 0
-    say("starting: " + json.dumps(plan.models))
+    told.tell("start", "starting: " + json.dumps(plan.models), models=plan.models, base=plan.base)
 
     def proof(server: Server) -> None:
         for checked in server.checked[: len(plan.adapters)]:  # those of a directory were told as they came
-            say(f"canary: {checked}")
+            told.tell("canary", f"canary: {checked}", model=checked.name, distance=checked.distance)
         if options["verify"]:
             from gora_serve.parity import check_parity
 
             with watching() as listen:
                 served = replace(plan, adapters=server.adapters, models=server.models)
                 for compared in check_parity(served, token=server.token, listen=listen):
-                    say(f"verified: {compared}")
+                    told.tell("verified against PEFT", f"verified: {compared}", model=compared.name)
 
     def announce(server: Server) -> None:
-        say(f"ready: {server.url}/v1 serves {', '.join(server.models)}")
+        what = f"ready: {server.url}/v1 serves {', '.join(server.models)}"
+        told.tell("ready", what, url=server.url, models=server.models)
 
-    beside = watch_directory(plan, say) if plan.watched is not None else None
-    return serve_forever(plan, log=options["log"], proof=proof, announce=announce, beside=beside)
+    beside = watch_directory(plan, told.change) if plan.watched is not None else None
+    code = serve_forever(plan, log=told.log, proof=proof, announce=announce, pump=told.pump(), beside=beside)
+    told.stopped(code)
+    return code

@@ -6,6 +6,7 @@ starts can list the faults of all its adapters at once. What is served has itsel
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +44,10 @@ class ServedBase:
 
 @dataclass(frozen=True)
 class Examined:
-    """An adapter and all that is wrong with it. Without a fault there are `adapter`, `verified` and `content`."""
+    """An adapter and all that is wrong with it. Without a fault there are `adapter`, `verified` and `content`.
+
+    seconds: what looking took.
+    """
 
     name: str
     folder: Path
@@ -52,6 +56,7 @@ class Examined:
     adapter: AdapterDir | None = None
     verified: Verified | None = None
     content: Content | None = None
+    seconds: float = 0.0
 
 
 def admit(name: str, folder: Path, base: ServedBase, store: Store, *, strict: bool = False) -> ServedAdapter:
@@ -71,6 +76,7 @@ def examine(name: str, folder: Path, base: ServedBase, *, strict: bool = False) 
     Nothing is raised for what is wrong with the adapter. An adapter that gora-serve wrote is held to its manifest and
     to its base; one of another tool gets a warning, or a fault where `strict` is set.
     """
+    begun = time.monotonic()
     try:
         require_adapter_files(folder)
         adapter = read_adapter_dir(name, folder)
@@ -89,7 +95,7 @@ def examine(name: str, folder: Path, base: ServedBase, *, strict: bool = False) 
     warnings = [f"{name}: {warning}" for warning in verified.warnings]
     warnings += [f"{name}: {pickle} is not used, {WEIGHTS_FILE} is" for pickle in unused_pickles(folder)]
     content = Content(verified.root, sha256_file(folder / CONFIG_FILE)[1])
-    return Examined(name, folder, tuple(faults), tuple(warnings), adapter, verified, content)
+    return Examined(name, folder, tuple(faults), tuple(warnings), adapter, verified, content, time.monotonic() - begun)
 
 
 def _naming(err: GoraError, folder: Path) -> GoraError:
@@ -112,11 +118,12 @@ def keep(found: Examined, base: ServedBase, store: Store, *, strict: bool = Fals
 
     Raises MismatchError (GS-101) where the copy is not what was examined.
     """
+    begun = time.monotonic()
     entry = store.put(found.folder, content_in(found))
     again = examine(found.name, entry, base, strict=strict)
     if again.faults or again.content != found.content:
         raise changed_while_reading(found.folder / WEIGHTS_FILE)
-    return served_from(found, entry)
+    return served_from(replace(found, seconds=found.seconds + time.monotonic() - begun), entry)
 
 
 def served_from(found: Examined, entry: Path) -> ServedAdapter:
@@ -124,7 +131,9 @@ def served_from(found: Examined, entry: Path) -> ServedAdapter:
     assert found.adapter is not None, "it was refused"
     assert found.verified is not None, "it was refused"
     canary = read_fingerprint(found.verified.canary, found.folder / SEAL)
-    return replace(served(found.adapter), path=entry, canary=canary)
+    return replace(
+        served(found.adapter), path=entry, canary=canary, root=found.verified.root, verify_seconds=found.seconds
+    )
 
 
 def content_in(found: Examined) -> Content:

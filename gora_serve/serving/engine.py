@@ -30,6 +30,7 @@ from gora_serve.integrity.reading import check_unchanged
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.serving.canary import ASKED, Checked, check_canary, tolerance
 from gora_serve.serving.client import complete, is_healthy, list_models
+from gora_serve.serving.journal import Pump
 from gora_serve.serving.keys import read_keys
 from gora_serve.serving.plan import ServedAdapter, ServePlan
 from gora_serve.serving.process import Child, start_child
@@ -127,17 +128,19 @@ def serve_forever(
     log: Path | None = None,
     proof: Callable[[Server], None] = lambda _: None,
     announce: Callable[[Server], None] = lambda _: None,
+    pump: Pump | None = None,
     beside: Beside | None = None,
 ) -> int:
     """Serve until a signal asks to stop, and return the exit code: 130 for SIGINT, 143 for SIGTERM.
 
     `proof` may look at the server when it has loaded everything and before anybody else is served, and raises to end
-    it; `announce` is called once, when the server is ready. `beside` works from when the engine runs until it is asked
-    to stop, and the server is not ready before it has caught up. A second signal kills the engine at once. Only the
-    main thread may call this, because it sets the process's signal handlers; they are put back.
+    it; `announce` is called once, when the server is ready; `pump` takes the engine's output. `beside` works from when
+    the engine runs until it is asked to stop, and the server is not ready before it has caught up. A second signal
+    kills the engine at once. Only the main thread may call this, because it sets the process's signal handlers; they
+    are put back.
     """
     stop = StopRequest()
-    with _handling(stop), _engine(plan, log) as (child, watch), _ending(child, plan) as patience:
+    with _handling(stop), _engine(plan, log, pump) as (child, watch), _ending(child, plan) as patience:
         stop.child = child
         checked = _await_ready(plan, child, watch.token, listen, stop.asked)
         if checked is not None:
@@ -168,13 +171,15 @@ def _look_after(
 
 
 @contextlib.contextmanager
-def _engine(plan: ServePlan, log: Path | None) -> Iterator[tuple[Child, FileWatch]]:
+def _engine(plan: ServePlan, log: Path | None, pump: Pump | None = None) -> Iterator[tuple[Child, FileWatch]]:
     """Start the engine with its adapters held in the store, and a watch over the files that were verified."""
     check_port_free(plan.url)
     stored = [adapter.path for adapter in plan.adapters if adapter.path != adapter.source]
     with held(stored), FileWatch(plan.stamps) as watch:
+        watch.ledger.serves(plan.models[0] if plan.models else "", plan.adapters)
         environment = child_environment(plan, os.environ) | watch.environment
-        yield start_child(plan.argv, environment, log), watch
+        environment |= pump.environment if pump else {}
+        yield start_child(plan.argv, environment, log, pump), watch
 
 
 @contextlib.contextmanager

@@ -10,7 +10,11 @@ from gora_serve.errors import UsageError
 from gora_serve.serving.guard import KEYED, KEYLESS, MODE, OPEN_ROUTES
 from gora_serve.serving.keys import KEY_FILE, read_keys
 
-MIDDLEWARE = ("--middleware", "gora_serve.serving.guard.Guard")
+# vLLM puts the last one outermost: requests are counted whatever becomes of them, and the guard lets them through.
+MIDDLEWARE = (
+    "--middleware", "gora_serve.serving.status_route.StatusRoute", "--middleware", "gora_serve.serving.guard.Guard",
+    "--middleware", "gora_serve.serving.meter.Meter",
+)  # fmt: skip
 # What may be opened to clients without a key: routes that tell of the server, and do no work.
 OPENABLE = ("/health", "/ping", "/metrics", "/version", "/load")
 

@@ -50,7 +50,7 @@ class Guard:
         self._mode = told.get(MODE, KEYED)
         self._open = frozenset(filter(None, told.get(OPEN_ROUTES, "").split(",")))
         self._state = Path(told[STATE_FILE]) if told.get(STATE_FILE) else None
-        self._token = hashlib.sha256(told[TOKEN].encode()).digest() if told.get(TOKEN) else None
+        self._token = token_digest(told.get(TOKEN))
         self._ready = self._state is None
         self._residents = inside.Residents()
         keys = read_keys(told, Path(told[KEY_FILE]) if told.get(KEY_FILE) else None)
@@ -68,22 +68,22 @@ class Guard:
         if any(path == closed or path.startswith(f"{closed}/") for closed in CLOSED):
             return await _refuse(scope, send, 403, "this route is closed")
         if path == inside.ROUTE:
-            if scope["type"] != "http" or not self._is_parent(scope.get("headers", ())):
+            if scope["type"] != "http" or not is_parent(scope.get("headers", ()), self._token):
                 return await _refuse(scope, send, 403, "this route is closed")
             return await self._residents.answer(scope, receive, send)
-        if not self._ready and not self._is_ready() and not self._is_parent(scope.get("headers", ())):
+        if not self._ready and not self._is_ready() and not is_parent(scope.get("headers", ()), self._token):
             return await _refuse(scope, send, 503, "not ready: the adapters are being checked")
-        if path in ("/health", "/ping") and self._state is not None and (reason := _read(self._state).get("degraded")):
+        if (
+            path in ("/health", "/ping")
+            and self._state is not None
+            and (reason := read_state(self._state).get("degraded"))
+        ):
             return await _refuse(scope, send, 503, f"degraded: {reason}")
         return await self._residents.through(self._app, scope, receive, send)
 
     def _is_ready(self) -> bool:
-        self._ready = self._state is not None and _read(self._state).get("ready") is True
+        self._ready = self._state is not None and read_state(self._state).get("ready") is True
         return self._ready
-
-    def _is_parent(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        given = next((value for name, value in headers if name.lower() == TOKEN_HEADER.encode()), b"")
-        return self._token is not None and hmac.compare_digest(hashlib.sha256(given).digest(), self._token)
 
     def _knows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         """Compare with every key, in a time that does not depend on where they differ."""
@@ -106,7 +106,19 @@ def route_of(scope: Mapping[str, Any]) -> str:
     return "/" + "/".join(part for part in path.split("/") if part)
 
 
-def _read(state: Path) -> Mapping[str, Any]:
+def token_digest(token: str | None) -> bytes | None:
+    """Return what the parent's token is compared by."""
+    return hashlib.sha256(token.encode()).digest() if token else None
+
+
+def is_parent(headers: Sequence[tuple[bytes, bytes]], digest: bytes | None) -> bool:
+    """Return whether a request comes from the server's parent."""
+    given = next((value for name, value in headers if name.lower() == TOKEN_HEADER.encode()), b"")
+    return digest is not None and hmac.compare_digest(hashlib.sha256(given).digest(), digest)
+
+
+def read_state(state: Path) -> Mapping[str, Any]:
+    """Return what the parent last said: whether the server is ready, and why it is degraded, if it is."""
     try:
         told = json.loads(state.read_bytes())
     except (OSError, ValueError):

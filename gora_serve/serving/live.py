@@ -30,6 +30,7 @@ from gora_serve.serving.changes import (
     tried,
 )
 from gora_serve.serving.engine import Beside, Server
+from gora_serve.serving.ledger import Ledger
 from gora_serve.serving.loading import Loaded, RunningEngine
 from gora_serve.serving.plan import ServedAdapter, ServePlan, Watched, check_name
 from gora_serve.serving.preflight import as_fault, refuse
@@ -99,12 +100,13 @@ class LiveAdapters:
     def __init__(
         self, watched: Watched, server: Server, engine: Running, *,
         say: Callable[[str], None], tell: Callable[..., None] = _untold, pace: Pace | None = None,
+        ledger: Ledger | None = None,
     ) -> None:  # fmt: skip
         assert watched.base is not None, "adapters are held to a base"
         self._watched, self._base, self._engine = watched, watched.base, engine
         self._store = Store(watched.store)
         self._server, self._fixed = server, len(server.models) - 1
-        self._say, self._tell, self._pace = say, tell, pace or Pace()
+        self._say, self._tell, self._pace, self._ledger = say, tell, pace or Pace(), ledger
         self._known: dict[str, Tracked] = {}
         self._served: dict[str, tuple[Loaded, int]] = {}  # with the descriptor that holds its entry in the store
         self._leaving: list[tuple[Loaded, int]] = []
@@ -191,6 +193,8 @@ class LiveAdapters:
     def _remove(self, name: str) -> None:
         self._engine.withdraw(name)
         self._leaving.append(self._served.pop(name))
+        if self._ledger:
+            self._ledger.removed(name)
         self._say(f"withdrawn: {name}: its folder is gone")
 
     def _unload(self) -> None:
@@ -213,7 +217,8 @@ class LiveAdapters:
             if len(self._engine.resident) > self._watched.room.adapters + SWAP - 1:
                 return  # an older version is still at work: the next look tries again
             self._serve(name, seen)
-            self._refused.pop(name, None)
+            if self._refused.pop(name, None) is not None and self._ledger:
+                self._ledger.mended(name)
         except GoraError as err:
             before = self._refused.get(name)
             told = before is not None and before.told and str(before.error) == str(err)
@@ -242,6 +247,8 @@ class LiveAdapters:
         self._served[name] = loaded, descriptor
         if before is not None:
             self._leaving.append(before)
+        if self._ledger:
+            self._ledger.added(adapter, loaded.seconds)
         for warning in found.warnings:
             self._say(f"warning: {warning}")
         what = "a new version is served" if before is not None else "served"
@@ -273,6 +280,8 @@ class LiveAdapters:
             stands = self._known[name].stamp == one.stamp and now - self._known[name].since >= self._pace.patience
             if stands and not one.told:
                 self._refused[name] = replace(one, told=True)
+                if self._ledger:
+                    self._ledger.refused(name, one.error)
                 older = " (its older version goes on being served)" if name in self._served else ""
                 for line in _lines(one.error, self._watched.folder / name):
                     self._say(f"refused: {name}{older}: {line}")
@@ -302,7 +311,7 @@ def watch_directory(plan: ServePlan, say: Callable[[str], None]) -> Beside:
     def beside(server: Server, watch: FileWatch) -> LiveAdapters:
         assert plan.watched is not None, "there is a directory"
         engine = RunningEngine(plan, server.token)
-        return LiveAdapters(plan.watched, server, engine, say=say, tell=watch.tell)
+        return LiveAdapters(plan.watched, server, engine, say=say, tell=watch.tell, ledger=watch.ledger)
 
     return beside
 

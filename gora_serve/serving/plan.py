@@ -21,8 +21,9 @@ from gora_serve.errors import InputError, MachineError, UsageError
 from gora_serve.integrity.fingerprint import Expected
 from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require_adapter_files
 from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
+from gora_serve.serving.meter import LOG_REQUESTS
 from gora_serve.serving.options import check_options, group_options, single, whole_number
-from gora_serve.serving.preflight import Fault, as_fault, check_adapter, effective_scales, refuse
+from gora_serve.serving.preflight import Fault, as_fault, check_adapter, effective_scales, form_of, refuse
 from gora_serve.serving.room import Flags, Room, check_lora_options, lora_flags, room_in
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class ServedAdapter:
     the quantized base that it says it was trained on, if it was, and how it is bound to its base, if it is.
 
     source: where it came from, where `path` is its entry in the store. scales: the smallest and the largest effective
-    scale of its modules. canary: its fingerprint.
+    scale of its modules. canary: its fingerprint. root: of its tensors, once they were read. form: unit, padded, native
+    or plain. verify_seconds: what verifying and copying it took.
     """
 
     name: str
@@ -59,6 +61,9 @@ class ServedAdapter:
     source: Path | None = None
     scales: tuple[float, float] | None = None
     canary: tuple[Expected, ...] = ()
+    root: str | None = None
+    form: str = "plain"
+    verify_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def served(adapter: AdapterDir) -> ServedAdapter:
     scales, source = effective_scales(adapter).values(), adapter.path.resolve()
     return ServedAdapter(
         adapter.name, source, max(ranks), modules, adapter.trained_on, adapter.claim, source,
-        (min(scales), max(scales)) if scales else None,
+        (min(scales), max(scales)) if scales else None, form=form_of(adapter),
     )  # fmt: skip
 
 
@@ -268,6 +273,8 @@ def _server_flags(config: ServeConfig, served: str) -> Flags:
 def _environment(config: ServeConfig, options: Mapping[str, Sequence[str]]) -> dict[str, str]:
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     environment["VLLM_PLUGINS"] = ""  # no plugin at all; where it is not set, vLLM loads every one that is installed
+    if config.log_requests:
+        environment[LOG_REQUESTS] = "1"
     if config.device == "cpu" and "--kv-cache-memory-bytes" not in options:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
     return environment

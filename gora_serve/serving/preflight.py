@@ -127,6 +127,15 @@ def effective_scales(adapter: AdapterDir) -> dict[str, float]:
     return scales
 
 
+def form_of(adapter: AdapterDir) -> str:
+    """Return the form of `export` that the configuration has: unit, padded or native; else plain."""
+    patterns = bool(adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"))
+    if adapter.config.get("use_rslora"):
+        return "native" if patterns else "plain"
+    one = all(abs(scale - 1) < 1e-9 for scale in effective_scales(adapter).values())
+    return ("unit" if patterns else "padded") if one else "plain"
+
+
 def _pattern_value(config: Mapping[str, object], name: str, module: str, default: object) -> object:
     pattern = config.get(name)
     return pattern_value(pattern if isinstance(pattern, dict) else {}, module, default)

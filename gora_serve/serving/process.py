@@ -16,11 +16,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from gora_serve.errors import MachineError
+from gora_serve.serving.journal import Pump
 
 TAIL_BYTES = 256 * 1024
 _REASON = re.compile(r"\b\w*(Error|Exception|OutOfMemory|Killed)\b:? ?.+")
+_CALM = re.compile(r"\b(DEBUG|INFO|WARNING) \d\d-\d\d ")  # how vLLM begins its lines
 ORPHAN_GRACE = 10.0  # seconds that an engine gets to end by itself after our own process was killed
 # Runs in the child, then becomes the engine. Before that it leaves a watcher behind, in a session of its own, that
 # reads a pipe which only we can write to. End of file means that we were killed: the watcher then ends the whole group.
@@ -63,11 +66,14 @@ os.execvp(sys.argv[3], sys.argv[3:])
 class Child:
     """A running command and its descendants."""
 
-    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, log: Path | None, log_start: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], lifeline: int, log: Path | None, log_start: int, pump: Pump | None
+    ) -> None:
         self._process = process
         self._lifeline: int | None = lifeline
         self.log = log
         self._log_start = log_start
+        self._pump = pump
 
     @property
     def pid(self) -> int:
@@ -78,15 +84,25 @@ class Child:
         return self._process.poll()
 
     def tail(self, lines: int = 8) -> str | None:
-        """Return the last distinct lines of the log that name an error, else its last lines; None without a log."""
+        """Return the last distinct lines of the output that name an error, else its last lines.
+
+        None where it was neither logged nor pumped.
+        """
+        told = self._last_lines()
+        if told is None:
+            return None
+        reasons = [match[0] for line in told if not _CALM.search(line) and (match := _REASON.search(line))]
+        return " | ".join(list(dict.fromkeys(reasons or told))[-lines:])
+
+    def _last_lines(self) -> list[str] | None:
+        if self._pump is not None:
+            return self._pump.last()
         if self.log is None:
             return None
         with self.log.open("rb") as stream:
             stream.seek(max(self._log_start, self.log.stat().st_size - TAIL_BYTES))
             text = stream.read().decode(errors="replace")
-        told = [line.strip() for line in text.splitlines() if line.strip()]
-        reasons = [match[0] for line in told if (match := _REASON.search(line))]
-        return " | ".join(list(dict.fromkeys(reasons or told))[-lines:])
+        return [line.strip() for line in text.splitlines() if line.strip()]
 
     def members(self) -> tuple[int, ...]:
         """Return the live processes of the child's session."""
@@ -143,33 +159,45 @@ class Child:
             time.sleep(0.05)
 
 
-def start_child(argv: Sequence[str], environment: Mapping[str, str], log: Path | None) -> Child:
+def start_child(
+    argv: Sequence[str], environment: Mapping[str, str], log: Path | None, pump: Pump | None = None
+) -> Child:
     """Start `argv` in a new session with exactly this environment, standard input closed.
 
-    Its output is appended to `log`, or passed through to our standard error, so that standard output stays ours. If
-    this process is killed, the child and its descendants are ended too.
+    Its output goes through `pump`, or else is appended to `log`, or passed through to our standard error, so that
+    standard output stays ours. If this process is killed, the child and its descendants are ended too.
     """
     pipe, lifeline = os.pipe()
     launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(pipe), str(ORPHAN_GRACE), *argv]
     try:
         with contextlib.ExitStack() as stack:
-            stream = 2 if log is None else stack.enter_context(log.open("ab"))
+            stream: int | BinaryIO = 2 if log is None else stack.enter_context(open_log(log))
             start = 0 if log is None else log.stat().st_size
+            if pump is not None:
+                stream = pump.open()
+                stack.callback(os.close, stream)
             process = subprocess.Popen(
                 launch, env=dict(environment), stdin=subprocess.DEVNULL, stdout=stream, pass_fds=(pipe,),
-                stderr=subprocess.STDOUT if log else None, start_new_session=True,
+                stderr=subprocess.STDOUT if log or pump else None, start_new_session=True,
             )  # fmt: skip
-    except OSError as err:
+    except BaseException as err:
         os.close(lifeline)
-        raise MachineError(
-            f"cannot start the engine: {err.strerror}",
-            code="GS-584",
-            hint="check --log, and the installation of vLLM",
-            file=log,
-        ) from err
+        if not isinstance(err, OSError):
+            raise
+        what, hint = f"cannot start the engine: {err.strerror}", "check the installation of vLLM"
+        raise MachineError(what, code="GS-584", hint=hint) from err
     finally:
         os.close(pipe)
-    return Child(process, lifeline, log, start)
+    return Child(process, lifeline, log, start, pump)
+
+
+def open_log(log: Path) -> BinaryIO:
+    """Open the file that the engine's output is appended to. Raises MachineError (GS-584)."""
+    try:
+        return log.open("ab")
+    except OSError as err:
+        what = f"the engine's log cannot be written: {err.strerror}"
+        raise MachineError(what, code="GS-584", file=log, hint="check --log") from err
 
 
 def session_members(session: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from typing import Self
 from gora_serve.errors import MismatchError
 from gora_serve.integrity.reading import check_unchanged
 from gora_serve.serving.guard import STATE_FILE, TOKEN
+from gora_serve.serving.ledger import LEDGER, Ledger
 
 EVERY = 3600.0  # seconds
 
@@ -39,11 +40,12 @@ class FileWatch:
         self._lock = threading.Lock()
         self.degraded: str | None = None
         self.token = secrets.token_urlsafe(32)
+        self.ledger = Ledger(self._folder / "ledger.json")
 
     @property
     def environment(self) -> dict[str, str]:
         """What the guard has to know."""
-        return {STATE_FILE: str(self._folder / "state.json"), TOKEN: self.token}
+        return {STATE_FILE: str(self._folder / "state.json"), TOKEN: self.token, LEDGER: str(self.ledger.file)}
 
     def __enter__(self) -> Self:
         return self
@@ -53,6 +55,7 @@ class FileWatch:
 
     def started(self) -> None:
         """Say that the server is ready for others, and begin to count the time."""
+        self.ledger.ready()
         self.tell(ready=True)
         self._again()
 
@@ -68,7 +71,8 @@ class FileWatch:
             check_unchanged(self._stamps)
         except MismatchError as err:
             self.degraded = f"a verified file changed: {err.fields['file']}"
-            log.error("DEGRADED: %s. The engine serves what it has in memory; restart it to verify anew", self.degraded)
+            what = "DEGRADED: %s. The engine serves what it has in memory; restart it to verify anew"
+            log.error(what, self.degraded, extra={"event": "degraded"})
             self.tell(degraded=self.degraded)
 
     def tell(self, **more: object) -> None:

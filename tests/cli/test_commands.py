@@ -374,7 +374,8 @@ def test_dry_run_prints_command_and_environment(work: Path, exports: dict[str, A
     argv = told["argv"]
     assert str(work / BASE) in argv
     assert argv[argv.index("--port") + 1] == "8123"
-    assert argv[-4:] == ["--max-num-seqs", "4", "--middleware", "gora_serve.serving.guard.Guard"]
+    assert argv[-8:-6] == ["--max-num-seqs", "4"]
+    assert [word.rpartition(".")[2] for word in argv[-5::2]] == ["StatusRoute", "Guard", "Meter"]
     modules = [json.loads(word) for word in argv if word.startswith('{"name"')]
     assert [module["name"] for module in modules] == ["a", "b"]
     stored = {adapter["name"]: adapter for adapter in told["adapters"]}

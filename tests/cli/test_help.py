@@ -139,6 +139,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "ranks": (("probe",), [RankConfig()]),
     "export": (("run", "--output", "o"), [ExportConfig()]),
     "serve": (("base",), [ServeConfig()]),
+    "status": ((), [ServeConfig()]),
     "demo": ((), [DemoConfig()]),
     "convert": (("adapter", "--base", "b", "--output", "o"), [ConvertConfig()]),
     "gap": (("adapter", "--base", "b"), [GapConfig()]),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from gora_serve.serving.engine import Server, free_port, running_server
 from gora_serve.serving.plan import ServeConfig, ServePlan
 from gora_serve.serving.process import session_members
 from gora_serve.serving.start import prepare
+from gora_serve.serving.status import read_status
 from gora_serve.training.export import export
 
 pytestmark = [
@@ -94,9 +97,31 @@ def plan(smollm2: Path, exports: dict[str, Path]) -> Iterator[ServePlan]:
 
 @pytest.fixture(scope="module")
 def server(plan: ServePlan, log: Path) -> Iterator[Server]:
+    """In the end it is asked to stop while it answers, and answers whole."""
+    begun, pool = threading.Event(), ThreadPoolExecutor(1)
     with running_server(plan, log=log) as running:
         yield running
+        under_way = pool.submit(streamed, running.url, "unit", 40, begun)
+        assert begun.wait(60)
+    lines = under_way.result(60)
+    pool.shutdown()
+    assert lines[-1] == "[DONE]"
+    assert sum(len(json.loads(line)["choices"]) for line in lines[:-1]) >= 40
     assert session_members(running.pid) == ()
+
+
+def streamed(url: str, model: str, tokens: int, begun: threading.Event, **more: Any) -> list[str]:
+    """The data lines of a streamed answer of so many tokens; `begun` is set with the first one."""
+    body = {"model": model, "prompt": [1, 2, 3], "max_tokens": tokens, "ignore_eos": True, "stream": True, **more}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    lines = []
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        for line in response:
+            if line.startswith(b"data: "):
+                lines.append(line[6:].strip().decode())
+                begun.set()
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +271,7 @@ def test_no_route_answers_without_the_key(server: Server) -> None:
         "/openapi.json",
         "/adapters",
         "/health",
+        "/gora-serve/status",
         "/nowhere",
     )
     routes |= {(method, path) for path in hidden for method in ("GET", "POST", "DELETE", "OPTIONS")}
@@ -256,6 +282,55 @@ def test_no_route_answers_without_the_key(server: Server) -> None:
     for path in ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         assert asked(server.url, path, "POST", KEY) == 403
     assert asked(server.url, "/metrics", "GET", KEY) == 200
+
+
+def scraped(url: str) -> dict[tuple[str, ...], float]:
+    """Every sample of ours on vLLM's own /metrics, as the client library of Prometheus reads it."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        text = response.read().decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert any(sample.name.startswith("vllm:") for sample in samples)
+    ours = [sample for sample in samples if sample.name.startswith("gora_serve_")]
+    return {(one.name[11:], *(one.labels[label] for label in sorted(one.labels))): one.value for one in ours}
+
+
+def test_requests_and_tokens_are_counted_by_model(server: Server) -> None:
+    """Of a stream that tells no usage too: vLLM leaves it for us."""
+    before = scraped(server.url)
+    told = streamed(server.url, "native", 5, threading.Event(), stream_options={"include_usage": True})
+    usage = json.loads(told[-2])["usage"]
+    streamed(server.url, "native", 5, threading.Event())
+    complete(server.url, "native", [1, 2, 3], 2)
+    with pytest.raises(RunError, match="HTTP 404"):
+        complete(server.url, "nobody", [1], 1)
+    after = scraped(server.url)
+
+    def more(*name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert more("requests_total", "native", "200") == 3
+    assert more("requests_total", "(unknown)", "404") == 1
+    assert more("prompt_tokens_total", "native") == 3 * usage["prompt_tokens"] == 9
+    assert more("completion_tokens_total", "native") == 2 * usage["completion_tokens"] + 2 == 12
+    assert more("request_seconds_count", "native") == 3
+    assert more("first_token_seconds_count", "native") == 2
+    assert after.get(("requests_without_usage_total", "native"), 0.0) == 0
+
+
+def test_where_the_adapters_are_and_how_the_server_stands(plan: ServePlan, server: Server) -> None:
+    complete(server.url, "unit", [1, 2, 3], 1)
+    found = read_status(server.url, KEY)
+    assert found.state == "ready"
+    assert [model["name"] for model in found.models] == list(server.models)
+    for model, adapter in zip(found.models[1:], plan.adapters, strict=True):
+        assert (model["root"], model["form"], model["resident"]) == (adapter.root, adapter.name, "slot")
+        assert scraped(server.url)["adapter_residency", adapter.name, "slot"] == 1
+    unit = found.models[1]
+    assert unit["requests"]["200"] >= 1
+    assert 0 < unit["p50"] <= unit["p95"]
 
 
 def test_the_key_is_in_no_argument_and_no_log(server: Server, log: Path) -> None:

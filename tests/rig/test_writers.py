@@ -7,11 +7,9 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -129,29 +127,6 @@ def test_a_full_disk_at_every_write(benches: Mapping[str, Bench], place: str, nu
             point = bench.point(Fault(when, number))
             assert point["wrong"] == []
             assert point["status"] == 5
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a tmpfs of so many KiB, where this machine allows it."""
-    mounted: list[Path] = []
-
-    def mount(kib: int) -> Path:
-        place = tmp_path / f"disk-{kib}"
-        place.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", place], capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-        mounted.append(place)
-        return place
-
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", place], check=True)
 
 
 @pytest.mark.parametrize("place", ["export fresh", "export --overwrite", "convert fresh", "hash fresh", "fit fresh"])

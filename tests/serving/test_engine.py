@@ -40,6 +40,9 @@ if manners == "polite":
 if manners == "early":
     print("first line\nOutOfMemory: the reason", file=sys.stderr)
     sys.exit(3)
+if manners == "chatty":
+    print("INFO a line of the engine", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: (worker.terminate(), os._exit(0)))
 if manners == "slow":
     time.sleep(600)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gora_serve.errors import BindingError, InputError, MachineError, UsageError
+from gora_serve.serving.exposure import MIDDLEWARE
 from gora_serve.serving.options import group_options
 from gora_serve.serving.plan import (
     ServeConfig,
@@ -181,8 +182,10 @@ def test_environment(base: Path) -> None:
 def test_a_users_option_replaces_ours_and_comes_last(base: Path) -> None:
     extra = ["--max_loras=7", "--dtype", "bfloat16", "--port", "9001", "-tp", "2", "--served-model-name", "base"]
     made = plan(base, adapter(), extra=extra)
-    guard = ("--middleware", "gora_serve.serving.guard.Guard")
-    assert made.argv[-len(extra) - 2 :] == (*extra, *guard)  # the last middleware is the outermost
+    outer = made.argv[-len(MIDDLEWARE) :]
+    assert made.argv[-len(extra) - len(outer) :] == (*extra, *outer)  # the last middleware is the outermost
+    assert outer == MIDDLEWARE
+    assert [word.rpartition(".")[2] for word in outer[1::2]] == ["StatusRoute", "Guard", "Meter"]
     assert "--max-loras" not in made.argv
     assert made.argv.count("--dtype") == 1
     assert values(made.argv, "--max-cpu-loras") == ["7"]

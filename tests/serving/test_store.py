@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,7 @@ def test_too_little_space_is_told_before(adapter: Path, store: Store, monkeypatc
 
 LIMITED = """
 import resource, signal, sys
+from collections.abc import Callable
 from pathlib import Path
 from gora_serve.errors import GoraError
 from gora_serve.serving.store import Store, content_of
@@ -212,3 +214,26 @@ def test_servers_that_start_together_share_one_copy(adapter: Path, store: Store)
 def test_the_default_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GORA_SERVE_CACHE", str(tmp_path / "cache"))
     assert Store().folder == tmp_path / "cache" / "adapters"
+
+
+def test_a_small_disk_is_told_before_anything_is_written(adapter: Path, small_disk: Callable[[int], Path]) -> None:
+    store = Store(small_disk(64) / "store")
+    with pytest.raises(MachineError, match="GS-560"):
+        store.put(adapter, content_of(adapter))
+    assert names(store) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
+    tmp_path: Path, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process took the space after it was counted: the write itself fails."""
+    from gora_serve.serving import store as module
+
+    monkeypatch.setattr(module, "require_space", lambda *_: None)
+    folder = write_sound(tmp_path / "large", {"model.layers.0.self_attn.q_proj": (20_000, 20_000)})
+    store = Store(small_disk(64) / "store")
+    with pytest.raises(MachineError, match="GS-505"):
+        store.put(folder, content_of(folder))
+    assert names(store) == []
+    small = write_sound(tmp_path / "small", SHAPES)
+    assert store.put(small, content_of(small)).is_dir(), "the space is free again"

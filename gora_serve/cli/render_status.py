@@ -1,0 +1,91 @@
+"""What `status` prints: a line for the server, a table of its models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from gora_serve.cli.render import Summary
+from gora_serve.errors import MismatchError, printable
+
+if TYPE_CHECKING:
+    from gora_serve.serving.status import ServerStatus
+
+_DIGITS = 12  # of a root
+
+
+def status_summary(found: ServerStatus) -> Summary:
+    """The server and its models; as JSON all that it says."""
+    lines = [f"{found.state}: {found.url}" + (f": {found.reason}" if found.reason else "")]
+    lines += [
+        f"  refused since the start: {name} ({count})" for name, count in _counts(found.told.get("failures")).items()
+    ]
+    for name, counts in _objects(found.told.get("others")).items():
+        lines.append(f"  requests for {name}: {_requests(counts)}")
+    return Summary(found.to_json(), lines, [_table(found)] if found.models else [])
+
+
+def not_ready(found: ServerStatus) -> MismatchError | None:
+    """Return the answer no (GS-1470) of a server that is degraded, or not ready."""
+    if found.state == "ready":
+        return None
+    hint = "see its log; a restart verifies everything anew" if found.state == "degraded" else "ask again in a while"
+    return MismatchError(f"the server is {found.state}", code="GS-1470", actual=found.reason, hint=hint)
+
+
+def _table(found: ServerStatus) -> Table:
+    names = ("model", "served", "root", "form", "rank", "requests", "tokens in, out", "p50", "p95", "resident")
+    table = Table(*names, "last error")
+    for model in found.models:
+        root = str(model.get("root") or "-").rpartition(":")[2][:_DIGITS]
+        tokens = f"{_number(model.get('prompt_tokens'))}, {_number(model.get('completion_tokens'))}"
+        cells = [
+            model.get("name"), _age(model.get("since")), root, model.get("form") or "-", model.get("rank") or "-",
+            _requests(model), tokens, _seconds(model.get("p50")), _seconds(model.get("p95")),
+            model.get("resident") or "-", _last_error(model),
+        ]  # fmt: skip
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _requests(counts: Mapping[str, Any]) -> str:
+    by_status = _counts(counts.get("requests"))
+    failed = sum(count for status, count in by_status.items() if not status.startswith("2"))
+    return f"{sum(by_status.values())}" + (f", {failed} failed" if failed else "")
+
+
+def _last_error(model: Mapping[str, Any]) -> str:
+    if model.get("error"):
+        return str(model["error"])
+    when = model.get("last_server_error")
+    return f"5xx, {_age(when)} ago" if isinstance(when, int | float) and when > 0 else "-"
+
+
+def _age(since: object) -> str:
+    if not isinstance(since, int | float):
+        return "-"
+    seconds = max(0, int(time.time() - since))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def _seconds(value: object) -> str:
+    return f"{value:.3g} s" if isinstance(value, int | float) else "-"
+
+
+def _number(value: object) -> str:
+    return f"{int(value):,}" if isinstance(value, int | float) else "-"
+
+
+def _counts(value: object) -> dict[str, int]:
+    return {str(name): one for name, one in value.items() if isinstance(one, int)} if isinstance(value, dict) else {}
+
+
+def _objects(value: object) -> dict[str, dict[str, Any]]:
+    return {str(name): one for name, one in value.items() if isinstance(one, dict)} if isinstance(value, dict) else {}
