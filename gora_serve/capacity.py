@@ -12,7 +12,8 @@ from gora_serve.errors import UsageError
 from gora_serve.integrity.headers import DTYPE_BITS
 from gora_serve.serving.adapter_dir import read_adapter_dir
 from gora_serve.serving.fits import ADAPTED_EMBEDDINGS, place_of
-from gora_serve.serving.plan import architecture, read_served_adapters, slots, target_modules
+from gora_serve.serving.plan import architecture, read_served_adapters
+from gora_serve.serving.room import slots, target_modules
 from gora_serve.serving.slots import AdapterShapes, SlotPlan, plan_slots, wrapped_layers
 from gora_serve.training.shapes import DTYPE_BYTES, BaseShapes, read_shapes
 
@@ -47,7 +48,7 @@ def capacity(
     width = DTYPE_BYTES.get(dtype, shapes.dtype_bytes)
     weights = shapes.parameters * width
     where: Literal["cpu", "cuda"] = "cpu" if device == "cpu" else "cuda"
-    number, spare = slots(served, where), slots((), where)
+    number, spare = slots(len(served), where, live=False), slots(0, where, live=False)
     room = max(0, memory - weights - CACHE)
     plan = plan_slots(found, wrapped, slots=number, spare=spare, width=width, room=room)
     return Capacity(plan, weights, CACHE, tuple(_notes(found, shapes, targets, spare, number * plan.slot_bytes > room)))

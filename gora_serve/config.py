@@ -404,6 +404,9 @@ class ServeConfig:
     open_routes: tuple[str, ...] = ()
     log_format: LogFormat = "text"
     log_requests: bool = False
+    adapters_dir: Path | None = None  # is watched: its adapters are served as they come and go
+    max_adapters: int = 8  # at once, where a directory is watched; or as many as there are at the start
+    max_rank: int = 32  # of one that comes: what `fit` makes at most by default; or the largest at the start
 
 
 @dataclass(frozen=True)

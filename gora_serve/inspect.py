@@ -20,7 +20,7 @@ from gora_serve.integrity.layout import INDEX, SINGLE, find_model
 from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record
 from gora_serve.integrity.staging import SEAL
 from gora_serve.serving.adapter_dir import CONFIG_FILE, AdapterDir, read_adapter_dir
-from gora_serve.serving.plan import RANK_BUCKETS
+from gora_serve.serving.room import RANK_BUCKETS
 
 RUN, CONVERSION, MERGE = "run.json", "conversion.json", "merge.json"
 RECEIPT_BYTES = 2**26  # a receipt names every tensor

@@ -88,6 +88,7 @@ INSIDE: Mapping[str, frozenset[str]] = {
     "gora_serve/integrity/push.py": frozenset({"huggingface_hub"}),
     "gora_serve/deploy/gguf_file.py": frozenset({"gguf"}),
     "gora_serve/deploy/gguf_names.py": frozenset({"gguf"}),
+    "gora_serve/serving/inside.py": frozenset({"vllm"}),  # in the engine's process, never in ours
     "gora_serve/serving/vllm_cli.py": frozenset({"vllm"}),  # is the engine's process, never ours
     "gora_serve/serving/metrics.py": frozenset({"prometheus_client"}),  # in the engine's process, never in ours
     "gora_serve/training/encode.py": frozenset({"jinja2"}),  # the errors of transformers' chat templates

@@ -19,7 +19,9 @@ def test_every_promise_has_a_test_that_exists() -> None:
         named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row)
         assert named, row
         for file, test in named:
-            assert re.search(rf"^def {test}\(", (REPOSITORY / file).read_text(encoding="utf-8"), re.MULTILINE), test
+            assert re.search(
+                rf"^(async )?def {test}\(", (REPOSITORY / file).read_text(encoding="utf-8"), re.MULTILINE
+            ), test
 
 
 def test_every_command_exists() -> None:

@@ -39,6 +39,10 @@ class Journal:
     def tell(self, event: str, message: str, *, level: str = "info", **fields: object) -> None:
         say(message)
 
+    def change(self, text: str) -> None:
+        """Say what became of an adapter while the server runs."""
+        self.tell("adapters", text)
+
     def warn(self, warning: str) -> None:
         self.tell("warning", f"warning: {warning}", level="warning")
 

@@ -359,14 +359,27 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
         "url": plan.url, "models": list(plan.models),
         "trained_on": {adapter.name: adapter.trained_on for adapter in plan.adapters if adapter.trained_on},
         "bound": {adapter.name: adapter.claim or "unbound" for adapter in plan.adapters}, "warnings": list(warnings),
-        "adapters": [_served_adapter(adapter) for adapter in plan.adapters],
+        "adapters": [_served_adapter(adapter) for adapter in plan.adapters], "watched": _watched(plan),
     }  # fmt: skip
     words = [f"-u {name}" for name in plan.removed if "*" not in name]
     words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
     patterns = [name for name in plan.removed if "*" in name]
     lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
     lines += [f"# {name}: {trained_on_text(record)}" for name, record in value["trained_on"].items()]
+    if watched := value["watched"]:
+        room = f"room for {watched['max_adapters']} adapters up to rank {watched['max_rank']}"
+        lines.append(f"# watched: {watched['directory']}, {len(watched['found'])} to be served now, {room}")
     return Summary(value, [*lines, " ".join(["env", *words, shlex.join(plan.argv)])])
+
+
+def _watched(plan: ServePlan) -> dict[str, Any] | None:
+    if plan.watched is None:
+        return None
+    room = plan.watched.room
+    return {
+        "directory": str(plan.watched.folder), "found": list(plan.watched.found), "max_adapters": room.adapters,
+        "max_rank": room.rank, "target_modules": None if room.targets is None else sorted(room.targets),
+    }  # fmt: skip
 
 
 def _served_adapter(adapter: ServedAdapter) -> dict[str, Any]:

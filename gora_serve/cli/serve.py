@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,28 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="NAME=DIR",
     help="An adapter and the name it is served by. DIR may be a hub id with its revision.",
+)
+@click.option(
+    "--adapters",
+    "adapters_dir",
+    type=FOLDER,
+    default=ServeConfig.adapters_dir,
+    metavar="DIR",
+    help="Watch DIR: each folder in it is served by its name, as it comes, changes and goes.",
+)
+@click.option(
+    "--max-adapters",
+    type=click.IntRange(1),
+    default=ServeConfig.max_adapters,
+    show_default=True,
+    help="With --adapters: room for so many at once, or as many as there are at the start.",
+)
+@click.option(
+    "--max-rank",
+    type=click.IntRange(1, 512),
+    default=ServeConfig.max_rank,
+    show_default=True,
+    help="With --adapters: room for this rank, or the largest at the start.",
 )
 @click.option("--host", default=ServeConfig.host, show_default=True, help="Elsewhere than loopback needs a key.")
 @click.option("--port", default=ServeConfig.port, show_default=True)
@@ -77,12 +100,17 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     All faults of all adapters are listed at once, before the engine starts. What is served are read-only copies in the
     store. It is ready when each adapter is listed, answers otherwise than the base, and as its fingerprint says.
 
+    With --adapters DIR what lies in a directory is served too: an adapter that is dropped in is verified and checked as
+    those of the start, a new version of one takes its place between two requests, and one that is taken out is
+    unloaded. A bad one is told of, and changes nothing.
+
     Where there is a key, every route wants it: Authorization: Bearer KEY.
 
     Everything after -- goes to `vllm serve`. The first SIGINT or SIGTERM drains and stops; no process stays behind.
 
     \b
     gora-serve serve BASE -a sql=adapters/sql -a chat=adapters/chat -- --max-num-seqs 16
+    gora-serve serve BASE --adapters live
     """
     from gora_serve.cli.journals import journal
     from gora_serve.serving.plan import parse_adapter
@@ -91,7 +119,8 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
         host=options["host"], port=options["port"], dtype=options["dtype"], max_model_len=options["max_model_len"],
         kv_cache_gib=options["kv_cache_gib"], served_name=options["served_name"], store=options["store"],
         key_file=options["key_file"], open_routes=options["open_routes"], log_format=options["log_format"],
-        log_requests=options["log_requests"],
+        log_requests=options["log_requests"], adapters_dir=options["adapters_dir"],
+        max_adapters=options["max_adapters"], max_rank=options["max_rank"],
     )  # fmt: skip
     named = [parse_adapter(text) for text in adapters]
     with journal(config, options["log"]) as told:
@@ -109,6 +138,7 @@ def _serve(
 ) -> int:
     from gora_serve.cli.render import emit, plan_summary, watching
     from gora_serve.serving.engine import Server, serve_forever
+    from gora_serve.serving.live import watch_directory
     from gora_serve.serving.start import prepare
 
     with told.watching() as listen:
@@ -124,19 +154,21 @@ def _serve(
     told.tell("start", "starting: " + json.dumps(plan.models), models=plan.models, base=plan.base)
 
     def proof(server: Server) -> None:
-        for checked in server.checked:
+        for checked in server.checked[: len(plan.adapters)]:  # those of a directory were told as they came
             told.tell("canary", f"canary: {checked}", model=checked.name, distance=checked.distance)
         if options["verify"]:
             from gora_serve.parity import check_parity
 
             with watching() as listen:
-                for compared in check_parity(plan, token=server.token, listen=listen):
+                served = replace(plan, adapters=server.adapters, models=server.models)
+                for compared in check_parity(served, token=server.token, listen=listen):
                     told.tell("verified against PEFT", f"verified: {compared}", model=compared.name)
 
     def announce(server: Server) -> None:
         what = f"ready: {server.url}/v1 serves {', '.join(server.models)}"
         told.tell("ready", what, url=server.url, models=server.models)
 
-    code = serve_forever(plan, log=told.log, proof=proof, announce=announce, pump=told.pump())
+    beside = watch_directory(plan, told.change) if plan.watched is not None else None
+    code = serve_forever(plan, log=told.log, proof=proof, announce=announce, pump=told.pump(), beside=beside)
     told.stopped(code)
     return code

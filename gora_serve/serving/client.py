@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from gora_serve.errors import RunError
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.serving.guard import TOKEN_HEADER
+from gora_serve.serving.inside import ROUTE
 
 TIMEOUT = 600.0  # seconds for one answer; a slow CPU needs minutes
 PROBE_TIMEOUT = 5.0
@@ -134,6 +135,13 @@ def list_models(url: str, key: str | None = None, token: str | None = None) -> t
     """Return the names that /v1/models lists."""
     answer = _request(f"{url}/v1/models", None, PROBE_TIMEOUT * 4, key, token)
     return _read(answer, lambda: tuple(str(model["id"]) for model in answer["data"]))
+
+
+def change_adapters(
+    url: str, asked: Mapping[str, str], key: str | None, token: str | None, timeout: float = TIMEOUT
+) -> Mapping[str, Any]:
+    """Ask the half inside the engine's process for one change; RunError (GS-784) with what it says against it."""
+    return _request(f"{url}{ROUTE}", asked, timeout, key, token)
 
 
 def _completion(choice: Mapping[str, Any]) -> Completion:

@@ -18,10 +18,11 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, Protocol
 
 from gora_serve.errors import BindingError, MachineError, RunError, UsageError
 from gora_serve.integrity.fingerprint import Answer
@@ -58,7 +59,8 @@ class Engine:
 @dataclass(frozen=True)
 class Server:
     """A server that is ready: its address, the process id of the engine's first process, the models that it
-    serves, what the canary found of each adapter, and the token that lets this process in before it is ready.
+    serves, what the canary found of each adapter, the token that lets this process in before it is ready, and the
+    adapters.
     """
 
     url: str
@@ -66,6 +68,23 @@ class Server:
     models: tuple[str, ...]
     checked: tuple[Checked, ...] = ()
     token: str | None = None
+    adapters: tuple[ServedAdapter, ...] = ()
+
+
+class Companion(Protocol):
+    """What works beside a server while it runs, in a thread of its own."""
+
+    def look(self) -> None:
+        """Raise what ended it, if something did."""
+
+    def caught_up(self) -> bool:
+        """Return whether the server may be called ready."""
+
+    def joined(self, server: Server) -> Server:
+        """Return the server with what it has added."""
+
+
+Beside = Callable[[Server, FileWatch], AbstractContextManager[Companion]]
 
 
 def find_engine() -> Engine:
@@ -98,7 +117,7 @@ def running_server(plan: ServePlan, *, listen: Listener = silent, log: Path | No
         assert checked is not None, "nothing cancels it"
         patience.append(plan.shutdown_timeout + MARGIN)
         watch.started()
-        yield Server(plan.url, child.pid, plan.models, checked)
+        yield Server(plan.url, child.pid, plan.models, checked, adapters=plan.adapters)
         _require_alive(child, "while it was serving", "GS-785")
 
 
@@ -110,13 +129,15 @@ def serve_forever(
     proof: Callable[[Server], None] = lambda _: None,
     announce: Callable[[Server], None] = lambda _: None,
     pump: Pump | None = None,
+    beside: Beside | None = None,
 ) -> int:
     """Serve until a signal asks to stop, and return the exit code: 130 for SIGINT, 143 for SIGTERM.
 
     `proof` may look at the server when it has loaded everything and before anybody else is served, and raises to end
-    it; `announce` is called once, when the server is ready; `pump` takes the engine's output. A second signal kills the
-    engine at once. Only the main thread may call this, because it sets the process's signal handlers; they are put
-    back.
+    it; `announce` is called once, when the server is ready; `pump` takes the engine's output. `beside` works from when
+    the engine runs until it is asked to stop, and the server is not ready before it has caught up. A second signal
+    kills the engine at once. Only the main thread may call this, because it sets the process's signal handlers; they
+    are put back.
     """
     stop = StopRequest()
     with _handling(stop), _engine(plan, log, pump) as (child, watch), _ending(child, plan) as patience:
@@ -124,15 +145,29 @@ def serve_forever(
         checked = _await_ready(plan, child, watch.token, listen, stop.asked)
         if checked is not None:
             patience.append(plan.shutdown_timeout + MARGIN)
-            server = Server(plan.url, child.pid, plan.models, checked, watch.token)
-            proof(server)
-            watch.started()
-            announce(server)
-        while not stop.asked():
-            _require_alive(child, "while it was serving", "GS-785")
-            watch.look()
-            time.sleep(POLL)
+            server = Server(plan.url, child.pid, plan.models, checked, watch.token, plan.adapters)
+            with beside(server, watch) if beside else contextlib.nullcontext() as companion:
+                _look_after(child, watch, companion, stop, until=companion.caught_up if companion else lambda: True)
+                server = companion.joined(server) if companion else server
+                if not stop.asked():
+                    proof(server)
+                    watch.started()
+                    announce(server)
+                _look_after(child, watch, companion, stop)
     return 128 + (stop.number or 0)
+
+
+def _look_after(
+    child: Child, watch: FileWatch, companion: Companion | None, stop: StopRequest,
+    until: Callable[[], bool] = lambda: False,
+) -> None:  # fmt: skip
+    """Wait for a request to stop, or until something holds; raise what goes wrong meanwhile."""
+    while not stop.asked() and not until():
+        _require_alive(child, "while it was serving", "GS-785")
+        if companion is not None:
+            companion.look()
+        watch.look()
+        time.sleep(POLL)
 
 
 @contextlib.contextmanager
@@ -256,11 +291,22 @@ def _check_canaries(
     return tuple(checked)
 
 
-def check_served(plan: ServePlan, adapter: ServedAdapter, key: str | None = None, token: str | None = None) -> Checked:
-    """Hold an adapter that the engine has loaded to the base and to its fingerprint. Raises RunError."""
+def check_served(
+    plan: ServePlan,
+    adapter: ServedAdapter,
+    key: str | None = None,
+    token: str | None = None,
+    *,
+    alias: str | None = None,
+) -> Checked:
+    """Hold an adapter that the engine has loaded to the base and to its fingerprint. Raises RunError.
+
+    alias: what it is asked for by, where that is not its name.
+    """
 
     def ask(model: str, tokens: Sequence[int]) -> Answer:
-        return complete(plan.url, model, tokens, 1, logprobs=ASKED, key=key, token=token).top[0]
+        asked = alias if alias and model == adapter.name else model
+        return complete(plan.url, asked, tokens, 1, logprobs=ASKED, key=key, token=token).top[0]
 
     return check_canary(adapter.name, plan.models[0], adapter.canary, tolerance(plan.dtype, plan.base), ask)
 

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from gora_serve.errors import BindingError, GoraError, InputError
 from gora_serve.integrity.digest import TensorRecord
 from gora_serve.serving.adapter_dir import AdapterDir
-from gora_serve.serving.plan import SAME_NAMES
 from gora_serve.serving.preflight import FLOATS
+from gora_serve.serving.room import SAME_NAMES
 from gora_serve.serving.unserved import TRAIN_ELSE
 
 Place = tuple[tuple[str, ...], str]

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from pathlib import Path
 from typing import Any
 
+from gora_serve.serving import inside
 from gora_serve.serving.keys import KEY_FILE, KEY_VARIABLE, read_keys
 
 MODE, OPEN_ROUTES, STATE_FILE = "GORA_SERVE_GUARD", "GORA_SERVE_OPEN_ROUTES", "GORA_SERVE_STATE"
@@ -51,6 +52,7 @@ class Guard:
         self._state = Path(told[STATE_FILE]) if told.get(STATE_FILE) else None
         self._token = token_digest(told.get(TOKEN))
         self._ready = self._state is None
+        self._residents = inside.Residents()
         keys = read_keys(told, Path(told[KEY_FILE]) if told.get(KEY_FILE) else None)
         self._keys = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
         if self._mode != KEYLESS and not self._keys:
@@ -65,6 +67,10 @@ class Guard:
             return await _refuse(scope, send, 401, "a key is needed: Authorization: Bearer KEY")
         if any(path == closed or path.startswith(f"{closed}/") for closed in CLOSED):
             return await _refuse(scope, send, 403, "this route is closed")
+        if path == inside.ROUTE:
+            if scope["type"] != "http" or not is_parent(scope.get("headers", ()), self._token):
+                return await _refuse(scope, send, 403, "this route is closed")
+            return await self._residents.answer(scope, receive, send)
         if not self._ready and not self._is_ready() and not is_parent(scope.get("headers", ()), self._token):
             return await _refuse(scope, send, 503, "not ready: the adapters are being checked")
         if (
@@ -73,7 +79,7 @@ class Guard:
             and (reason := read_state(self._state).get("degraded"))
         ):
             return await _refuse(scope, send, 503, f"degraded: {reason}")
-        return await self._app(scope, receive, send)
+        return await self._residents.through(self._app, scope, receive, send)
 
     def _is_ready(self) -> bool:
         self._ready = self._state is not None and read_state(self._state).get("ready") is True

@@ -63,6 +63,11 @@ class Ledger:
             if name in told["models"]:
                 told["models"][name]["error"] = printable(f"[{err.code}] {err.what}")[:_LONGEST]
 
+    def mended(self, name: str) -> None:
+        """Say that nothing speaks against an adapter any more, as it is served."""
+        with self._changing() as told:
+            told["models"].get(name, {}).pop("error", None)
+
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
         """Yield what is told, to be changed; then write it. One thread at a time."""

@@ -13,43 +13,33 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gora_serve.config import ServeConfig as ServeConfig
 from gora_serve.config import ServeDevice as Device
 from gora_serve.errors import InputError, MachineError, UsageError
 from gora_serve.integrity.fingerprint import Expected
 from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require_adapter_files
-from gora_serve.serving.canary import ASKED
 from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
 from gora_serve.serving.meter import LOG_REQUESTS
 from gora_serve.serving.options import check_options, group_options, single, whole_number
-from gora_serve.serving.preflight import LARGEST_RANK, Fault, as_fault, check_adapter, effective_scales, form_of, refuse
+from gora_serve.serving.preflight import Fault, as_fault, check_adapter, effective_scales, form_of, refuse
+from gora_serve.serving.room import Flags, Room, check_lora_options, lora_flags, room_in
 
-# vLLM 0.32, config/lora.py, MaxLoRARanks. Every slot of every module is padded to the chosen bucket.
-RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
+if TYPE_CHECKING:
+    from gora_serve.serving.admit import ServedBase
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Devices on Windows, with any ending: a folder of such a name cannot be copied there.
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-# Each opens a way to load adapters, code or debug routes that nobody checked, or logs answers. A name may end in "*".
+# Each opens a way to load adapters, code or debug routes that nobody checked, a front end that the guard is not in, or
+# logs answers. A name may end in "*".
 SCRUBBED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*", "VLLM_ALLOW_INSECURE_*",
-    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_USE_RUST_FRONTEND",
 )  # fmt: skip
 # Secrets that an engine without a network has no use for: taken away without a word.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-# vLLM's packed layers and the projections that adapters name (packed_modules_mapping of the classes below).
-PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-# Classes whose module names agree between checkpoint and vLLM 0.32; in others --lora-target-modules could
-# silently drop a module (experts of MoE layers, renamed layers), so the flag stays away.
-SAME_NAMES = frozenset(
-    {
-        "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-    }
-)  # fmt: skip
-Flags = dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -77,12 +67,27 @@ class ServedAdapter:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """A directory whose adapters are served as they come and go: what they are held to, and what there is room for.
+
+    found: the names that it held when the plan was made, of adapters that may be served.
+    """
+
+    folder: Path
+    room: Room
+    base: ServedBase | None = None
+    store: Path | None = None
+    strict: bool = False
+    found: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ServePlan:
     """All that is needed to run the engine. `environment` is what is set for it, `removed` what is taken away.
 
     `models` lists what /v1/models must show: the base's served name first, then every adapter. `stamps` are those of
     the files that were verified: they must hold when the engine has read them. dtype: as asked for. key_file: where the
-    keys are that are not in the environment.
+    keys are that are not in the environment. watched: the directory of adapters that come and go.
     """
 
     argv: tuple[str, ...]
@@ -97,6 +102,7 @@ class ServePlan:
     stamps: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     dtype: str = "auto"
     key_file: Path | None = None
+    watched: Watched | None = None
 
 
 def parse_adapter(text: str) -> tuple[str, Path]:
@@ -151,10 +157,12 @@ def plan_server(
     config: ServeConfig,
     extra: Sequence[str] = (),
     *,
+    watched: Sequence[ServedAdapter] = (),
     environ: Mapping[str, str] | None = None,
 ) -> ServePlan:
     """Compute the engine's command line. `extra` are vLLM's own options: they come last and replace ours.
 
+    watched: what the directory of `config` holds; the engine is started without these, and with room for them.
     `environ` (default: this process's) is only asked whether there is a key; the key itself is never kept.
     """
     if not (base / "config.json").is_file():
@@ -174,9 +182,11 @@ def plan_server(
     options = group_options(extra)
     served = single(options, "--served-model-name") or config.served_name or base.resolve().name
     _check_names(adapters, served)
-    flags = _server_flags(config, served) | _lora_flags(adapters, config, options, architecture(base))
+    live = config.adapters_dir is not None
+    lora = lora_flags(adapters, watched if live else None, config, options, architecture(base))
+    flags = _server_flags(config, served) | lora
     check_options(options, tuple(flags))
-    _check_lora_options(options, adapters, config)
+    check_lora_options(options, adapters, config, live=live)
     host, wanted = single(options, "--host") or config.host, whole_number(options, "--port")
     port = config.port if wanted is None else wanted
     if not 1 <= port <= 65535:
@@ -195,41 +205,17 @@ def plan_server(
         shutdown_timeout=float(whole_number(options, "--shutdown-timeout") or config.shutdown_timeout),
         dtype=single(options, "--dtype") or config.dtype,
         key_file=config.key_file,
+        watched=_watched(config.adapters_dir, room_in(lora, options, config.device), watched),
     )
+
+
+def _watched(folder: Path | None, room: Room, found: Sequence[ServedAdapter]) -> Watched | None:
+    return None if folder is None else Watched(folder.absolute(), room, found=tuple(one.name for one in found))
 
 
 def with_device(config: ServeConfig, device: Literal["cpu", "cuda"]) -> ServeConfig:
     """Settle "auto"; a device that was asked for stays."""
     return replace(config, device=device) if config.device == "auto" else config
-
-
-def rank_bucket(rank: int) -> int:
-    """Return the smallest `--max-lora-rank` that vLLM accepts and that holds `rank`."""
-    for bucket in RANK_BUCKETS:
-        if rank <= bucket:
-            return bucket
-    raise InputError(
-        "the rank is above what vLLM serves",
-        code="GS-387",
-        hint="convert the adapter with a smaller --rank",
-        expected=LARGEST_RANK,
-        actual=rank,
-    )
-
-
-def target_modules(adapters: Sequence[ServedAdapter], architecture: str | None) -> tuple[str, ...] | None:
-    """Return the exact union of adapted module names, or None where vLLM must wrap everything.
-
-    vLLM 0.32 (lora/utils.py, is_in_target_modules) matches a packed layer when any of its projections is
-    named, so the adapters' own names are enough. What the list leaves out is not wrapped, and an adapter that
-    has it is cut without a message: the list is only made for names and architectures known to be spelled
-    alike on both sides.
-    """
-    names = {module.rpartition(".")[2] for adapter in adapters for module in adapter.modules}
-    experts = any(".experts." in module for adapter in adapters for module in adapter.modules)
-    if architecture not in SAME_NAMES or experts or not names or not names <= PROJECTIONS:
-        return None
-    return tuple(sorted(names))
 
 
 def architecture(base: Path) -> str | None:
@@ -282,85 +268,6 @@ def _server_flags(config: ServeConfig, served: str) -> Flags:
     if config.max_model_len is not None:
         flags["--max-model-len"] = (str(config.max_model_len),)
     return flags
-
-
-def slots(adapters: Sequence[ServedAdapter], device: Device) -> int:
-    """Return how many adapter slots the engine needs.
-
-    On CPU one more than there are adapters: tokens without an adapter carry the index -1, which vLLM's torch
-    kernels read as the last slot (vllm-project/vllm#48421). Slots fill from the lowest, so a spare last one
-    holds zeros, and requests for the base are never answered with an adapter.
-    """
-    return len(adapters) + (1 if device == "cpu" else 0)
-
-
-def _lora_flags(
-    adapters: Sequence[ServedAdapter],
-    config: ServeConfig,
-    options: Mapping[str, Sequence[str]],
-    architecture: str | None,
-) -> Flags:
-    if not adapters:
-        return {}
-    needed = slots(adapters, config.device)
-    modules = [json.dumps({"name": adapter.name, "path": str(adapter.path)}) for adapter in adapters]
-    flags: Flags = {
-        "--enable-lora": (),
-        "--max-lora-rank": (str(rank_bucket(max(adapter.max_rank for adapter in adapters))),),
-        "--max-loras": (str(needed),),
-        "--max-cpu-loras": (str(max(needed, whole_number(options, "--max-loras") or 0)),),
-        "--lora-modules": tuple(modules),
-    }
-    targets = target_modules(adapters, architecture)
-    return flags if targets is None else flags | {"--lora-target-modules": targets}
-
-
-def _check_lora_options(
-    options: Mapping[str, Sequence[str]], adapters: Sequence[ServedAdapter], config: ServeConfig
-) -> None:
-    """Refuse values that vLLM accepts and then answers wrongly with, or that it would refuse after a slow
-    start.
-    """
-    if not adapters:
-        return
-    count, rank = whole_number(options, "--max-loras"), whole_number(options, "--max-lora-rank")
-    needed, largest = slots(adapters, config.device), max(adapter.max_rank for adapter in adapters)
-    if count is not None and config.device == "cpu" and count < needed:
-        what = "too few slots: on CPU the last slot must stay empty, or the base answers as an adapter"
-        raise UsageError(
-            what,
-            code="GS-285",
-            hint="leave the option to gora-serve",
-            expected=f"--max-loras >= {needed}",
-            actual=count,
-        )
-    if rank is not None and rank < largest:
-        what = "an adapter's rank is larger"
-        raise UsageError(
-            what,
-            code="GS-285",
-            hint="leave the option to gora-serve",
-            expected=f"--max-lora-rank >= {largest}",
-            actual=rank,
-        )
-    logprobs = whole_number(options, "--max-logprobs")
-    if logprobs is not None and logprobs < ASKED:
-        raise UsageError(
-            "too few log probabilities for the check of the adapters", code="GS-285",
-            hint="leave the option out, or raise it", expected=f"--max-logprobs >= {ASKED}", actual=logprobs,
-        )  # fmt: skip
-    if "--lora-target-modules" in options:
-        given = set(options["--lora-target-modules"])
-        covered = given | {child for packed in given for child in PACKED.get(packed, ())}
-        names = {module.rpartition(".")[2] for adapter in adapters for module in adapter.modules}
-        if not names <= covered:
-            what = "vLLM would drop adapted modules without a message"
-            raise UsageError(
-                what,
-                code="GS-285",
-                hint="leave the option to gora-serve",
-                expected=f"also {', '.join(sorted(names - covered))}",
-            )
 
 
 def _environment(config: ServeConfig, options: Mapping[str, Sequence[str]]) -> dict[str, str]:

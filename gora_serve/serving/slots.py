@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gora_serve.serving.plan import PACKED, RANK_BUCKETS, rank_bucket
+from gora_serve.serving.room import PACKED, RANK_BUCKETS, rank_bucket
 
 Shape = tuple[int, int]  # (out, in)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gora_serve.errors import GoraError
 from gora_serve.integrity.advisories import ENGINE_PACKAGES, vulnerable_versions
 from gora_serve.integrity.bases import Base, locate_adapter, locate_base
 from gora_serve.integrity.known import remember_manifest
@@ -17,8 +18,10 @@ from gora_serve.integrity.reading import stamps
 from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
+from gora_serve.serving.arrivals import look_at
 from gora_serve.serving.base_weights import refuse_other_weights
 from gora_serve.serving.engine import find_engine, scrubbed
+from gora_serve.serving.live import examined
 from gora_serve.serving.options import group_options, single
 from gora_serve.serving.plan import (
     SCRUBBED,
@@ -50,7 +53,7 @@ def prepare(
     and against the base; one of another tool is served with a warning, or refused where `strict` is set, as are
     versions of the engine's packages that an advisory names. All faults of all adapters come in one error. What is
     served are copies in the store; with `dry` they are not made, and the plan names where they would be. Raises before
-    any process starts.
+    any process starts. What is wrong with adapters of the watched directory stops nothing: it is told by who watches.
     """
     for name, _ in adapters:
         check_adapter_name(name)
@@ -70,9 +73,14 @@ def prepare(
     if located.revision and settled.served_name is None:  # the cache's folder is called after the commit
         settled = replace(settled, served_name=located.name.rpartition("/")[2])
     store = Store(config.store)
-    plan_server(located.path, _planned(found, store), settled, extra)  # refused options come before any copy
+    watched, told = _of_directory(config.adapters_dir, target, store, strict=strict)
+    warnings += told if dry else []
+    # refused options come before any copy
+    plan_server(located.path, _planned(found, store), settled, extra, watched=watched)
     served = _planned(found, store) if dry else _stored(found, target, store, strict=strict)
-    plan = plan_server(located.path, served, settled, extra)
+    plan = plan_server(located.path, served, settled, extra, watched=watched)
+    if plan.watched is not None:
+        plan = replace(plan, watched=replace(plan.watched, base=target, store=config.store, strict=strict))
     copies = [] if dry else [file for adapter in served for file in adapter.path.iterdir()]
     return replace(plan, stamps=verified | stamps(copies)), warnings
 
@@ -87,6 +95,20 @@ def _served_base(located: Base, served_name: str | None, listen: Listener) -> Se
     remember_manifest(manifest)
     names = names_of(located.path, located.name, *([served_name] if served_name else []))
     return ServedBase(located.path, manifest, architecture(located.path), names)
+
+
+def _of_directory(
+    folder: Path | None, base: ServedBase, store: Store, *, strict: bool
+) -> tuple[list[ServedAdapter], list[str]]:
+    """Return what may be served of a watched directory, and why the others may not. Nothing is copied."""
+    served, told = [], []
+    for name, seen in look_at(folder).items() if folder is not None else ():
+        try:
+            found = examined(name, seen, base, strict=strict)
+            served.append(served_from(found, store.place(content_in(found))))
+        except GoraError as err:
+            told.append(f"{seen.path}: would not be served: [{err.code}] {err.what}")
+    return served, told
 
 
 def _planned(found: Sequence[Examined], store: Store) -> tuple[ServedAdapter, ...]:

@@ -12,6 +12,7 @@ import logging
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,8 @@ class FileWatch:
         self._every = every
         self._next = float("inf")
         self._folder = Path(tempfile.mkdtemp(prefix="gora-serve-"))
+        self._state: dict[str, object] = {}
+        self._lock = threading.Lock()
         self.degraded: str | None = None
         self.token = secrets.token_urlsafe(32)
         self.ledger = Ledger(self._folder / "ledger.json")
@@ -53,7 +56,7 @@ class FileWatch:
     def started(self) -> None:
         """Say that the server is ready for others, and begin to count the time."""
         self.ledger.ready()
-        self._tell({"ready": True})
+        self.tell(ready=True)
         self._again()
 
     def _again(self) -> None:
@@ -70,9 +73,12 @@ class FileWatch:
             self.degraded = f"a verified file changed: {err.fields['file']}"
             what = "DEGRADED: %s. The engine serves what it has in memory; restart it to verify anew"
             log.error(what, self.degraded, extra={"event": "degraded"})
-            self._tell({"ready": True, "degraded": self.degraded})
+            self.tell(degraded=self.degraded)
 
-    def _tell(self, state: Mapping[str, object]) -> None:
-        temporary = self._folder / "state.tmp"
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        temporary.replace(self._folder / "state.json")
+    def tell(self, **more: object) -> None:
+        """Add to what the guard is told, or replace it by name. Threads may call this."""
+        with self._lock:
+            self._state |= more
+            temporary = self._folder / "state.tmp"
+            temporary.write_text(json.dumps(self._state), encoding="utf-8")
+            temporary.replace(self._folder / "state.json")

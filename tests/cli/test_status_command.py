@@ -73,7 +73,7 @@ def test_the_wrong_key_and_none(bench: Bench, key_file: Path) -> None:
 
 
 def test_a_server_that_is_degraded(bench: Bench, key_file: Path) -> None:
-    bench.watch._tell({"ready": True, "degraded": "a verified file changed: x"})
+    bench.watch.tell(degraded="a verified file changed: x")
     answer = gora_here("status", bench.url, "--api-key-file", key_file)
     assert (answer.code, answer.gs) == (1, "GS-1470")
     assert answer.out.splitlines()[0] == f"degraded: {bench.url}: a verified file changed: x"

@@ -302,7 +302,7 @@ def test_cost_of_an_update_of_full_rank() -> None:
 
 
 def test_buckets_are_those_of_the_engine() -> None:
-    from gora_serve.serving.plan import RANK_BUCKETS
+    from gora_serve.serving.room import RANK_BUCKETS
 
     assert BUCKETS == RANK_BUCKETS
     assert [bucket_of(rank) for rank in (1, 2, 8, 9, 257, 321, 512, 513)] == [1, 8, 8, 16, 320, 512, 512, None]

@@ -50,18 +50,20 @@ class Row:
         return folder
 
 
-def write_sound(folder: Path, shapes: Mapping[str, tuple[int, int]], *, seed: int = 0, base: str = "") -> Path:
-    """Write a sound adapter: q_proj at rank 2, the others at rank 4. shapes: (out, in) of each of its modules."""
+def write_sound(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], *, seed: int = 0, base: str = "", rank: int = 4
+) -> Path:
+    """Write a sound adapter: q_proj at half the rank, others at `rank`. shapes: (out, in) of each of its modules."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     tensors: Arrays = {}
     for module, (out, width) in shapes.items():
-        rank = 2 if module.endswith("q_proj") else 4
-        tensors[key(module, "A")] = random.normal(0, width**-0.5, (rank, width)).astype(np.float32)
-        tensors[key(module, "B")] = random.normal(0, 0.1, (out, rank)).astype(np.float32)
+        own = rank // 2 if module.endswith("q_proj") else rank
+        tensors[key(module, "A")] = random.normal(0, width**-0.5, (own, width)).astype(np.float32)
+        tensors[key(module, "B")] = random.normal(0, 0.1, (out, own)).astype(np.float32)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": 4, "lora_alpha": 8,
-        "rank_pattern": {"q_proj": 2}, "alpha_pattern": {}, "bias": "none", "init_lora_weights": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": 8,
+        "rank_pattern": {"q_proj": rank // 2}, "alpha_pattern": {}, "bias": "none", "init_lora_weights": True,
         "target_modules": sorted({module.rpartition(".")[2] for module in shapes}), "use_rslora": False,
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,44 @@ def test_a_second_signal_kills_at_once(log: Path) -> None:
         running.send_signal(signal.SIGINT)
         assert running.wait(timeout=60) == 130
         assert session_members(pid) == ()
+
+
+class Beside:
+    """Stands in for what loads adapters beside a server: it is ready after a few looks, and fails if it is told to."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.looks, self.fails, self.left = 0, fails, False
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.left = True
+
+    def look(self) -> None:
+        self.looks += 1
+        if self.fails and self.looks > 2:
+            raise ZeroDivisionError
+
+    def caught_up(self) -> bool:
+        return self.looks >= 2
+
+    def joined(self, server: engine.Server) -> engine.Server:
+        return replace(server, models=(*server.models, "live"))
+
+
+def test_a_server_is_ready_when_what_works_beside_it_has_caught_up(log: Path) -> None:
+    beside, announced = Beside(fails=True), list[tuple[int, engine.Server]]()
+    with pytest.raises(ZeroDivisionError):
+        engine.serve_forever(
+            make_plan(), log=log, announce=lambda server: announced.append((beside.looks, server)),
+            beside=lambda server, watch: beside,
+        )  # fmt: skip
+    assert beside.left
+    ((looks, server),) = announced
+    assert looks == 2
+    assert server.models == (*MODELS, "live")
+    assert session_members(server.pid) == ()
 
 
 @pytest.mark.parametrize("manners", ["polite", "stubborn"])

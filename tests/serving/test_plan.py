@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gora_serve.errors import InputError, MachineError, UsageError
+from gora_serve.errors import BindingError, InputError, MachineError, UsageError
 from gora_serve.serving.exposure import MIDDLEWARE
 from gora_serve.serving.options import group_options
 from gora_serve.serving.plan import (
-    RANK_BUCKETS,
     ServeConfig,
     ServedAdapter,
     ServePlan,
     parse_adapter,
     plan_server,
-    rank_bucket,
     read_served_adapters,
-    target_modules,
     with_device,
 )
+from gora_serve.serving.room import PROJECTIONS, RANK_BUCKETS, Room, rank_bucket, require_room, target_modules
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 CPU = ServeConfig(device="cpu")
@@ -93,6 +92,77 @@ def test_no_spare_slot_on_a_gpu(base: Path) -> None:
 
 def test_base_alone_has_no_lora_flags(base: Path) -> None:
     assert not [word for word in plan(base).argv if word.startswith("--") and "lora" in word]
+
+
+LIVE = ServeConfig(device="cpu", adapters_dir=Path("live"))
+
+
+def live(base: Path, *fixed: ServedAdapter, watched: Sequence[ServedAdapter] = (), extra: Sequence[str] = (),
+         config: ServeConfig = LIVE) -> ServePlan:  # fmt: skip
+    return plan_server(base, fixed, config, extra, watched=watched, environ={})
+
+
+def test_a_watched_directory_has_headroom(base: Path) -> None:
+    made = live(base)
+    assert values(made.argv, "--enable-lora") == []
+    assert values(made.argv, "--max-lora-rank") == ["32"]
+    assert values(made.argv, "--max-loras") == ["10"]  # eight, one for a version that replaces another, one stays empty
+    assert set(values(made.argv, "--lora-target-modules")) == set(PROJECTIONS)
+    assert not [word for word in made.argv if word.startswith("--lora-modules")]
+    assert made.models == ("tiny-base",)
+    assert made.watched is not None
+    assert made.watched.room == Room(8, 32, PROJECTIONS)
+    assert made.watched.folder.is_absolute()
+    assert live(base, config=replace(LIVE, device="cuda")).watched == made.watched
+
+
+def test_what_lies_in_the_directory_counts(base: Path) -> None:
+    names = [f"a{index}" for index in range(9)]
+    made = live(base, adapter("fixed"), watched=[adapter(name, 100) for name in names])
+    assert made.watched is not None
+    assert made.watched.room == Room(10, 128, PROJECTIONS)
+    assert made.watched.found == tuple(names)
+    assert made.models == ("tiny-base", "fixed"), "the others come while it runs"
+    head = live(base, watched=[adapter(modules=("lm_head",))])
+    assert head.watched is not None
+    assert head.watched.room.targets is None, "vLLM wraps everything then"
+
+
+def test_engine_options_set_the_room(base: Path) -> None:
+    extra = ["--max-loras", "5", "--max-lora-rank", "16", "--lora-target-modules", "qkv_proj", "o_proj"]
+    made = live(base, extra=extra)
+    assert made.watched is not None
+    assert made.watched.room == Room(3, 16, frozenset({"qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"}))
+    for few in ("1", "2"):
+        with pytest.raises(UsageError, match="GS-285"):
+            live(base, extra=["--max-loras", few])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [["--api-server-count", "2"], ["-asc", "2"], ["--data-parallel-size=2"], ["-dp", "4"],
+     ["--data_parallel_rank", "0"], ["-dpe"], ["--data-parallel-hybrid-lb"], ["--data-parallel-size-local", "1"]],
+)  # fmt: skip
+def test_one_engine_behind_one_server(base: Path, extra: list[str]) -> None:
+    with pytest.raises(BindingError, match="GS-4606"):
+        live(base, extra=extra)
+    plan(base, adapter(), extra=extra)  # without a directory
+
+
+def test_several_engines_that_are_one(base: Path) -> None:
+    live(base, extra=["--api-server-count", "1", "-dp", "1", "-tp", "2", "-pp", "2"])
+
+
+def test_what_a_running_engine_has_room_for() -> None:
+    room = Room(2, 16, frozenset({"q_proj"}))
+    require_room(adapter(rank=16, modules=(Q,)), room)
+    require_room(adapter(rank=1, modules=(Q, DOWN, "lm_head")), Room(2, 16, None))
+    with pytest.raises(BindingError, match="GS-4601") as caught:
+        require_room(adapter(rank=17, modules=(Q,)), room)
+    assert "--max-rank 32" in str(caught.value)
+    with pytest.raises(BindingError, match="GS-4602") as caught:
+        require_room(adapter(rank=1), room)
+    assert "--lora-target-modules down_proj q_proj" in str(caught.value)
 
 
 def test_environment(base: Path) -> None:

@@ -1,0 +1,67 @@
+"""What a watched directory tells the server of its adapters, for /metrics and `gora-serve status`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gora_serve.serving.ledger import Ledger
+from serving.corpus import CORPUS
+from serving.test_live_folder import Place, drop, make, place, served_base
+
+__all__ = ["make", "place", "served_base"]
+NAN = next(row for row in CORPUS if row.name == "NaN")
+
+
+@pytest.fixture
+def told(place: Place, tmp_path: Path) -> Callable[[], dict[str, Any]]:
+    """What the ledger says."""
+    ledger = Ledger(tmp_path / "ledger.json")
+    ledger.serves("base", [])
+    place.live._ledger = ledger
+
+    def read() -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(ledger.file.read_text())
+        return value
+
+    return read
+
+
+def test_the_life_of_an_adapter(
+    place: Place, make: Callable[..., Path], told: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    sound = make("sound")
+    folder = drop(place, sound, "a")
+    place.wait()
+    served = told()["models"]["a"]
+    assert served["root"].startswith("gb1:sha256:")
+    assert (served["kind"], served["rank"]) == ("adapter", 4)
+    assert {"since", "verify_seconds", "load_seconds"} <= served.keys()
+    broken = NAN.build(sound, tmp_path / "broken")
+    shutil.rmtree(folder)
+    shutil.copytree(broken, folder)
+    assert place.refused() == {"a": NAN.code}
+    assert told()["failures"] == {"a": 1}
+    assert told()["models"]["a"]["error"].startswith(f"[{NAN.code}]")
+    assert told()["models"]["a"]["root"] == served["root"], "the older version goes on being served"
+    shutil.rmtree(folder)
+    drop(place, sound, "a")
+    place.wait()
+    assert "error" not in told()["models"]["a"]
+    shutil.rmtree(folder)
+    place.wait()
+    assert set(told()["models"]) == {"base"}
+
+
+def test_a_name_that_was_never_served(
+    place: Place, make: Callable[..., Path], told: Callable[[], dict[str, Any]]
+) -> None:
+    NAN.build(make("sound"), place.folder / "bad")
+    assert place.refused() == {"bad": NAN.code}
+    assert told()["failures"] == {"bad": 1}
+    assert set(told()["models"]) == {"base"}
