@@ -407,6 +407,8 @@ class ServeConfig:
     adapters_dir: Path | None = None  # is watched: its adapters are served as they come and go
     max_adapters: int = 8  # at once, where a directory is watched; or as many as there are at the start
     max_rank: int = 32  # of one that comes: what `fit` makes at most by default; or the largest at the start
+    plugin: bool | None = None  # in the engine; None: on CPU
+    rank_headroom: int | None = None  # of adapters that come later; None: all that `max_rank` lets in, where they may
 
 
 @dataclass(frozen=True)

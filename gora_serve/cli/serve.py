@@ -60,6 +60,17 @@ if TYPE_CHECKING:
 @click.option("--max-model-len", type=int, default=ServeConfig.max_model_len, help="Longest request in tokens.")
 @click.option("--kv-cache-gib", default=ServeConfig.kv_cache_gib, show_default=True, help="On CPU only.")
 @click.option(
+    "--plugin/--no-plugin",
+    default=ServeConfig.plugin,
+    help="gora-serve's LoRA layers in the engine, or vLLM's own.  [default: --plugin on CPU]",
+)
+@click.option(
+    "--rank-headroom",
+    type=click.IntRange(min=0),
+    default=ServeConfig.rank_headroom,
+    help="With the plugin: up to which rank in any module later adapters fit.  [default: --max-rank with --adapters]",
+)
+@click.option(
     "--store",
     type=FOLDER,
     default=ServeConfig.store,
@@ -120,7 +131,8 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
         kv_cache_gib=options["kv_cache_gib"], served_name=options["served_name"], store=options["store"],
         key_file=options["key_file"], open_routes=options["open_routes"], log_format=options["log_format"],
         log_requests=options["log_requests"], adapters_dir=options["adapters_dir"],
-        max_adapters=options["max_adapters"], max_rank=options["max_rank"],
+        max_adapters=options["max_adapters"], max_rank=options["max_rank"], plugin=options["plugin"],
+        rank_headroom=options["rank_headroom"],
     )  # fmt: skip
     named = [parse_adapter(text) for text in adapters]
     with journal(config, options["log"]) as told:

@@ -23,8 +23,9 @@ from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require
 from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
 from gora_serve.serving.meter import LOG_REQUESTS
 from gora_serve.serving.options import check_options, group_options, single, whole_number
+from gora_serve.serving.plugin import RANKS, SWITCH, declare, plugin_environment
 from gora_serve.serving.preflight import Fault, as_fault, check_adapter, effective_scales, form_of, refuse
-from gora_serve.serving.room import Flags, Room, check_lora_options, lora_flags, room_in
+from gora_serve.serving.room import SAME_NAMES, Flags, Room, check_lora_options, lora_flags, room_in
 
 if TYPE_CHECKING:
     from gora_serve.serving.admit import ServedBase
@@ -49,7 +50,7 @@ class ServedAdapter:
 
     source: where it came from, where `path` is its entry in the store. scales: the smallest and the largest effective
     scale of its modules. canary: its fingerprint. root: of its tensors, once they were read. form: unit, padded, native
-    or plain. verify_seconds: what verifying and copying it took.
+    or plain. verify_seconds: what verifying and copying it took. ranks: of its modules' tensors.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ServedAdapter:
     root: str | None = None
     form: str = "plain"
     verify_seconds: float = 0.0
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,12 @@ def read_served_adapters(named: Sequence[tuple[str, Path]]) -> tuple[ServedAdapt
 
 
 def served(adapter: AdapterDir) -> ServedAdapter:
-    ranks = [pair.A.shape[0] for pair in adapter.pairs.values() if pair.A is not None]
+    ranks = {module: pair.A.shape[0] for module, pair in adapter.pairs.items() if pair.A is not None}
     modules = tuple(sorted(adapter.pairs))
     scales, source = effective_scales(adapter).values(), adapter.path.resolve()
     return ServedAdapter(
-        adapter.name, source, max(ranks), modules, adapter.trained_on, adapter.claim, source,
-        (min(scales), max(scales)) if scales else None, form=form_of(adapter),
+        adapter.name, source, max(ranks.values()), modules, adapter.trained_on, adapter.claim, source,
+        (min(scales), max(scales)) if scales else None, form=form_of(adapter), ranks=ranks,
     )  # fmt: skip
 
 
@@ -193,10 +195,11 @@ def plan_server(
         raise UsageError("not a port", code="GS-288", hint="give another --port", expected="1 to 65535", actual=port)
     guard = guard_environment(host, config.key_file, config.open_routes, os.environ if environ is None else environ)
     ours = {flag: values for flag, values in flags.items() if flag not in options}
+    plugin = _plugin((*adapters, *watched) if live else adapters, config, architecture(base))
     return ServePlan(
         argv=(*_command(base, config.device), *_words(ours), *extra, *MIDDLEWARE),  # the last one is the outermost
-        environment=_environment(config, options) | guard,
-        removed=(*SCRUBBED, *SECRETS),
+        environment=_environment(config, options) | plugin | guard,
+        removed=(*SCRUBBED, *SECRETS, SWITCH, RANKS),
         base=base.resolve(),
         adapters=tuple(adapters),
         url=url_of(host, port),
@@ -255,6 +258,23 @@ def _command(base: Path, device: Device) -> tuple[str, ...]:
 
 def _words(flags: Flags) -> list[str]:
     return [word for flag, values in flags.items() for word in (flag, *values)]
+
+
+def _plugin(adapters: Sequence[ServedAdapter], config: ServeConfig, architecture: str | None) -> dict[str, str]:
+    """Return what turns the plugin on, with the ranks of every layer where their names are the engine's own."""
+    live = config.adapters_dir is not None
+    if not uses_plugin(config) or not (adapters or live):
+        return {}
+    if live and config.rank_headroom is None:
+        return plugin_environment(None)  # whatever a directory may bring fits
+    modules = [module for adapter in adapters for module in adapter.modules]
+    known = architecture in SAME_NAMES and all(one.ranks for one in adapters)
+    known = known and not any(".experts." in module for module in modules)
+    return plugin_environment(declare([one.ranks for one in adapters], config.rank_headroom or 0) if known else None)
+
+
+def uses_plugin(config: ServeConfig) -> bool:
+    return config.device == "cpu" if config.plugin is None else config.plugin
 
 
 def _server_flags(config: ServeConfig, served: str) -> Flags:

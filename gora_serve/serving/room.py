@@ -114,7 +114,8 @@ def lora_flags(
     if not everything and not live:
         return {}
     count = max(len(everything), config.max_adapters) if live else len(everything)
-    largest = max([adapter.max_rank for adapter in everything] + ([config.max_rank] if live else []))
+    largest = max(adapter.max_rank for adapter in everything) if everything else 0
+    largest = max(largest, config.rank_headroom or 0, config.max_rank if live else 0)
     needed = slots(count, config.device, live=live)
     modules = tuple(json.dumps({"name": adapter.name, "path": str(adapter.path)}) for adapter in adapters)
     flags: Flags = {

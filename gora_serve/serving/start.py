@@ -20,7 +20,7 @@ from gora_serve.progress import Listener, silent
 from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
 from gora_serve.serving.arrivals import look_at
 from gora_serve.serving.base_weights import refuse_other_weights
-from gora_serve.serving.engine import find_engine, scrubbed
+from gora_serve.serving.engine import Engine, find_engine, scrubbed
 from gora_serve.serving.live import examined
 from gora_serve.serving.options import group_options, single
 from gora_serve.serving.plan import (
@@ -30,9 +30,11 @@ from gora_serve.serving.plan import (
     ServePlan,
     architecture,
     plan_server,
+    uses_plugin,
     with_device,
 )
 from gora_serve.serving.plan import check_name as check_adapter_name
+from gora_serve.serving.plugin import why_stock
 from gora_serve.serving.preflight import refuse
 from gora_serve.serving.store import Store
 
@@ -69,7 +71,9 @@ def prepare(
     found = [examine(name, locate_adapter(folder), target, strict=strict) for name, folder in adapters]
     refuse([fault for one in found for fault in one.faults])
     warnings += [warning for one in found for warning in one.warnings]
-    settled = with_device(config, find_engine().device)
+    engine = find_engine()
+    settled, reason = _with_plugin(with_device(config, engine.device), engine)
+    warnings += [reason] if reason and adapters else []
     if located.revision and settled.served_name is None:  # the cache's folder is called after the commit
         settled = replace(settled, served_name=located.name.rpartition("/")[2])
     store = Store(config.store)
@@ -83,6 +87,14 @@ def prepare(
         plan = replace(plan, watched=replace(plan.watched, base=target, store=config.store, strict=strict))
     copies = [] if dry else [file for adapter in served for file in adapter.path.iterdir()]
     return replace(plan, stamps=verified | stamps(copies)), warnings
+
+
+def _with_plugin(config: ServeConfig, engine: Engine) -> tuple[ServeConfig, str | None]:
+    """Return the configuration as this engine can have it, and what is to be said about that."""
+    reason = why_stock(engine.version) if uses_plugin(config) else None
+    if reason is None:
+        return config, None
+    return replace(config, plugin=False), f"vLLM's own LoRA layers are used, gora-serve's plugin is off: {reason}"
 
 
 def served_base(base: str, config: ServeConfig, listen: Listener = silent) -> ServedBase:

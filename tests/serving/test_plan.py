@@ -14,6 +14,7 @@ from gora_serve.errors import BindingError, InputError, MachineError, UsageError
 from gora_serve.serving.exposure import MIDDLEWARE
 from gora_serve.serving.options import group_options
 from gora_serve.serving.plan import (
+    Device,
     ServeConfig,
     ServedAdapter,
     ServePlan,
@@ -22,10 +23,12 @@ from gora_serve.serving.plan import (
     read_served_adapters,
     with_device,
 )
+from gora_serve.serving.plugin import Declared, load_declared
 from gora_serve.serving.room import PROJECTIONS, RANK_BUCKETS, Room, rank_bucket, require_room, target_modules
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 CPU = ServeConfig(device="cpu")
+RANKS_OF = {"a": {Q: 3, DOWN: 5}, "b": {Q: 7}}
 
 
 def adapter(name: str = "a", rank: int = 8, modules: tuple[str, ...] = (Q, DOWN)) -> ServedAdapter:
@@ -177,6 +180,28 @@ def test_environment(base: Path) -> None:
         "GORA_SERVE_OPEN_ROUTES": "",
     }
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in made.removed
+
+
+@pytest.mark.parametrize(
+    ("device", "plugin", "on"),
+    [("cpu", None, True), ("cpu", False, False), ("cuda", None, False), ("cuda", True, True)],
+)
+def test_the_plugin_is_on_where_it_is_asked_for(base: Path, device: Device, plugin: bool | None, on: bool) -> None:
+    """By default on CPU; what this process's environment says of it does not reach the engine."""
+    made = plan(base, adapter(), config=ServeConfig(device=device, plugin=plugin))
+    assert made.environment["VLLM_PLUGINS"] == ("gora_serve" if on else "")
+    assert (made.environment.get("GORA_SERVE_PLUGIN") == "1") == on
+    assert {"GORA_SERVE_PLUGIN", "GORA_SERVE_LORA_RANKS"} <= set(made.removed)
+
+
+def test_the_plugin_is_told_the_ranks_of_every_module(base: Path, write_adapter: Callable[..., Path]) -> None:
+    served = read_served_adapters([(name, write_adapter(name, ranks)) for name, ranks in RANKS_OF.items()])
+    made = plan(base, *served, config=ServeConfig(device="cpu", rank_headroom=12))
+    told = load_declared(made.environment["GORA_SERVE_LORA_RANKS"])
+    assert told == Declared(2, 12, {Q: (7, 10), DOWN: (5, 5)})
+    assert values(made.argv, "--max-lora-rank") == ["16"]  # that of the headroom
+    (base / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"]}))
+    assert "GORA_SERVE_LORA_RANKS" not in plan(base, *served).environment, "the engine may name modules otherwise"
 
 
 def test_a_users_option_replaces_ours_and_comes_last(base: Path) -> None:

@@ -1,0 +1,60 @@
+"""Whether an adapter that is being loaded fits into the layers' buffers, beside all that are loaded already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gora_serve.errors import BindingError
+from gora_serve.vllm_plugin.pool import PooledStack
+from gora_serve.vllm_plugin.sizes import declared, headroom_for
+
+
+def check_fit(manager: Any, lora: Any, name: str) -> None:
+    """Raise BindingError (GS-4801), with the headroom that would be enough, before anything has changed.
+
+    manager: vLLM's LoRA manager. lora: the adapter as it was read. All that are loaded count, also those that have no
+    slot at the moment: then whatever a batch asks for fits.
+    """
+    others = _staying(manager, lora.id)
+    lacking: list[tuple[int, str, int, int]] = []  # headroom that is enough, layer, rank, rank that fits
+    for where, layer in manager.modules.items():
+        ranks = ranks_in(manager, lora, where)
+        if not any(ranks):
+            continue
+        stack = getattr(layer, "lora_a_stacked", None)
+        if isinstance(stack, PooledStack):
+            taken = [ranks_in(manager, other, where) for other in others]
+            for index, room in enumerate(stack.pool.room):
+                rank, free = _at(ranks, index), room - sum(_at(one, index) for one in taken)
+                if rank > free:
+                    lacking.append((headroom_for(declared(), rank - free, manager.lora_slots), where, rank, free))
+        elif hasattr(layer, "slot_rank") and max(ranks) > layer.slot_rank:
+            lacking.append((max(ranks), where, max(ranks), layer.slot_rank))
+    if lacking:
+        headroom, where, rank, free = max(lacking)
+        raise BindingError(
+            f"the adapter {name} does not fit into the buffers of the engine", code="GS-4801", tensor=where,
+            expected=f"rank <= {free}", actual=rank, hint=f"start again with --rank-headroom {headroom}",
+        )  # fmt: skip
+
+
+def ranks_in(manager: Any, lora: Any, layer: str) -> tuple[int, ...]:
+    """Return an adapter's ranks in a layer, by slice, also before vLLM has packed it; () where it has none."""
+    weights = lora.loras.get(layer)
+    if weights is not None:
+        parts = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
+        return tuple(0 if part is None else int(part.shape[0]) for part in parts)
+    found = [lora.loras.get(part) for part in manager.packed_modules.get(layer, ())]
+    return tuple(0 if one is None else int(one.lora_a.shape[0]) for one in found)
+
+
+def _staying(manager: Any, loading: int) -> list[Any]:
+    """Return the adapters that are loaded once this one is: when the cache is full, the oldest goes."""
+    held = [lora for number, lora in manager.list_adapters().items() if number != loading]
+    return held[max(len(held) + 1 - manager.capacity, 0) :]
+
+
+def _at(ranks: Sequence[int], index: int) -> int:
+    """Return the rank of a slice; a factor that vLLM will split has one rank for all."""
+    return ranks[index] if index < len(ranks) else max(ranks, default=0)

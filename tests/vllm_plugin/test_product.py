@@ -1,0 +1,118 @@
+"""The sum that a layer adds, by every scheme, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import WIDE, Batch, batches, right_sum
+
+from gora_serve.vllm_plugin import product
+from gora_serve.vllm_plugin.pool import RankPool
+from gora_serve.vllm_plugin.product import add_embedding, add_linear
+from gora_serve.vllm_plugin.route import make_route
+
+# (MANY, FEW): side by side or by adapter; 16-bit products as they are, or in float32
+SCHEMES = {"side by side": (10**6, 0), "converted": (10**6, 10**6), "by adapter": (0, 0), "as it is": (150, 32)}
+EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+
+
+@contextmanager
+def scheme(name: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for many in ("MANY", "MANY_16_BIT"):
+            patch.setattr(product, many, SCHEMES[name][0])
+        patch.setattr(product, "FEW", SCHEMES[name][1])
+        yield
+
+
+def added(batch: Batch, pool: RankPool, scale: float = 1.0) -> torch.Tensor:
+    y = batch.y.clone()
+    add_linear(y, batch.x, pool, make_route(torch.tensor(batch.slots)), scale)
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SCHEMES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_each_token_gets_its_own_adapter(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    batch = data.draw(batches(dtype))
+    scale = data.draw(st.sampled_from([1.0, 0.25]))
+    with scheme(name):
+        found = added(batch, batch.pool(spare=data.draw(st.integers(0, 3))), scale)
+    expected, size = right_sum(batch, scale)
+    assert bool(((found.double() - expected).abs() <= 4 * EPSILON[dtype] * size + 1e-30).all())
+    bare = torch.tensor([slot not in batch.adapters for slot in batch.slots])
+    assert torch.equal(found[bare], batch.y[bare])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_comparison_can_fail(name: str) -> None:
+    """The sum with another token's adapter is far outside of the tolerance."""
+    torch.manual_seed(0)
+    adapters = {slot: [(torch.randn(4, WIDE), torch.randn(6, 4))] for slot in (0, 1)}
+    batch = Batch(adapters, (0, 1, -1), (6,), torch.randn(3, WIDE), torch.randn(3, 6))
+    other = Batch(adapters, (1, -1, 0), (6,), batch.x, batch.y)
+    with scheme(name):
+        found = added(batch, batch.pool())
+    expected, size = right_sum(other)
+    assert bool(((found.double() - expected).abs() > 100 * EPSILON[torch.float32] * size).any(1).all())
+
+
+def test_a_token_of_infinities_stays_alone() -> None:
+    """What one request computes is nobody else's, not even where it is not a number."""
+    torch.manual_seed(0)
+    adapters = {slot: [(torch.randn(3, WIDE), torch.randn(6, 3))] for slot in (0, 1)}
+    x = torch.randn(3, WIDE)
+    x[0] = float("inf")
+    batch = Batch(adapters, (0, 1, -1), (6,), x, torch.randn(3, 6))
+    for name in SCHEMES:
+        with scheme(name):
+            found = added(batch, batch.pool())
+        assert not found[0].isfinite().any()
+        assert found[1:].isfinite().all()
+        assert torch.equal(found[2], batch.y[2])
+
+
+def test_adapters_that_are_not_in_the_batch_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    pool = RankPool([6], WIDE, [5], torch.float32)
+    for slot in (0, 1, 2):
+        pool.put(slot, [(torch.randn(2, WIDE), torch.randn(5, 2))])
+    pool.A[2:4], pool.B[0][2:4] = float("nan"), float("nan")  # those of slot 1
+    for name in SCHEMES:
+        with scheme(name):
+            y = torch.zeros(4, 5)
+            add_linear(y, torch.randn(4, WIDE), pool, make_route(torch.tensor([0, 2, -1, 2])))
+        assert y.isfinite().all()
+
+
+def test_embeddings_take_the_columns_of_their_tokens() -> None:
+    torch.manual_seed(0)
+    pool = RankPool([5], 30, [8], torch.float32)
+    first, second = (torch.randn(2, 30), torch.randn(8, 2)), (torch.randn(3, 30), torch.randn(8, 3))
+    pool.put(0, [first])
+    pool.put(4, [second])
+    tokens = torch.tensor([7, 7, 29, 0])
+    y = torch.zeros(4, 8)
+    add_embedding(y, tokens, pool, make_route(torch.tensor([4, -1, 0, 4])))
+    expected = torch.stack(
+        [second[1] @ second[0][:, 7], torch.zeros(8), first[1] @ first[0][:, 29], second[1] @ second[0][:, 0]]
+    )
+    torch.testing.assert_close(y, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=40))
+def test_routes_group_every_token_once(slots: list[int]) -> None:
+    route = make_route(torch.tensor(slots))
+    numbers = torch.arange(len(slots))
+    assert {slot: numbers[tokens].tolist() for slot, tokens in route.groups.items()} == {
+        slot: [token for token, one in enumerate(slots) if one == slot] for slot in sorted({*slots} - {-1})
+    }
+    assert route.alone == (len(set(slots)) == 1 and slots[0] >= 0)
