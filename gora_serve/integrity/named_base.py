@@ -6,6 +6,7 @@ a person says with `bind` that it is this base all the same. The one place for i
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def is_another(named: str, base: Path, weights_root: Callable[[], str], names: S
     A folder that is there is hashed, and compared by its weights; anything else is compared by its short name.
     """
     folder = Path(named)
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):  # noqa: PTH113 - no error for a name that no disk can hold
         return not folder.samefile(base) and hash_model(folder).roots.weights != weights_root()
     return short_name(named) not in {short_name(name) for name in names}
 

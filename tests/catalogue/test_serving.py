@@ -131,7 +131,7 @@ def test_no_name_leads_to_a_file(place: Place, bound: Path) -> None:
     plan = ServePlan((), told["environment"], tuple(told["removed"]), place.base, (), "")
     environment = child_environment(plan, OPENED)
     assert environment == told["environment"]
-    assert environment["VLLM_PLUGINS"] == ""  # none; where it is missing, vLLM loads all
+    assert environment["VLLM_PLUGINS"] == "gora_serve"  # ours alone; where it is missing, vLLM loads all
 
 
 def test_the_key_is_nowhere(place: Place, bound: Path, monkeypatch: pytest.MonkeyPatch) -> None:

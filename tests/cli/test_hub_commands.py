@@ -131,7 +131,7 @@ def test_serve_takes_ids(hub: Hub, base: str, adapter: Path, monkeypatch: pytest
     from gora_serve.serving.plan import ServeConfig
 
     commit = publish(hub, adapter)
-    monkeypatch.setattr(start, "find_engine", lambda: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(start, "find_engine", lambda: SimpleNamespace(device="cpu", version="0.32.0"))
     named = [("a", Path("org/adapter@main"))]
     plan, warnings = start.prepare("org/tiny@main", named, ServeConfig(), strict=True)
     assert (plan.models, warnings) == (("tiny", "a"), [])
