@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ def unquantized_name(name: str) -> str:
     """Return what a base is called before it was quantized, by the name of a mirror of it in 4 bits; another name as it
     is. A folder that holds a quantized model becomes a name, since its weights are none to be compared."""
     folder = Path(name)
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):  # noqa: PTH113 - no error for a name that no disk can hold
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or not config.get("quantization_config"):
             return name

@@ -102,7 +102,7 @@ def route_of(scope: Mapping[str, Any]) -> str:
     """Return the path as the routes see it: without the root path, doubled slashes and one at the end."""
     root = str(scope.get("root_path", ""))
     path = str(scope["path"])
-    path = path.removeprefix(root) if root and path.startswith(root) else path
+    path = path.removeprefix(root) if root and f"{path}/".startswith(f"{root.rstrip('/')}/") else path
     return "/" + "/".join(part for part in path.split("/") if part)
 
 

@@ -89,20 +89,14 @@ class Residents:
             models.lora_requests = Names(models.lora_requests)
         names: Names = models.lora_requests
         told: dict[str, Any] = {}
-        match asked["do"]:
-            case "try":
-                told["number"] = await _load(models, names, asked)
-            case "drop":
-                names.trial.pop(asked["alias"], None)
-            case "publish":
-                names[asked["name"]] = names.trial.pop(asked["alias"])
-            case "withdraw":
-                names.pop(asked["name"], None)
-            case "unload":
-                await self._unload(models.engine_client, names)
-            case other:
-                raise ValueError(f"not known: {other}")
-        return told | {"resident": sorted(await models.engine_client.list_loras())}
+        if asked["do"] == "try":
+            told["number"] = await _load(models, names, asked)
+        elif asked["do"] == "unload":
+            names.trial.clear()  # the parent does one thing at a time: what it tried is over
+            await self._unload(models.engine_client, names)
+        told["resident"] = sorted(await models.engine_client.list_loras())
+        _rename(names, asked)  # last: from here on nothing fails
+        return told
 
     async def _unload(self, engine: Any, names: Names) -> None:
         """Unload what has no name and no request, if that was so the last time too.
@@ -117,10 +111,26 @@ class Residents:
         self._idle = idle
 
 
+def _rename(names: Names, asked: dict[str, Any]) -> None:
+    match asked["do"]:
+        case "drop":
+            names.trial.pop(asked["alias"], None)
+        case "publish":
+            names[asked["name"]] = names.trial.pop(asked["alias"])
+        case "withdraw":
+            names.pop(asked["name"], None)
+        case "try" | "unload":
+            pass
+        case other:
+            raise ValueError(f"not known: {other}")
+
+
 async def _load(models: Any, names: Names, asked: dict[str, Any]) -> int:
-    """Load an adapter under a new number, findable by its alias alone."""
+    """Load an adapter under a new number, findable by its alias alone; never so many that another would make room."""
     from vllm.lora.request import LoRARequest
 
+    if len(held := await models.engine_client.list_loras()) >= int(asked["most"]):
+        raise RuntimeError(f"{len(held)} adapters are loaded, and older versions are still at work")
     number = int(models.lora_id_counter.inc(1))
     request = LoRARequest(lora_name=asked["name"], lora_int_id=number, lora_path=asked["path"])
     names.trial.clear()  # of a parent that stopped waiting

@@ -7,6 +7,7 @@ adapter while the server runs says so here.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from gora_serve.serving.plan import ServedAdapter
 
 LEDGER = "GORA_SERVE_LEDGER"
+log = logging.getLogger(__name__)
 _LONGEST = 500  # characters of an error
 
 
@@ -73,9 +75,12 @@ class Ledger:
         """Yield what is told, to be changed; then write it. One thread at a time."""
         with self._lock:
             yield self._told
-            temporary = self.file.with_suffix(".new")
-            temporary.write_text(json.dumps(self._told), encoding="utf-8")
-            temporary.replace(self.file)
+            try:
+                temporary = self.file.with_suffix(".new")
+                temporary.write_text(json.dumps(self._told), encoding="utf-8")
+                temporary.replace(self.file)
+            except OSError as err:  # serving goes on, and the next change writes all of it
+                log.warning("what `status` and /metrics tell is not up to date: %s", err)
 
 
 def _entry(adapter: ServedAdapter) -> dict[str, object]:

@@ -12,11 +12,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from gora_serve.errors import BindingError, GoraError, MachineError, OutputError, RunError, UsageError
+from gora_serve.integrity.reading import unreadable
 from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
 from gora_serve.serving.arrivals import Seen, look_at
 from gora_serve.serving.changes import (
@@ -163,6 +165,8 @@ class LiveAdapters:
                     self._complain("")
                 except GoraError as err:  # the directory, or the engine, does not answer: all stays as it is
                     self._complain("; ".join(_lines(err, self._watched.folder)))
+                except OSError as err:
+                    self._complain(str(err))
         except Exception as err:  # ours: the server's own loop raises it
             self._failure = err
 
@@ -220,12 +224,20 @@ class LiveAdapters:
             if self._refused.pop(name, None) is not None and self._ledger:
                 self._ledger.mended(name)
         except GoraError as err:
-            before = self._refused.get(name)
-            told = before is not None and before.told and str(before.error) == str(err)
-            self._refused[name] = Refused(err, self._known[name].stamp, told)
-            if isinstance(err, MachineError | OutputError | RunError):
-                again = self._pace.clock() + AGAIN
+            again = self._refuse(name, err)
+        except OSError as err:  # it went while it was read, or the machine is in the way
+            again = self._refuse(name, unreadable(Path(os.fsdecode(err.filename or seen.path)), err))
         self._known = tried(self._known, name, again)
+
+    def _refuse(self, name: str, err: GoraError) -> float:
+        """Remember why a folder, as it stands, is not served; return when it is tried again."""
+        before, stamp = self._refused.get(name), self._known[name].stamp
+        same = before is not None and before.error.code == err.code and before.stamp == stamp
+        self._refused[name] = Refused(err, stamp, told=same and before is not None and before.told)
+        if isinstance(err, RunError):
+            with suppress(GoraError):
+                self._engine.unload()  # what it holds now, and nothing on trial
+        return self._pace.clock() + AGAIN if isinstance(err, MachineError | OutputError | RunError) else NEVER
 
     def _serve(self, name: str, seen: Seen) -> None:
         """Examine, store, load and publish one adapter; raise why it is not served."""

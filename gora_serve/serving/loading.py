@@ -21,6 +21,7 @@ from gora_serve.serving.client import change_adapters
 from gora_serve.serving.engine import check_served
 from gora_serve.serving.keys import read_keys
 from gora_serve.serving.plan import ServedAdapter, ServePlan
+from gora_serve.serving.room import SWAP
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class RunningEngine:
         self._plan = plan
         self._token = token
         self._key = next(iter(read_keys(os.environ, plan.key_file)), None)
+        self._most = str(plan.watched.room.adapters + SWAP) if plan.watched else "0"
         self.resident: frozenset[int] = frozenset()  # as the engine said last
 
     def load(self, adapter: ServedAdapter) -> Loaded:
@@ -50,7 +52,9 @@ class RunningEngine:
         """
         begun, alias = time.monotonic(), f"{adapter.name}.{secrets.token_hex(16)}"
         verified = stamps(adapter.path.iterdir())
-        number = int(self._ask("try", name=adapter.name, path=str(adapter.path), alias=alias)["number"])
+        number = int(
+            self._ask("try", name=adapter.name, path=str(adapter.path), alias=alias, most=self._most)["number"]
+        )
         seconds = time.monotonic() - begun
         try:
             check_unchanged(verified)  # what the engine has read is what was verified

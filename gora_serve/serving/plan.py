@@ -33,11 +33,16 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Devices on Windows, with any ending: a folder of such a name cannot be copied there.
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+# Kinds of content: vLLM gives a chat request for the base, whose content has a part of a kind (up to its first "_"), to
+# the adapter of that name, a "default multimodal LoRA", and no option turns that off.
+CONTENTS = frozenset({
+    "text", "image", "audio", "video", "input", "output", "file", "refusal", "thinking", "reasoning", "summary", "tool",
+})  # fmt: skip
 # Each opens a way to load adapters, code or debug routes that nobody checked, a front end that the guard is not in, or
-# logs answers. A name may end in "*".
+# logs answers, or lets one be worked on after its request has ended. A name may end in "*".
 SCRUBBED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*", "VLLM_ALLOW_INSECURE_*",
-    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_USE_RUST_FRONTEND",
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_USE_RUST_FRONTEND", "VLLM_ENABLE_RESPONSES_API_STORE",
 )  # fmt: skip
 # Secrets that an engine without a network has no use for: taken away without a word.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -118,10 +123,11 @@ def parse_adapter(text: str) -> tuple[str, Path]:
 
 def check_name(name: str) -> None:
     """Raise UsageError unless the name is safe in URLs, JSON, metrics labels and file names."""
-    if not NAME.fullmatch(name) or RESERVED.fullmatch(name):
+    if not NAME.fullmatch(name) or RESERVED.fullmatch(name) or name in CONTENTS:
         raise UsageError(
             "not a usable adapter name", code="GS-281", actual=name[:80], hint="rename it: -a NAME=DIR",
-            expected="letters, digits, '.', '_' and '-', at most 64, first a letter or digit; no device (CON)",
+            expected="letters, digits, '.', '_' and '-', at most 64, first a letter or digit; no device (CON), and no "
+            "kind of content (text, image)",
         )  # fmt: skip
 
 

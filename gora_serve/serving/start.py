@@ -120,6 +120,8 @@ def _of_directory(
             served.append(served_from(found, store.place(content_in(found))))
         except GoraError as err:
             told.append(f"{seen.path}: would not be served: [{err.code}] {err.what}")
+        except OSError as err:
+            told.append(f"{seen.path}: would not be served: {err}")
     return served, told
 
 

@@ -33,6 +33,7 @@ class StatusRoute:
         self._app = app
         self._where = Residency()
         self._seen: set[str] = set()  # adapters that are, or were, served
+        self._failing: set[str] = set()  # labels that failures were counted under
         self._metrics = metrics or shared()
         self._state = Path(told[STATE_FILE]) if told.get(STATE_FILE) else None
         self._ledger = Path(told[LEDGER]) if told.get(LEDGER) else None
@@ -70,8 +71,9 @@ class StatusRoute:
         for name, count in ledger.get("failures", {}).items():
             label = name if name in served else UNKNOWN
             failures[label] = failures.get(label, 0) + count
-        for label, count in failures.items():
-            metrics.failures.labels(label).set(count)
+        self._failing |= set(failures)
+        for label in self._failing:
+            metrics.failures.labels(label).set(failures.get(label, 0))
 
 
 def status(

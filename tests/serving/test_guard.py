@@ -12,7 +12,7 @@ import pytest
 
 from gora_serve.errors import GoraError, MachineError, UsageError
 from gora_serve.serving.exposure import guard_environment
-from gora_serve.serving.guard import CLOSED, Guard
+from gora_serve.serving.guard import CLOSED, Guard, route_of
 from gora_serve.serving.keys import read_keys
 from gora_serve.serving.watch import FileWatch
 
@@ -203,3 +203,12 @@ def test_it_is_looked_at_every_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         now[0] += 1
         watch.look()
         assert watch.degraded is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "route"),
+    [("/sleep", "/s", "/sleep"), ("/s/sleep", "/s", "/sleep"), ("/s/sleep", "/s/", "/sleep"), ("/s", "/s", "/"),
+     ("//sleep/", "", "/sleep")],
+)  # fmt: skip
+def test_the_root_path_ends_at_a_slash(path: str, root: str, route: str) -> None:
+    assert route_of({"path": path, "root_path": root}) == route

@@ -94,7 +94,9 @@ class Server:
         return (await self._ask({"path": "/v1/completions", "model": name, "until": until}, b""))[0]
 
     async def change(self, do: str, **more: str) -> dict[str, Any]:
-        status, body = await self._ask({"path": ROUTE, "headers": [OURS]}, json.dumps({"do": do, **more}).encode())
+        status, body = await self._ask(
+            {"path": ROUTE, "headers": [OURS]}, json.dumps({"do": do, "most": "9", **more}).encode()
+        )
         return {"status": status, **json.loads(body)}
 
     async def _ask(self, scope: dict[str, Any], body: bytes, kind: str = "http") -> tuple[int, bytes]:
@@ -170,8 +172,6 @@ async def test_an_adapter_on_trial_is_found_by_those_who_know() -> None:
 async def test_one_that_does_not_pass_is_unloaded() -> None:
     server = Server()
     await server.change("try", name="a", path="/store/1", alias="x")
-    await server.change("unload")
-    await server.change("unload")
     assert server.engine.held == {1, 2}, "it is on trial"
     await server.change("drop", alias="x")
     assert (await server.change("unload"))["resident"] == [1, 2]
@@ -181,12 +181,13 @@ async def test_one_that_does_not_pass_is_unloaded() -> None:
 
 @running
 async def test_a_parent_that_gave_up_leaves_nothing_behind() -> None:
+    """Also where it never said that a trial is over: it does one thing at a time."""
     server = Server()
     for alias in ("x", "y"):
         await server.change("try", name="a", path=f"/store/{alias}", alias=alias)
     for _ in range(2):
         await server.change("unload")
-    assert server.engine.held == {1, 3}
+    assert server.engine.held == {1}
 
 
 @running
@@ -268,4 +269,17 @@ async def test_what_is_refused_is_told() -> None:
     ):
         assert (await server._ask({"path": ROUTE, "headers": [OURS]}, body))[0] == 409
     assert (await server.change("withdraw", name="never"))["status"] == 200
+    assert server.engine.held == {1}
+
+
+@running
+async def test_no_adapter_is_loaded_that_would_make_another_go() -> None:
+    """Whatever the parent believes: the engine itself is asked what it holds."""
+    server = Server()
+    assert (await server.change("try", name="a", path="/store/1", alias="a.1", most="2"))["status"] == 200
+    told = await server.change("try", name="b", path="/store/2", alias="b.1", most="2")
+    assert told["status"] == 409
+    assert server.engine.held == {1, 2}
+    await server.change("unload")  # what was tried is over
+    await server.change("unload")
     assert server.engine.held == {1}

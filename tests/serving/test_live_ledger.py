@@ -65,3 +65,12 @@ def test_a_name_that_was_never_served(
     assert place.refused() == {"bad": NAN.code}
     assert told()["failures"] == {"bad": 1}
     assert set(told()["models"]) == {"base"}
+
+
+def test_a_full_disk_ends_no_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger(tmp_path / "gone" / "ledger.json")
+    ledger.serves("base", [])
+    assert "not up to date" in caplog.text
+    ledger.file.parent.mkdir()
+    ledger.ready()
+    assert json.loads(ledger.file.read_text())["models"]["base"]["kind"] == "base", "the next change writes all of it"
