@@ -284,7 +284,8 @@ def test_an_upload_that_stops_is_told_once_and_served_when_it_goes_on(place: Pla
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("two words", "GS-281"), ("Base", "GS-282"), ("con", "GS-281"), ("text", "GS-281"), ("image", "GS-281"), ("a" * 65, "GS-281"), ("b\x1b[31m", "GS-281"),
+    [("two words", "GS-281"), ("Base", "GS-282"), ("con", "GS-281"),
+     ("text", "GS-281"), ("image", "GS-281"), ("a" * 65, "GS-281"), ("b\x1b[31m", "GS-281"),
      ("ä", "GS-281"), ("-x", "GS-281")],
 )  # fmt: skip
 def test_names_that_cannot_be_served(place: Place, make: Callable[..., Path], name: str, code: str) -> None:
