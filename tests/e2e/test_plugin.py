@@ -45,7 +45,7 @@ def draw(seed: int, shapes: Mapping[str, tuple[int, ...]], most: int) -> Adapter
             a = torch.randn(rank, wide, generator=generator) / wide**0.5  # (r, in)
             b = torch.randn(out, rank, generator=generator) * 0.02  # (out, r)
             modules[path] = LoraFactors(a, b, 2.0)
-    return Adapter(modules, BaseId("smollm2"))
+    return Adapter(modules, BaseId("base"))
 
 
 @pytest.fixture(scope="module")
