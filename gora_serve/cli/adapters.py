@@ -113,7 +113,7 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
     from gora_serve.integrity.bases import locate_base
     from gora_serve.integrity.cache import QuickCache
     from gora_serve.integrity.file_targets import check_file
-    from gora_serve.integrity.files import make_parents, write_json
+    from gora_serve.integrity.files import make_parents, refuse_existing, write_json
     from gora_serve.integrity.known import remember_manifest
     from gora_serve.integrity.levels import Level
     from gora_serve.integrity.manifest import hash_model, make_manifest
@@ -122,6 +122,8 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
 
     cache = QuickCache() if quick else None
     outputs = [path for path in (output, oms) if path]
+    for path in outputs if not overwrite else ():
+        refuse_existing(path)  # before a base is fetched
     with watching() as listen:
         located = locate_base(base)
         for path in outputs:

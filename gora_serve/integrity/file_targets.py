@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from gora_serve.errors import OutputError, UsageError
-from gora_serve.integrity.targets import SEAL, UNCHANGED, is_model
+from gora_serve.errors import UsageError
+from gora_serve.integrity.files import refuse_existing
+from gora_serve.integrity.targets import SEAL, UNCHANGED, is_model, model_in_the_way
 
 Kind = Literal["manifest", "statement", "ranks", "picture", "page"]
 HEAD = 4096  # bytes that a kind is known by
@@ -32,21 +33,15 @@ def check_file(path: Path, kind: Kind, *, overwrite: bool) -> None:
     """
     for folder in Path(os.path.realpath(path)).parents:
         if is_model(folder):
-            raise UsageError(
-                f"the output lies in a model folder, {folder}", code="GS-256", file=path, kept=UNCHANGED,
-                hint="choose another output; nothing is written into a model folder, and none is replaced",
-            )  # fmt: skip
+            raise model_in_the_way(path, f"the output lies in a model folder, {folder}")
         if (folder / SEAL).is_file():
             raise UsageError(
                 f"the output lies in a finished output, {folder}", code="GS-258", file=path, kept=UNCHANGED,
                 hint="choose a place outside of it: its own manifest would no longer hold",
             )  # fmt: skip
-    if not os.path.lexists(path):
-        return
     if not overwrite:
-        hint = "choose another output, or pass --overwrite"
-        raise OutputError("the output exists", code="GS-601", file=path, kept=UNCHANGED, hint=hint)
-    if not _is_of(path, kind):
+        refuse_existing(path)
+    elif os.path.lexists(path) and not _is_of(path, kind):
         raise UsageError(
             f"what would be replaced is no {kind} of ours", code="GS-259", file=path, kept=UNCHANGED,
             hint="choose another output, or remove what is there",

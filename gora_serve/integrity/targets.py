@@ -38,7 +38,7 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
             raise UsageError(what, code="GS-251", file=target, kept=UNCHANGED, hint=hint)
     for folder in Path(os.path.realpath(target)).parents:
         if is_model(folder):
-            raise _model(target, f"the output lies in a model folder, {folder}")
+            raise model_in_the_way(target, f"the output lies in a model folder, {folder}")
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -49,7 +49,7 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
             hint = "it is complete, there is nothing to resume; to start anew: --overwrite without --resume"
         raise OutputError("the output exists", code="GS-601", file=target, kept=UNCHANGED, hint=hint)
     if (target / "config.json").exists() and not (target / SEAL).exists():
-        raise _model(target, "the output is a model folder")
+        raise model_in_the_way(target, "the output is a model folder")
     for place in (Path.cwd(), Path.home()):
         if _relation(target, place) in ("is", "contains"):
             what = f"the output to be replaced is or contains {place}"
@@ -57,7 +57,7 @@ def check_target(target: Path, *, overwrite: bool = False, protect: Sequence[Pat
     for parent, folders, _ in os.walk(target):
         for name in folders:
             if is_model(Path(parent, name)):
-                raise _model(target, f"the folder to be replaced holds a model, {Path(parent, name)}")
+                raise model_in_the_way(target, f"the folder to be replaced holds a model, {Path(parent, name)}")
     foreign = _foreign(target)
     if foreign is not None:
         hint = "choose another output; --overwrite replaces whole outputs of gora-serve, and nothing else"
@@ -139,7 +139,8 @@ def _object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _model(target: Path, what: str) -> UsageError:
+def model_in_the_way(target: Path, what: str) -> UsageError:
+    """Return the error (GS-256) for an output that is, lies in or would replace a model's folder."""
     hint = "choose another output; nothing is written into a model folder, and none is replaced"
     return UsageError(what, code="GS-256", file=target, kept=UNCHANGED, hint=hint)
 
