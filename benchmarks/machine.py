@@ -44,5 +44,8 @@ def vector_units() -> list[str]:
 
 
 def commit() -> str:
+    """Return the commit of the checkout; of a copy without git, what GORA_COMMIT says."""
+    if told := os.environ.get("GORA_COMMIT"):
+        return told
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     return done.stdout.strip()

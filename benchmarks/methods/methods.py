@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ RANK, ALPHA = 8, 16.0
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ESTIMATE = 8  # micro-batches that EVA, CorDA and LoRA-GA look at
 # Small sweeps, each around what its authors use; the same number for every method.
-FULL_RATES, LORA_RATES, RATIO_RATES = (1e-5, 3e-5, 1e-4), (5e-4, 1e-3, 2e-3), (1e-4, 2e-4, 4e-4)
+FULL_RATES, LORA_RATES, RATIO_RATES = (2e-5, 5e-5, 1e-4, 2e-4), (5e-4, 1e-3, 2e-3, 4e-3), (5e-5, 1e-4, 2e-4, 4e-4)
 
 Start = Callable[[Session, list[LazyBatch]], tuple[nn.Module, dict[str, Any]]]
 
@@ -94,10 +94,19 @@ def corda(session: Session, config: Any, batches: list[LazyBatch]) -> None:
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
+    def run() -> None:
+        for batch in batches:
+            for row in rows_of(batch()):  # it takes no batches of more
+                session.model(**row)
+
     config.corda_config = CordaConfig(corda_method="ipm")
-    preprocess_corda(
-        session.model, config, torch.no_grad()(lambda: [mean_loss(session.model, one()) for one in batches])
-    )
+    preprocess_corda(session.model, config, torch.no_grad()(run))
+
+
+def rows_of(batch: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a batch's rows one by one, without padding."""
+    for ids, keep in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        yield {"input_ids": ids[: keep.sum()][None]}
 
 
 def eva(session: Session, batches: list[LazyBatch]) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,20 +1,23 @@
-"""One row: one method on one task with one seed and one learning rate, in a process of its own.
+"""One row: one method on one task with one seed and one learning rate.
 
-    python benchmarks/methods/one.py BASE '{"method": "gora", "task": "snips", "seed": 0, "lr": 2e-4, "split": "test"}'
+    echo '{"method": "gora", "task": "snips", "seed": 0, "lr": 2e-4}' | python benchmarks/methods/one.py BASE
 
-Prints the row as JSON on its last line. Every method sees the same rows in the same order, with the same steps,
-warm-up, schedule, weight decay and batch size, in float32; only what `methods.py` names is its own.
+Reads what is asked for, one JSON object a line, and answers each with a line of JSON: the row, or {"error": ...}.
+Every method sees the same rows in the same order, with the same steps, warm-up, schedule, weight decay and batch size,
+in float32 (on CUDA with TF32 products); only what `methods.py` names is its own.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from machine import commit, processor
+
 from gora_serve.config import DataConfig, ModelConfig, TrainConfig
+from gora_serve.errors import GoraError
 from gora_serve.training.data import schedule
 from gora_serve.training.loop import cosine_with_floor, evaluate, make_optimizer
 from gora_serve.training.loss import mean_loss
@@ -67,17 +73,17 @@ def run(base: str, wanted: Wanted) -> dict[str, Any]:
         if method.initial and wanted.served:
             model.save_pretrained(Path(folder) / "initial")  # type: ignore[operator]
         clock = time.perf_counter()
-        loss = train(model, batches[: wanted.steps], session, config, method)
+        loss, seconds["step"] = train(model, batches[: wanted.steps], session, config, method)
         seconds["train"] = time.perf_counter() - clock
         peak = peak_bytes(session.accelerator.device)
         few = held_out.examples[: wanted.rows]
         row = {
             **asdict(wanted),
-            "score": score(model, session.tokenizer, task, rows),
+            "score": score(model, session.tokenizer, task, rows) if wanted.split == "test" else None,
             "eval_loss": evaluate(model, session.in_order(few), accelerator=session.accelerator),
             "train_loss": loss,
             "parameters": sum(one.numel() for one in model.parameters() if one.requires_grad),
-            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
             "peak_bytes": peak["device"] or peak["host"],
             "noted": noted,
             "device": device(session),
@@ -94,11 +100,14 @@ def open(base: str, task: Task, method: Method, wanted: Wanted, config: TrainCon
     return open_session(base, str(task.file("train")), model=kind, rows=rows, train=config, listen=lambda _: None)
 
 
-def train(model: nn.Module, batches: list[LazyBatch], session: Session, config: TrainConfig, method: Method) -> float:
-    """Take a step for each batch; return the mean loss of the last tenth."""
+def train(
+    model: nn.Module, batches: list[LazyBatch], session: Session, config: TrainConfig, method: Method
+) -> tuple[float, float]:
+    """Take a step for each batch; return the mean loss of the last tenth, and the median seconds of a step."""
     model.train()
     optimizer = make_optimizer(model, config)
-    losses = []
+    losses, seconds = [], []
+    clock = time.perf_counter()
     for step, batch in enumerate(batches):
         factor = cosine_with_floor(step, len(batches), warmup=config.warmup, floor=config.floor)
         for group in optimizer.param_groups:
@@ -109,9 +118,10 @@ def train(model: nn.Module, batches: list[LazyBatch], session: Session, config: 
         if method.adapts:
             model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last)
+        losses.append(float(loss.detach()))  # waits for the device
+        seconds.append(time.perf_counter() - clock)
+        clock = time.perf_counter()
+    return statistics.fmean(losses[-max(1, len(losses) // 10) :]), statistics.median(seconds)
 
 
 def orthogonality(model: nn.Module, weight: float = 0.5) -> torch.Tensor:
@@ -154,22 +164,30 @@ def loaded_score(base: str, adapter: Path, session: Session, task: Task, rows: l
 
 
 def device(session: Session) -> str:
-    from machine import processor
-
     kind = session.accelerator.device
     return torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"CPU, {processor()}"
 
 
-def commit() -> str:
-    from machine import commit
+def answer(base: str, line: str) -> dict[str, Any]:
+    """Return the row that a line asks for, or what went wrong: the others are to be made all the same."""
+    try:
+        return run(base, Wanted(**json.loads(line)))
+    except (RuntimeError, ValueError, TypeError, OSError, subprocess.CalledProcessError, GoraError) as err:
+        traceback.print_exc()
+        return {"error": f"{type(err).__name__}: {err}"}
 
-    return commit()
 
-
-def main(argv: list[str], report: Callable[[str], None] = print) -> None:
+def main(base: str) -> None:
     warnings.simplefilter("ignore")
-    report(json.dumps(run(argv[0], Wanted(**json.loads(argv[1])))))
+    torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA; nothing on a CPU
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
+    for line in sys.stdin:
+        print(json.dumps(answer(base, line)), file=answers, flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1])

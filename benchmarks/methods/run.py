@@ -14,7 +14,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,61 +31,114 @@ ROWS = RESULTS / "methods.jsonl"
 KEY = ("method", "task", "seed", "lr", "split", "steps")
 SWEEP_SEED, SWEEP_ROWS = 100, 150
 INITIALS = ("pissa", "olora", "lora-ga", "gora")  # whose gap is measured, served
+Rows = list[dict[str, Any]]
 
 
-def rows() -> list[dict[str, Any]]:
-    if not ROWS.exists():
+def rows(path: Path = ROWS) -> Rows:
+    if not path.exists():
         return []
-    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def sweep(chosen: Iterable[Method], tasks: Iterable[str], steps: int) -> Iterator[dict[str, Any]]:
     """Yield the rows of the learning rates: one seed, validation rows."""
-    for task in tasks:
-        for method in chosen:
-            for lr in () if method.like else method.rates:
+    for method in chosen:
+        for lr in () if method.like else method.rates:
+            for task in tasks:
                 yield {
                     "method": method.name, "task": task, "seed": SWEEP_SEED, "lr": lr, "split": "valid",
                     "steps": steps, "rows": SWEEP_ROWS,
                 }  # fmt: skip
 
 
-def best_rate(found: list[dict[str, Any]], method: Method, task: str, steps: int) -> float | None:
-    """Return the learning rate of the lowest loss on validation rows: finer than the score of 150 answers."""
+def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | None:
+    """Return the learning rate of the lowest loss on validation rows: finer than the score of 150 answers.
+
+    Of a task without a sweep of its own: that of the lowest mean, over the tasks that have one, of the loss over the
+    lowest loss of the task.
+    """
     name = method.like or method.name
-    tried = [
-        row for row in found if (row["method"], row["task"], row["split"], row["steps"]) == (name, task, "valid", steps)
-    ]
-    return min(tried, key=lambda row: row["eval_loss"])["lr"] if tried else None
+    losses: dict[str, dict[float, float]] = {}  # by task and rate
+    for row in found:
+        if (row["method"], row["split"], row["steps"]) == (name, "valid", steps):
+            losses.setdefault(row["task"], {})[row["lr"]] = row["eval_loss"]
+    some = [losses[task]] if task in losses else list(losses.values())
+    rates = set.intersection(*map(set, some)) if some else set()
+    return min(rates, key=lambda lr: sum(one[lr] / min(one.values()) for one in some)) if rates else None
 
 
-def table(chosen: Iterable[Method], tasks: Iterable[str], seeds: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the table, where the learning rate is known."""
-    found, every = rows(), list(chosen)
-    for seed in range(seeds):
-        for task in tasks:
-            for method in every:
-                lr = best_rate(found, method, task, steps)
-                if lr is not None:
-                    yield {
-                        "method": method.name, "task": task, "seed": seed, "lr": lr, "split": "test", "steps": steps,
-                        "served": method.name in INITIALS,
-                    }  # fmt: skip
+def table(
+    found: Rows, chosen: Iterable[Method], tasks: Iterable[str], seeds: int, steps: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the table, where the learning rate is known; ablations last.
+
+    The gap is measured with the first seed.
+    """
+    every = list(chosen)
+    for ablation in (False, True):
+        for seed in range(seeds):
+            for method in (one for one in every if (one.like is not None) == ablation):
+                for task in tasks:
+                    lr = best_rate(found, method, task, steps)
+                    if lr is not None:
+                        yield {
+                            "method": method.name, "task": task, "seed": seed, "lr": lr, "split": "test",
+                            "steps": steps, "served": method.name in INITIALS and seed == 0,
+                        }  # fmt: skip
 
 
-def work(base: str, wanted: dict[str, Any]) -> None:
-    """Make one row in a process of its own, and append it."""
-    began = time.monotonic()
-    command = [sys.executable, str(Path(__file__).parent / "one.py"), base, json.dumps(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"FAILED {wanted}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-        return
-    row = json.loads(done.stdout.strip().splitlines()[-1])
-    with ROWS.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
-    told = {name: row[name] for name in ("method", "task", "seed", "lr", "split")}
-    print(told, f"score {row['score']:.3f} loss {row['eval_loss']:.4f} in {time.monotonic() - began:.0f} s", flush=True)
+class Worker:
+    """A process of one.py, which makes rows one after another; started again when it died."""
+
+    def __init__(self, base: str) -> None:
+        self.command = [sys.executable, str(Path(__file__).parent / "one.py"), base]
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin
+        assert self.process.stdout
+        print(json.dumps(wanted), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)  # type: ignore[no-any-return]
+        status = self.process.wait()
+        self.process = self._start()
+        return {"error": f"the process ended with {status}"}
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def work(worker: Worker, waiting: deque[dict[str, Any]], path: Path, end: float) -> None:
+    """Make rows, until none waits or the time is over, and append each as it comes."""
+    while time.monotonic() < end:
+        try:
+            wanted = waiting.popleft()
+        except IndexError:
+            return
+        began = time.monotonic()
+        row = worker.ask(wanted)
+        told = " ".join(str(wanted[name]) for name in ("split", "method", "task", "seed", "lr"))
+        if "error" in row:
+            print("FAILED", told, row["error"], flush=True)
+            continue
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        score = "" if row["score"] is None else f"score {row['score']:.3f} "
+        print(f"{told}: {score}loss {row['eval_loss']:.4f} in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def make(workers: Sequence[Worker], wanted: Iterable[dict[str, Any]], path: Path, end: float) -> None:
+    there = {tuple(row[name] for name in KEY) for row in rows(path)}
+    waiting = deque(one for one in wanted if tuple(one[name] for name in KEY) not in there)
+    print(f"{len(waiting)} rows to make", flush=True)
+    with ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(lambda worker: work(worker, waiting, path, end), workers))
 
 
 def main() -> None:
@@ -92,21 +146,22 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("--methods", nargs="*", default=list(methods(120)))
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
+    parser.add_argument("--sweep", nargs="*", default=list(TASKS), help="the tasks whose validation rows are used")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the file of the rows")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once: more than one on a large accelerator")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after this time")
     asked = parser.parse_args()
     end = time.monotonic() + 60 * asked.minutes
     chosen = [methods(asked.steps)[name] for name in asked.methods]
-    for wanted in (
-        lambda: sweep(chosen, asked.tasks, asked.steps), lambda: table(chosen, asked.tasks, asked.seeds, asked.steps)
-    ):  # fmt: skip
-        there = {tuple(row[name] for name in KEY) for row in rows()}
-        missing = [one for one in wanted() if tuple(one[name] for name in KEY) not in there]
-        print(f"{len(missing)} rows to make", flush=True)
-        with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(lambda one: work(asked.base, one) if time.monotonic() < end else None, missing))
+    asked.rows.parent.mkdir(exist_ok=True)
+    workers = [Worker(asked.base) for _ in range(asked.jobs)]
+    make(workers, sweep(chosen, asked.sweep, asked.steps), asked.rows, end)
+    found = rows(asked.rows)
+    make(workers, table(found, chosen, asked.tasks, asked.seeds, asked.steps), asked.rows, end)
+    for worker in workers:
+        worker.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 DATA = Path(__file__).parents[1] / "data"
-ROWS_AT_ONCE = 32
+ROWS_AT_ONCE = 150 if torch.cuda.is_available() else 32
 
 Row = dict[str, Any]
 

@@ -1,0 +1,68 @@
+"""What each method costs: seconds before the first step, seconds of a step, and the most memory (table 8 of the paper).
+
+    python benchmarks/methods/cost.py BASE [--steps 12] [--methods A B]
+
+One method after another and nothing beside them, so that times may be compared; results/cost.json keeps one table for
+each device. Memory is torch's on CUDA, else that of the whole process, and each method then has its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from machine import RESULTS, facts, write
+
+from methods.methods import methods
+from methods.run import Worker
+
+MAIN = (
+    "full", "lora", "rslora", "lora+", "dora", "pissa", "olora", "milora", "eva", "corda", "lora-ga", "adalora",
+    "gora", "gora-sketch", "gora-pro", "qgora", "lora-32", "gora-32",
+)  # fmt: skip
+TASK = "mnli"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base")
+    parser.add_argument("--methods", nargs="*", default=list(MAIN))
+    parser.add_argument("--steps", type=int, default=12)
+    asked = parser.parse_args()
+    rows: dict[str, Any] = {}
+    worker = Worker(asked.base)
+    for name in ("lora", *asked.methods):  # the first run warms libraries up
+        wanted = {
+            "method": name, "task": TASK, "seed": 0, "lr": methods(asked.steps)[name].rates[0], "split": "valid",
+            "steps": asked.steps, "rows": 8,
+        }  # fmt: skip
+        row = worker.ask(wanted)
+        if "error" in row:
+            print("FAILED", name, row["error"], flush=True)
+            continue
+        device = row["device"]
+        rows[name] = {
+            "seconds before the first step": row["seconds"]["prepare"], "seconds of a step": row["seconds"]["step"],
+            "peak_MB": round(row["peak_bytes"] / 1e6), "parameters": row["parameters"],
+        }  # fmt: skip
+        print(name, rows[name], flush=True)
+        if not torch.cuda.is_available():  # the process's peak is to be this method's
+            worker.close()
+            worker = Worker(asked.base)
+    worker.close()
+    file = RESULTS / "cost.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    settings = {"task": TASK, "steps": asked.steps, "rows of a step": 8}
+    told = facts("python benchmarks/methods/cost.py BASE") | {"settings": settings, "methods": rows}
+    write("cost", before | {device: told})
+
+
+if __name__ == "__main__":
+    main()
