@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gora_serve.config import FitConfig, InitConfig, ProbeConfig, RankConfig
+from gora_serve.config import FitConfig, InitConfig, ProbeConfig, RankConfig, TrainConfig
 from gora_serve.gora.gamma import search_gamma
 from gora_serve.gora.ranks import allocate_ranks, uniform_ranks
 from gora_serve.progress import silent
@@ -148,7 +148,7 @@ class Gora:
 
     def __call__(self, session: Session, batches: list[LazyBatch]) -> tuple[nn.Module, dict[str, Any]]:
         init = InitConfig(alpha=ALPHA, gamma=self.gamma)  # type: ignore[arg-type]
-        config = FitConfig(probe=self.probe, ranks=self.ranks, init=init)
+        config = FitConfig(probe=self.probe, ranks=self.ranks, init=init, train=TrainConfig(seed=session.seed))
         probed, searched = split_rows(session.data.examples, config)
         statistics = probe_session(
             session, probed, self.probe, self.ranks, rank_max=self.ranks.highest, listen=silent
@@ -160,7 +160,7 @@ class Gora:
         factors = inject.gora_factors(statistics, plan, gamma=self.sign * given, alpha=ALPHA)
         model = inject.attach(session.model, factors, task_type=session.task_type, fan_in_fan_out=False)
         if self.gamma == "auto":
-            given = self._search(session, model, session.in_order(searched))
+            given = self._search(session, model, replace(session, batch_size=16).in_order(searched))
         ranks = list(plan.ranks.values())
         return model, {"gamma": given, "steps probed": statistics.steps, "ranks": [min(ranks), max(ranks)]}
 
@@ -183,7 +183,7 @@ def methods(steps: int) -> Mapping[str, Method]:
         Method("rslora", peft_method(use_rslora=True)),
         Method("lora+", peft_method(), RATIO_RATES, 16.0),
         Method("dora", peft_method(use_dora=True)),
-        Method("pissa", peft_method(init_lora_weights="pissa"), initial=True),
+        Method("pissa", peft_method(init_lora_weights="pissa_niter_16"), initial=True),
         Method("olora", peft_method(init_lora_weights="olora"), initial=True),
         Method("milora", milora, initial=True),
         Method("eva", eva),
@@ -191,7 +191,7 @@ def methods(steps: int) -> Mapping[str, Method]:
         Method("lora-ga", peft_method(lora_ga, init_lora_weights="lora_ga"), initial=True),
         Method("adalora", adalora(steps), adapts=True),
         Method("gora", gora, RATIO_RATES, 16.0),
-        Method("gora-exact", replace(gora, ranks=RankConfig(rank=RANK, rule="exact")), RATIO_RATES, 16.0),
+        Method("gora-exact", replace(gora, ranks=RankConfig(rank=RANK, rule="exact")), RATIO_RATES, 16.0, like="gora"),
         Method("gora-sketch", replace(gora, probe=replace(probe, mode="sketch")), RATIO_RATES, 16.0, like="gora"),
         Method("gora-pro", replace(gora, probe=replace(probe, lr=1e-3)), RATIO_RATES, 16.0, like="gora"),
         Method("qgora", gora, RATIO_RATES, 16.0, quantize=True, like="gora"),

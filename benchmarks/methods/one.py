@@ -12,13 +12,13 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machine import commit, processor
 
-from gora_serve.config import DataConfig, ModelConfig, TrainConfig
+from converters.convert import convert
+from converters.reading import Inputs
+from gora_serve.config import TrainConfig
 from gora_serve.errors import GoraError
-from gora_serve.training.data import schedule
+from gora_serve.integrity.bases import locate_base
 from gora_serve.training.loop import cosine_with_floor, evaluate, make_optimizer
 from gora_serve.training.loss import mean_loss
-from gora_serve.training.session import LazyBatch, Session, open_session, peak_bytes
-from methods.methods import ESTIMATE, Method, methods
-from methods.tasks import TASKS, Row, Task, score
+from gora_serve.training.session import LazyBatch, Session, peak_bytes
+from methods.bench import bench
+from methods.graph import train_recorded
+from methods.methods import Method, methods
+from methods.tasks import TASKS, Row, score
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,6 @@ class Wanted:
     lr: float
     split: str = "test"
     steps: int = 120
-    batch_size: int = 8
     rows: int = 300
     served: bool = False
 
@@ -58,70 +61,90 @@ class Wanted:
 def run(base: str, wanted: Wanted) -> dict[str, Any]:
     task, method = TASKS[wanted.task], methods(wanted.steps)[wanted.method]
     config = TrainConfig(steps=wanted.steps, lr=wanted.lr, lr_ratio=method.ratio, seed=wanted.seed)
+    held_out = bench(base).rows(wanted.task, wanted.split)
+    rows = task.rows(wanted.split, min(wanted.rows, task.scored))
     clock = time.perf_counter()
-    session = open(base, task, method, wanted, config)
-    held_out = session.load(str(task.file(wanted.split)), DataConfig(max_length=512, batch_size=wanted.batch_size))
-    rows = task.rows(wanted.split, wanted.rows)
-    seconds = {"load": time.perf_counter() - clock}
-    clock = time.perf_counter()
-    order = schedule(len(session.data.examples), wanted.batch_size, batches=wanted.steps + ESTIMATE, seed=wanted.seed)
-    batches = session.batches(session.data.examples, order)
-    model, noted = method.start(session, batches[wanted.steps :])
-    model = model.to(session.accelerator.device)
-    seconds["prepare"] = time.perf_counter() - clock
+    session, model, noted, batches = bench(base).prepared(method, wanted.task, wanted.seed, wanted.steps)
+    seconds = {"prepare": time.perf_counter() - clock}
     with tempfile.TemporaryDirectory() as folder:
         if method.initial and wanted.served:
             model.save_pretrained(Path(folder) / "initial")  # type: ignore[operator]
         clock = time.perf_counter()
-        loss, seconds["step"] = train(model, batches[: wanted.steps], session, config, method)
+        loss, seconds["step"] = train(model, batches, session, config, method)
         seconds["train"] = time.perf_counter() - clock
         peak = peak_bytes(session.accelerator.device)
-        few = held_out.examples[: wanted.rows]
+        in_order = replace(session, batch_size=task.at_once).in_order(held_out.examples[: wanted.rows])
+        clock = time.perf_counter()
         row = {
             **asdict(wanted),
-            "score": score(model, session.tokenizer, task, rows) if wanted.split == "test" else None,
-            "eval_loss": evaluate(model, session.in_order(few), accelerator=session.accelerator),
+            "score": None,
+            "eval_loss": evaluate(model, in_order, accelerator=session.accelerator),
             "train_loss": loss,
             "parameters": sum(one.numel() for one in model.parameters() if one.requires_grad),
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "seconds": seconds,
             "peak_bytes": peak["device"] or peak["host"],
             "noted": noted,
             "device": device(session),
             "commit": commit(),
         }
         if wanted.served:
-            row["served"] = served(base, model, Path(folder), method, session, task, rows)
+            model.save_pretrained(Path(folder) / "trained")  # type: ignore[operator]
+        if wanted.split == "test":
+            if hasattr(model, "merge_adapter") and not method.quantize:
+                model.merge_adapter()  # the same function, in fewer kernels
+            row["score"] = score(model, session.tokenizer, task, rows)
+        del model, session
+        if wanted.served:
+            row["served"] = served(base, Path(folder), method, wanted, rows)
+        seconds["evaluate"] = time.perf_counter() - clock
     return row
-
-
-def open(base: str, task: Task, method: Method, wanted: Wanted, config: TrainConfig) -> Session:
-    kind = ModelConfig(dtype="float32", quantize="nf4" if method.quantize else "none")
-    rows = DataConfig(max_length=512, batch_size=wanted.batch_size)
-    return open_session(base, str(task.file("train")), model=kind, rows=rows, train=config, listen=lambda _: None)
 
 
 def train(
     model: nn.Module, batches: list[LazyBatch], session: Session, config: TrainConfig, method: Method
 ) -> tuple[float, float]:
-    """Take a step for each batch; return the mean loss of the last tenth, and the median seconds of a step."""
+    """Take a step for each batch; return the mean loss of the last tenth, and the mean seconds of a step."""
     model.train()
     optimizer = make_optimizer(model, config)
-    losses, seconds = [], []
-    clock = time.perf_counter()
-    for step, batch in enumerate(batches):
-        factor = cosine_with_floor(step, len(batches), warmup=config.warmup, floor=config.floor)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        loss = mean_loss(model, batch())
-        (loss + orthogonality(model) if method.adapts else loss).backward()
-        optimizer.step()
+    rates = [
+        cosine_with_floor(step, len(batches), warmup=config.warmup, floor=config.floor) for step in range(len(batches))
+    ]
+
+    def extra() -> torch.Tensor | None:
+        return orthogonality(model) if method.adapts else None
+
+    def after_step(step: int) -> None:
         if method.adapts:
             model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
+
+    kind = train_recorded if session.accelerator.device.type == "cuda" else train_by_step
+    clock = time.perf_counter()
+    losses = kind(model, batches, optimizer, rates, extra=extra, after_step=after_step)
+    last = losses[-max(1, len(losses) // 10) :]
+    return statistics.fmean(last), (time.perf_counter() - clock) / len(batches)
+
+
+def train_by_step(
+    model: nn.Module,
+    batches: Sequence[LazyBatch],
+    optimizer: torch.optim.Optimizer,
+    rates: Sequence[float],
+    *,
+    extra: Callable[[], torch.Tensor | None],
+    after_step: Callable[[int], None],
+) -> list[float]:
+    """`train_recorded` on any device."""
+    losses = []
+    for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        loss, term = mean_loss(model, batch()), extra()
+        (loss if term is None else loss + term).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        after_step(step)
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))  # waits for the device
-        seconds.append(time.perf_counter() - clock)
-        clock = time.perf_counter()
-    return statistics.fmean(losses[-max(1, len(losses) // 10) :]), statistics.median(seconds)
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def orthogonality(model: nn.Module, weight: float = 0.5) -> torch.Tensor:
@@ -135,32 +158,27 @@ def orthogonality(model: nn.Module, weight: float = 0.5) -> torch.Tensor:
     return weight * torch.stack(terms).mean()
 
 
-def served(
-    base: str, model: Any, folder: Path, method: Method, session: Session, task: Task, rows: list[Row]
-) -> dict[str, float]:
-    """Return the scores of the saved adapter on the base as it is: unconverted, and converted by the command."""
-    model.save_pretrained(folder / "trained")
-    extra = ["--init-adapter", str(folder / "initial")] if method.initial else []
-    command = ["convert", str(folder / "trained"), "--base", base, "--output", str(folder / "converted"), *extra]
-    subprocess.run([sys.executable, "-m", "gora_serve", *command], check=True, capture_output=True)
+def served(base: str, folder: Path, method: Method, wanted: Wanted, rows: list[Row]) -> dict[str, float]:
+    """Return the scores of the saved adapter on the base as it is: unconverted, and as `convert` writes it."""
+    inputs = Inputs(init_adapter=folder / "initial") if method.initial else Inputs()
+    convert(folder / "trained", locate_base(base), folder / "converted", inputs=inputs)
     return {
-        "unconverted": loaded_score(base, folder / "trained", session, task, rows),
-        "converted": loaded_score(base, folder / "converted", session, task, rows),
+        "unconverted": loaded_score(base, folder / "trained", wanted, rows),
+        "converted": loaded_score(base, folder / "converted", wanted, rows),
     }
 
 
-def loaded_score(base: str, adapter: Path, session: Session, task: Task, rows: list[Row]) -> float:
+def loaded_score(base: str, adapter: Path, wanted: Wanted, rows: list[Row]) -> float:
     """Return the score of an adapter's files over a fresh base. PEFT repeats no initialisation: the config is plain."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None}))
-    fresh: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model: Any = PeftModel.from_pretrained(fresh, str(adapter)).to(session.accelerator.device)
-    file.write_text(json.dumps(config))
-    return score(model, session.tokenizer, task, rows)
+    session = bench(base).session(wanted.task, wanted.seed)
+    model: Any = PeftModel.from_pretrained(session.model, str(adapter))  # type: ignore[arg-type]
+    model.merge_adapter()
+    return score(model, session.tokenizer, TASKS[wanted.task], rows)
 
 
 def device(session: Session) -> str:
@@ -172,7 +190,7 @@ def answer(base: str, line: str) -> dict[str, Any]:
     """Return the row that a line asks for, or what went wrong: the others are to be made all the same."""
     try:
         return run(base, Wanted(**json.loads(line)))
-    except (RuntimeError, ValueError, TypeError, OSError, subprocess.CalledProcessError, GoraError) as err:
+    except (RuntimeError, ValueError, TypeError, OSError, KeyError, GoraError) as err:
         traceback.print_exc()
         return {"error": f"{type(err).__name__}: {err}"}
 

@@ -40,15 +40,13 @@ def rows(path: Path = ROWS) -> Rows:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def sweep(chosen: Iterable[Method], tasks: Iterable[str], steps: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the learning rates: one seed, validation rows."""
+def sweep(chosen: Iterable[Method], tasks: Iterable[str], steps: int) -> Iterator[Rows]:
+    """Yield the rows of the learning rates, for each method and task: one seed, validation rows."""
     for method in chosen:
-        for lr in () if method.like else method.rates:
-            for task in tasks:
-                yield {
-                    "method": method.name, "task": task, "seed": SWEEP_SEED, "lr": lr, "split": "valid",
-                    "steps": steps, "rows": SWEEP_ROWS,
-                }  # fmt: skip
+        for task in tasks:
+            if not method.like:
+                shared = {"method": method.name, "task": task, "seed": SWEEP_SEED, "split": "valid", "steps": steps}
+                yield [shared | {"lr": lr, "rows": SWEEP_ROWS} for lr in method.rates]
 
 
 def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | None:
@@ -67,9 +65,7 @@ def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | Non
     return min(rates, key=lambda lr: sum(one[lr] / min(one.values()) for one in some)) if rates else None
 
 
-def table(
-    found: Rows, chosen: Iterable[Method], tasks: Iterable[str], seeds: int, steps: int
-) -> Iterator[dict[str, Any]]:
+def table(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], seeds: int, steps: int) -> Iterator[Rows]:
     """Yield the rows of the table, where the learning rate is known; ablations last.
 
     The gap is measured with the first seed.
@@ -81,10 +77,8 @@ def table(
                 for task in tasks:
                     lr = best_rate(found, method, task, steps)
                     if lr is not None:
-                        yield {
-                            "method": method.name, "task": task, "seed": seed, "lr": lr, "split": "test",
-                            "steps": steps, "served": method.name in INITIALS and seed == 0,
-                        }  # fmt: skip
+                        row = {"method": method.name, "task": task, "seed": seed, "lr": lr, "split": "test"}
+                        yield [row | {"steps": steps, "served": method.name in INITIALS and seed == 0}]
 
 
 class Worker:
@@ -114,29 +108,32 @@ class Worker:
         self.process.wait()
 
 
-def work(worker: Worker, waiting: deque[dict[str, Any]], path: Path, end: float) -> None:
+def work(worker: Worker, waiting: deque[Rows], path: Path, end: float) -> None:
     """Make rows, until none waits or the time is over, and append each as it comes."""
     while time.monotonic() < end:
         try:
-            wanted = waiting.popleft()
+            some = waiting.popleft()
         except IndexError:
             return
-        began = time.monotonic()
-        row = worker.ask(wanted)
-        told = " ".join(str(wanted[name]) for name in ("split", "method", "task", "seed", "lr"))
-        if "error" in row:
-            print("FAILED", told, row["error"], flush=True)
-            continue
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        score = "" if row["score"] is None else f"score {row['score']:.3f} "
-        print(f"{told}: {score}loss {row['eval_loss']:.4f} in {time.monotonic() - began:.0f} s", flush=True)
+        for wanted in some:
+            began = time.monotonic()
+            row = worker.ask(wanted)
+            told = " ".join(str(wanted[name]) for name in ("split", "method", "task", "seed", "lr"))
+            if "error" in row:
+                print("FAILED", told, row["error"], flush=True)
+                continue
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+            score = "" if row["score"] is None else f"score {row['score']:.3f} "
+            print(f"{told}: {score}loss {row['eval_loss']:.4f} in {time.monotonic() - began:.0f} s", flush=True)
 
 
-def make(workers: Sequence[Worker], wanted: Iterable[dict[str, Any]], path: Path, end: float) -> None:
+def make(workers: Sequence[Worker], wanted: Iterable[Rows], path: Path, end: float) -> None:
+    """Make what is wanted and not there: one worker makes a group, one after another."""
     there = {tuple(row[name] for name in KEY) for row in rows(path)}
-    waiting = deque(one for one in wanted if tuple(one[name] for name in KEY) not in there)
-    print(f"{len(waiting)} rows to make", flush=True)
+    missing = ([one for one in group if tuple(one[name] for name in KEY) not in there] for group in wanted)
+    waiting = deque(group for group in missing if group)
+    print(f"{sum(map(len, waiting))} rows to make", flush=True)
     with ThreadPoolExecutor(len(workers)) as pool:
         list(pool.map(lambda worker: work(worker, waiting, path, end), workers))
 

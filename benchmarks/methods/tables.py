@@ -63,7 +63,7 @@ def tables(found: Rows) -> dict[str, Any]:
                 for task, some in by_task.items() if some
             },
             "parameters": own[0]["parameters"],
-            "seconds": spread([sum(row["seconds"].values()) - row["seconds"]["load"] for row in own]),
+            "seconds": spread([row["seconds"]["prepare"] + row["seconds"]["train"] for row in own]),
             "seconds to prepare": spread([row["seconds"]["prepare"] for row in own]),
             "peak_MB": round(max(row["peak_bytes"] for row in own) / 1e6),
             f"score against {reference}": paired(test, name, reference, "score"),

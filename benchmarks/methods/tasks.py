@@ -28,12 +28,15 @@ def same_number(answer: str, row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """name: of its folder. longest: tokens of an answer. kind: the paper's group that it stands for."""
+    """name: of its folder. longest: tokens of an answer. kind: the paper's group that it stands for. scored: how many
+    test rows are answered at most. at_once: rows of a batch that is only evaluated."""
 
     name: str
     kind: str
     longest: int
     right: Callable[[str, Row], bool] = exact
+    scored: int = 300
+    at_once: int = 50
 
     def file(self, split: str) -> Path:
         return DATA / self.name / f"{split}.jsonl"
@@ -51,7 +54,7 @@ TASKS = {
         Task("qnli", "QNLI", 4),
         Task("mnli", "MNLI", 8),
         Task("snips", "intents and slots", 72),
-        Task("gsm8k", "maths", 200, same_number),
+        Task("gsm8k", "maths", 200, same_number, scored=150, at_once=25),
         Task("nl2bash", "code", 64),
     )
 }

@@ -1,0 +1,78 @@
+"""The base, loaded once, and copies of it; the tasks' rows, tokenised once; what a method made of them, while it is
+asked for with other learning rates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from gora_serve.config import DataConfig, ModelConfig, TrainConfig
+from gora_serve.training.data import Dataset, schedule
+from gora_serve.training.session import LazyBatch, Session, open_session
+from gora_serve.training.targets import find_targets
+from methods.methods import ESTIMATE, Method
+from methods.tasks import TASKS
+
+BATCH, LENGTH = 8, 512
+
+
+@dataclass
+class Bench:
+    base: str
+    _sessions: dict[bool, Session] = field(default_factory=dict)
+    _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)
+    _prepared: tuple[Any, tuple[nn.Module, Mapping[str, Any]]] | None = None
+
+    def _session(self, *, quantize: bool) -> Session:
+        """The base as it was loaded: only copies of its model are changed."""
+        if quantize not in self._sessions:
+            kind = ModelConfig(dtype="float32", quantize="nf4" if quantize else "none")
+            rows = DataConfig(max_length=LENGTH, batch_size=BATCH)
+            data = str(TASKS["sentiment"].file("valid"))
+            self._sessions[quantize] = open_session(
+                self.base, data, model=kind, rows=rows, train=TrainConfig(), listen=lambda _: None
+            )
+        return self._sessions[quantize]
+
+    def rows(self, task: str, split: str) -> Dataset:
+        if (task, split) not in self._rows:
+            given = DataConfig(max_length=LENGTH, batch_size=BATCH)
+            self._rows[task, split] = self._session(quantize=False).load(str(TASKS[task].file(split)), given)
+        return self._rows[task, split]
+
+    def session(self, task: str, seed: int, *, quantize: bool = False) -> Session:
+        """Return a session of its own: a copy of the base's model on the device, the task's training rows, the seed."""
+        whole = self._session(quantize=quantize)
+        model = copy.deepcopy(whole.model)
+        modules = find_targets(model, "all-linear")
+        return replace(whole, model=model, modules=modules, data=self.rows(task, "train"), seed=seed)
+
+    def prepared(
+        self, method: Method, task: str, seed: int, steps: int
+    ) -> tuple[Session, nn.Module, dict[str, Any], list[LazyBatch]]:
+        """Return the session, the model to be trained, what is noted of it, and the training batches.
+
+        The last model is kept, and copied when it is asked for again.
+        """
+        key = (method.name, task, seed, steps)
+        session = self.session(task, seed, quantize=method.quantize)
+        order = schedule(len(session.data.examples), BATCH, batches=steps + ESTIMATE, seed=seed)
+        batches = session.batches(session.data.examples, order)
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = None
+            torch.manual_seed(seed)
+            model, noted = method.start(session, batches[steps:])
+            self._prepared = key, (model.to(session.accelerator.device), noted)
+        model, noted = self._prepared[1]
+        return session, copy.deepcopy(model), dict(noted), batches[:steps]
+
+
+@cache
+def bench(base: str) -> Bench:
+    return Bench(base)
