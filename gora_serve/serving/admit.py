@@ -27,7 +27,7 @@ from gora_serve.serving.adapter_dir import (
 )
 from gora_serve.serving.fits import fit_errors
 from gora_serve.serving.plan import ServedAdapter, served
-from gora_serve.serving.preflight import Fault, as_fault, check_adapter, refuse
+from gora_serve.serving.preflight import Fault, as_fault, check_adapter
 from gora_serve.serving.same_base import other_base
 from gora_serve.serving.store import Content, Store
 
@@ -57,17 +57,6 @@ class Examined:
     verified: Verified | None = None
     content: Content | None = None
     seconds: float = 0.0
-
-
-def admit(name: str, folder: Path, base: ServedBase, store: Store, *, strict: bool = False) -> ServedAdapter:
-    """Verify one adapter, copy it into the store and verify the copy; return it as it may be loaded.
-
-    Raises one error that names all faults; the classes are those of `examine`, MismatchError for an adapter that
-    changes meanwhile, and MachineError from the store.
-    """
-    found = examine(name, folder, base, strict=strict)
-    refuse(found.faults)
-    return keep(found, base, store, strict=strict)
 
 
 def examine(name: str, folder: Path, base: ServedBase, *, strict: bool = False) -> Examined:

@@ -28,6 +28,10 @@ PROMPTS = ((17, 45, 96, 130, 52, 201, 88, 19), (64, 33, 71, 12, 250, 9, 180, 41)
 Ask = Callable[[str, Sequence[int]], Answer]  # (model, tokens of the prompt) -> the next token's
 
 
+class NotItselfError(RunError):
+    """The engine answers, and not as the adapter would: asking again changes nothing."""
+
+
 @dataclass(frozen=True)
 class Checked:
     """What the canary found of one adapter. `distance`: the largest difference to its fingerprint, None without one."""
@@ -54,14 +58,14 @@ def tolerance(dtype: str, base: Path) -> float:
 def check_canary(name: str, base: str, expected: Sequence[Expected], allowed: float, ask: Ask) -> Checked:
     """Ask an adapter and the base the same, and compare.
 
-    Raises RunError: GS-7350 where the adapter changes nothing, GS-7351 where it does not answer as its fingerprint
-    says, GS-7352 where an answer is not finite.
+    Raises NotItselfError: GS-7350 where the adapter changes nothing, GS-7351 where it does not answer as its
+    fingerprint says, GS-7352 where an answer is not finite.
     """
     prompts = [one.tokens for one in expected] or list(PROMPTS)
     answers = [(_finite(ask(name, prompt), name), _finite(ask(base, prompt), base)) for prompt in prompts]
     differs = any(_distance(ours, theirs) > SAME for ours, theirs in answers)
     if not differs and (not expected or max(one.effect() for one in expected) > allowed):
-        raise RunError(
+        raise NotItselfError(
             f"{name} answers exactly as the base: the engine took the adapter and does not use it", code="GS-7350",
             expected="another answer than the base's", actual=f"the same on {len(prompts)} prompts",
             hint="its modules are none that this engine adapts, or it is an adapter as it was before training",
@@ -70,7 +74,7 @@ def check_canary(name: str, base: str, expected: Sequence[Expected], allowed: fl
         return Checked(name, differs, None)
     distance = max(_distance(one.adapter, ours) for one, (ours, _) in zip(expected, answers, strict=True))
     if distance > allowed:
-        raise RunError(
+        raise NotItselfError(
             f"{name} does not answer as it did when it was exported", code="GS-7351",
             expected=f"log probabilities within {allowed:g}", actual=f"off by {distance:.3g}",
             hint="another engine, quantization or dtype? --dtype float32 narrows it down, --verify compares with PEFT",
@@ -85,7 +89,7 @@ def _distance(expected: Answer, actual: Answer) -> float:
 
 def _finite(answer: Answer, name: str) -> Answer:
     if not answer or not all(map(math.isfinite, answer.values())):
-        raise RunError(
+        raise NotItselfError(
             f"{name} answers with numbers that are not finite", code="GS-7352", actual=str(dict(answer))[:200],
             hint="--dtype float32, or bfloat16 where the base overflows in float16",
         )  # fmt: skip

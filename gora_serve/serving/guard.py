@@ -12,11 +12,12 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gora_serve.serving import inside
+from gora_serve.serving.asgi import App, Receive, Scope, Send, answer_json
 from gora_serve.serving.keys import KEY_FILE, KEY_VARIABLE, read_keys
 
 MODE, OPEN_ROUTES, STATE_FILE = "GORA_SERVE_GUARD", "GORA_SERVE_OPEN_ROUTES", "GORA_SERVE_STATE"
@@ -31,11 +32,6 @@ CLOSED = (
     "/start_draft_weight_update", "/finish_weight_update", "/update_weight_version", "/weight_checker",
     "/fault_tolerance",
 )  # fmt: skip
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Guard:
@@ -129,9 +125,5 @@ def read_state(state: Path) -> Mapping[str, Any]:
 async def _refuse(scope: Scope, send: Send, status: int, reason: str) -> None:
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": 1008, "reason": reason})
-    body = json.dumps({"error": {"message": reason, "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    more = [(b"www-authenticate", b"Bearer")] if status == 401 else []
+    await answer_json(send, status, {"error": {"message": reason, "code": status}}, more)

@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
+from gora_serve.serving.asgi import App, Receive, Scope, Send, answer_json
+
 ROUTE = "/gora-serve/adapters"
 LONGEST = 64 << 10  # bytes of what is asked
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # The numbers of the adapters that the request at hand has looked up. Tasks that it starts share the set.
 _uses: ContextVar[set[int] | None] = ContextVar("gora_serve_uses", default=None)
@@ -79,10 +75,7 @@ class Residents:
                 status, told = 200, await self._do(scope["app"].state.openai_serving_models, await _asked(receive))
         except Exception as err:  # whatever vLLM raises: the parent tells it, and goes on
             status, told = 409, {"error": f"{type(err).__name__}: {err}"}
-        body = json.dumps(told).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await answer_json(send, status, told)
 
     async def _do(self, models: Any, asked: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(models.lora_requests, Names):

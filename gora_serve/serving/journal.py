@@ -13,7 +13,7 @@ import re
 import secrets
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
@@ -90,10 +90,7 @@ class Pump:
 
     def _read(self, reading: int) -> None:
         with os.fdopen(reading, "rb") as stream:
-            for piece in iter(lambda: stream.readline(LONGEST), b""):
-                text = _COLOR.sub("", piece.decode(errors="replace")).rstrip("\r\n")
-                for key in self._keys:
-                    text = text.replace(key, "[key]")
+            for text in without_keys(iter(lambda: stream.readline(LONGEST), b""), self._keys):
                 if text.strip():
                     self._line(text)
 
@@ -106,6 +103,24 @@ class Pump:
         self._last.append(text)
         level = _LEVEL.search(text[:80])
         self._lines.tell(ENGINE, text, level=level[0].lower() if level else "info")
+
+
+def without_keys(pieces: Iterable[bytes], keys: Sequence[str]) -> Iterator[str]:
+    """Yield the text of lines, or of the pieces of long ones, with [key] for each key, also where it lies across two.
+
+    What may be the beginning of a key is held back at the end of a piece that ends no line.
+    """
+    held = ""
+    back = max(map(len, keys), default=1) - 1
+    for piece in pieces:
+        text = _COLOR.sub("", held + piece.decode(errors="replace"))
+        for key in keys:
+            text = text.replace(key, "[key]")
+        cut = len(text) if piece.endswith(b"\n") else max(0, len(text) - back)
+        text, held = text[:cut], text[cut:]
+        yield text.rstrip("\r\n")
+    if held:
+        yield held
 
 
 def _event(text: str) -> dict[str, Any] | None:

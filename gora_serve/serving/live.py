@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from gora_serve.errors import BindingError, GoraError, MachineError, OutputError, RunError, UsageError
 from gora_serve.integrity.reading import unreadable
 from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
 from gora_serve.serving.arrivals import Seen, look_at
+from gora_serve.serving.canary import NotItselfError
 from gora_serve.serving.changes import (
     NEVER,
     Stamp,
@@ -76,10 +77,6 @@ class Pace:
     clock: Callable[[], float] = time.monotonic
 
 
-def _untold(**_: Any) -> None:
-    pass
-
-
 def examined(name: str, seen: Seen, base: ServedBase, *, strict: bool) -> Examined:
     """Return an entry of the directory without faults; raise all that is wrong with it."""
     if seen.problem is not None:
@@ -96,26 +93,24 @@ def examined(name: str, seen: Seen, base: ServedBase, *, strict: bool) -> Examin
 class LiveAdapters:
     """The directory and what is served of it. As a context it looks from a thread of its own.
 
-    server: what is served beside, whose names are taken. say: for people. tell: for the guard, by name.
+    server: what is served beside, whose names are taken. say: for people.
     """
 
     def __init__(
         self, watched: Watched, server: Server, engine: Running, *,
-        say: Callable[[str], None], tell: Callable[..., None] = _untold, pace: Pace | None = None,
-        ledger: Ledger | None = None,
+        say: Callable[[str], None], pace: Pace | None = None, ledger: Ledger | None = None,
     ) -> None:  # fmt: skip
         assert watched.base is not None, "adapters are held to a base"
         self._watched, self._base, self._engine = watched, watched.base, engine
         self._store = Store(watched.store)
         self._server, self._fixed = server, len(server.models) - 1
-        self._say, self._tell, self._pace, self._ledger = say, tell, pace or Pace(), ledger
+        self._say, self._pace, self._ledger = say, pace or Pace(), ledger
         self._known: dict[str, Tracked] = {}
         self._served: dict[str, tuple[Loaded, int]] = {}  # with the descriptor that holds its entry in the store
         self._leaving: list[tuple[Loaded, int]] = []
         self._refused: dict[str, Refused] = {}
         self._crowded: set[str] = set()  # of the refused, those that had no place
         self._complaint = ""
-        self._state: dict[str, Any] = {}
         self._begun, self._caught_up = self._pace.clock(), False
         self._failure: Exception | None = None
         self._stop = threading.Event()
@@ -237,7 +232,8 @@ class LiveAdapters:
         if isinstance(err, RunError):
             with suppress(GoraError):
                 self._engine.unload()  # what it holds now, and nothing on trial
-        return self._pace.clock() + AGAIN if isinstance(err, MachineError | OutputError | RunError) else NEVER
+        passing = isinstance(err, MachineError | OutputError | RunError) and not isinstance(err, NotItselfError)
+        return self._pace.clock() + AGAIN if passing else NEVER
 
     def _serve(self, name: str, seen: Seen) -> None:
         """Examine, store, load and publish one adapter; raise why it is not served."""
@@ -285,7 +281,7 @@ class LiveAdapters:
             )  # fmt: skip
 
     def _report(self) -> None:
-        """Tell people of what is bad, once it has stood still for long enough, and the guard of all."""
+        """Tell people of what is bad, once it has stood still for long enough."""
         now = self._pace.clock()
         self._refused = {name: one for name, one in self._refused.items() if name in self._known}
         for name, one in self._refused.items():
@@ -297,20 +293,6 @@ class LiveAdapters:
                 older = " (its older version goes on being served)" if name in self._served else ""
                 for line in _lines(one.error, self._watched.folder / name):
                     self._say(f"refused: {name}{older}: {line}")
-        state = self.state()
-        if state != self._state:
-            self._tell(adapters=state)
-            self._state = state
-
-    def state(self) -> dict[str, Any]:
-        """Return what is served of the directory, what is refused and why, and what still waits to be unloaded."""
-        return {
-            "directory": str(self._watched.folder),
-            "served": {name: {"version": one.adapter.path.name, "load_seconds": round(one.seconds, 3)}
-                       for name, (one, _) in self._served.items()},
-            "refused": {name: one.error.to_json()["error"] for name, one in self._refused.items() if one.told},
-            "leaving": sorted(one.adapter.path.name for one, _ in self._leaving),
-        }  # fmt: skip
 
 
 def _lines(err: GoraError, path: Path) -> Sequence[str]:
@@ -323,7 +305,7 @@ def watch_directory(plan: ServePlan, say: Callable[[str], None]) -> Beside:
     def beside(server: Server, watch: FileWatch) -> LiveAdapters:
         assert plan.watched is not None, "there is a directory"
         engine = RunningEngine(plan, server.token)
-        return LiveAdapters(plan.watched, server, engine, say=say, tell=watch.tell, ledger=watch.ledger)
+        return LiveAdapters(plan.watched, server, engine, say=say, ledger=watch.ledger)
 
     return beside
 

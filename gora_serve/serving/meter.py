@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
-from gora_serve.serving.guard import TOKEN, App, Receive, Scope, Send, is_parent, route_of, token_digest
+from gora_serve.serving.asgi import App, Receive, Scope, Send
+from gora_serve.serving.guard import TOKEN, is_parent, route_of, token_digest
 from gora_serve.serving.json_pieces import TopLevelString, UsageTail
 from gora_serve.serving.metrics import UNKNOWN, Metrics, shared
 from gora_serve.serving.residency import served_names

@@ -5,14 +5,14 @@ An ASGI class for `vllm serve --middleware`, inside the guard, so that whoever g
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gora_serve.serving.guard import STATE_FILE, App, Receive, Scope, Send, read_state, route_of
+from gora_serve.serving.asgi import App, Receive, Scope, Send, answer_json
+from gora_serve.serving.guard import STATE_FILE, read_state, route_of
 from gora_serve.serving.ledger import LEDGER, read_ledger
 from gora_serve.serving.metrics import PREFIX, UNKNOWN, WHERE, Metrics, quantile, shared
 from gora_serve.serving.residency import Residency, served_names
@@ -50,7 +50,7 @@ class StatusRoute:
         if route == "/metrics":
             return await self._app(scope, receive, send)
         said = status(ledger, where, served_names(app), degraded, counted(self._metrics))
-        await _answer(send, json.dumps(said, allow_nan=False).encode())
+        await answer_json(send, 200, said)
 
     def _refresh(
         self, ledger: Mapping[str, Any], where: Mapping[str, str], served: frozenset[str], *, degraded: bool
@@ -63,10 +63,13 @@ class StatusRoute:
             for one in WHERE:
                 metrics.residency.labels(name, one).set(where.get(name) == one)
         gauges = {"since": metrics.since, "load_seconds": metrics.load, "verify_seconds": metrics.verify}
-        for name, entry in ledger.get("models", {}).items():
-            for key, gauge in gauges.items():
-                if name in served and isinstance(entry.get(key), int | float):
+        models = {name: entry for name, entry in ledger.get("models", {}).items() if name in served}
+        for key, gauge in gauges.items():
+            for name, entry in models.items():
+                if isinstance(entry.get(key), int | float):
                     gauge.labels(name).set(entry[key])
+            for name in self._seen - models.keys():  # it was served
+                gauge.labels(name).set(math.nan)
         failures: dict[str, int] = {}
         for name, count in ledger.get("failures", {}).items():
             label = name if name in served else UNKNOWN
@@ -126,9 +129,3 @@ def counted(metrics: Metrics) -> dict[str, dict[str, Any]]:
             if value is not None and math.isfinite(value):
                 found.setdefault(model, _no_counts())[f"{prefix}p{share}"] = value
     return found
-
-
-async def _answer(send: Send, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -15,9 +15,10 @@ from tiny_models import llama_shapes
 from gora_serve.cli.main import main
 from gora_serve.errors import GoraError
 from gora_serve.serving import start
-from gora_serve.serving.admit import ServedBase, admit, examine
+from gora_serve.serving.admit import ServedBase, examine, keep
 from gora_serve.serving.engine import Engine
-from gora_serve.serving.plan import ServeConfig
+from gora_serve.serving.plan import ServeConfig, ServedAdapter
+from gora_serve.serving.preflight import refuse
 from gora_serve.serving.store import Store
 from serving.corpus import CONFIG, CORPUS, INITS, WEIGHTS, Row, with_value, write_sound
 
@@ -40,14 +41,20 @@ def served_base(tiny_base: Path) -> ServedBase:
     return start.served_base(str(tiny_base), ServeConfig())
 
 
+def admit(folder: Path, base: ServedBase, store: Store) -> ServedAdapter:
+    found = examine("a", folder, base)
+    refuse(found.faults)
+    return keep(found, base, store, strict=False)
+
+
 def refusal(folder: Path, base: ServedBase, store: Path) -> GoraError:
     with pytest.raises(GoraError) as caught:
-        admit("a", folder, base, Store(store))
+        admit(folder, base, Store(store))
     return caught.value
 
 
 def test_the_sound_one_passes(sound: Path, served_base: ServedBase, tmp_path: Path) -> None:
-    served = admit("a", sound, served_base, Store(tmp_path / "store"))
+    served = admit(sound, served_base, Store(tmp_path / "store"))
     assert (served.max_rank, served.scales) == (4, (2.0, 4.0))
     assert served.path.parent == tmp_path / "store"
 
@@ -144,8 +151,6 @@ def test_faults_of_one_adapter_come_together(sound: Path, served_base: ServedBas
 
 @pytest.mark.parametrize("what", [WEIGHTS, CONFIG])
 def test_a_swap_between_check_and_copy(what: str, sound: Path, served_base: ServedBase, tmp_path: Path) -> None:
-    from gora_serve.serving.admit import keep
-
     found = examine("a", sound, served_base)
     if what == WEIGHTS:
         arrays = load_file(sound / what)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gora_serve.errors import RunError
 from gora_serve.serving import engine
 from gora_serve.serving.engine import serve_forever
-from gora_serve.serving.journal import JsonLines, LogHandler, Pump
+from gora_serve.serving.journal import JsonLines, LogHandler, Pump, without_keys
 from gora_serve.serving.meter import LOG_MARK
 from gora_serve.serving.process import start_child
 from serving.test_engine import STAND_IN, make_plan
@@ -81,6 +83,13 @@ def test_keys_are_taken_out() -> None:
     found, tail = pumped(f"print('the key is {KEY}, {KEY}'); print('ValueError: {KEY}')", keys=(KEY,))
     assert found[0]["message"] == "the key is [key], [key]"
     assert KEY not in str(tail)
+
+
+@given(st.text(alphabet="xy\n", max_size=60).map(lambda text: text.replace("y", KEY)), st.integers(1, 2 * len(KEY)))
+def test_keys_are_taken_out_where_a_long_line_is_cut(text: str, longest: int) -> None:
+    stream = io.BytesIO(text.encode())
+    pieces = list(without_keys(iter(lambda: stream.readline(longest), b""), [KEY]))
+    assert "".join(pieces) == text.replace(KEY, "[key]").replace("\n", "")
 
 
 def test_lines_are_whole_from_many_threads(tmp_path: Path) -> None:
