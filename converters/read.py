@@ -124,7 +124,8 @@ def _another(source: Source, manifest: Callable[[], Manifest], base: Base) -> st
     if not isinstance(named, str) or not named or bound_roots(read_record(source.tensors.metadata, source.weights)):
         return None
     names = names_of(base.path, base.name)
-    another = is_another(unquantized_name(named), base.path, lambda: manifest().roots.weights, names)
+    called = dict.fromkeys((unquantized_name(named), named))  # a base may itself be called as a mirror in 4 bits
+    another = all(is_another(name, base.path, lambda: manifest().roots.weights, names) for name in called)
     return named if another else None
 
 

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gora_serve.errors import BindingError
+from gora_serve.errors import BindingError, GoraError
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.manifest import hash_model
 
@@ -39,17 +39,30 @@ def names_of(base: Path, *given: str) -> tuple[str, ...]:
 def is_another(named: str, base: Path, weights_root: Callable[[], str], names: Sequence[str]) -> bool:
     """Tell whether this is the name of another model than `base`, which is called `names`.
 
-    A folder that is there is hashed, and compared by its weights; anything else is compared by its short name.
+    A model's folder that is there is hashed, and compared by its weights; anything else, also a folder whose weights
+    cannot be hashed (pickles, an interrupted download), is compared by its short name.
     """
     folder = Path(named)
     if os.path.isfile(folder / "config.json"):  # noqa: PTH113 - no error for a name that no disk can hold
-        return not folder.samefile(base) and hash_model(folder).roots.weights != weights_root()
+        if folder.samefile(base):
+            return False
+        root = _root_of(folder)
+        if root is not None:
+            return root != weights_root()
     return short_name(named) not in {short_name(name) for name in names}
+
+
+def _root_of(folder: Path) -> str | None:
+    try:
+        return hash_model(folder).roots.weights
+    except GoraError:  # nobody gave this folder: what is wrong with it is no fault of what was given
+        return None
 
 
 def another_base(adapter: Path, file: Path, named: str, base: Path, names: Sequence[str]) -> BindingError:
     """Return the error (GS-4352) for an adapter that names another model. file: its adapter_config.json."""
-    output = adapter.with_name(f"{adapter.name}-bound")
+    place = adapter.resolve() if adapter.name in ("", "..") else adapter
+    output = place.parent / f"{place.name}-bound"
     words = ("gora-serve", "bind", str(adapter), "--base", str(base), "--output", str(output))
     return BindingError(
         "the adapter says that it belongs to another model", code="GS-4352", file=file, tensor=KEY,

@@ -44,6 +44,49 @@ def test_another_name_is_refused_and_the_same_elsewhere_is_not(tmp_path: Path) -
         assert ["nothing says" in line for line in done.warnings] == [True]
 
 
+@pytest.mark.parametrize("weights", [None, "pytorch_model.bin", "model.safetensors"])
+def test_a_named_folder_whose_weights_cannot_be_hashed_goes_by_its_name(tmp_path: Path, weights: str | None) -> None:
+    """What is wrong with a folder that nobody gave is no reason to refuse one that was given."""
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    for name in ("other", "elsewhere/base"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(tmp_path / "base" / "config.json", tmp_path / name)
+        if weights:
+            (tmp_path / name / weights).write_bytes(b"cut off")
+    naming(tmp_path, tmp_path / "other")
+    with pytest.raises(BindingError, match="GS-4352"):
+        merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    done = converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "plain")
+    assert str(tmp_path / "other") in done.warnings[0]
+    naming(tmp_path, tmp_path / "elsewhere" / "base")
+    done = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert ["nothing says" in line for line in done.warnings] == [True]
+
+
+def test_a_base_that_is_called_as_a_mirror_in_4_bits(tmp_path: Path) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    (tmp_path / "base").rename(tmp_path / "base-nf4")
+    naming(tmp_path, "/nowhere/base-nf4")
+    merged(tmp_path / "adapter", tmp_path / "base-nf4", tmp_path / "out")
+    naming(tmp_path, "/nowhere/other-nf4")
+    with pytest.raises(BindingError, match="GS-4352"):
+        merged(tmp_path / "adapter", tmp_path / "base-nf4", tmp_path / "out2")
+
+
+@pytest.mark.parametrize("path", [".", "../adapter", "../adapter/checkpoint/.."])
+def test_the_next_step_for_an_adapter_that_is_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    naming(tmp_path, "org/other-model")
+    (tmp_path / "adapter" / "checkpoint").mkdir()
+    monkeypatch.chdir(tmp_path / "adapter")
+    with pytest.raises(BindingError, match="GS-4352") as caught:
+        merged(Path(path), tmp_path / "base", tmp_path / "out")
+    output = Path(str(caught.value.fields["try"]).partition("--output ")[2].partition(";")[0])
+    assert output.resolve() == tmp_path / "adapter-bound"
+
+
 def test_convert_tells_both_names(tmp_path: Path) -> None:
     make(tmp_path, build_llama, target_modules=["q_proj"])
     naming(tmp_path, "org/other-model")
