@@ -274,7 +274,7 @@ def _check_files(folder: Path, theirs: BaseWeights, found: Replay) -> None:
 
 
 def _lies_in(model: BaseWeights, name: str, file: Path) -> bool:
-    return name in model.tensors.files and model.tensors.files[name].samefile(file)
+    return name in model.tensors.files and model.tensors.files[name].resolve() == file.resolve()
 
 
 def _added_to(folder: Path, asked: BaseAs) -> AddedTo:

@@ -165,3 +165,12 @@ def test_a_resized_vocabulary_with_a_weight(tmp_path: Path) -> None:
     given = [(tmp_path / "adapter", 1.0)] * 2
     with pytest.raises(InputError, match=r"(?s)GS-3403.*2 updates"):
         merge_model(given, Base("base", tmp_path / "base"), tmp_path / "out")
+
+
+def test_a_sealed_merge_within_rounding_that_lacks_a_file(tmp_path: Path) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    of(tmp_path, "out", 1 + 1e-7)
+    assert verify(tmp_path, "out").replay.verdict == "rounded"
+    (tmp_path / "out" / "generation_config.json").unlink()
+    with pytest.raises(MismatchError, match=r"(?s)GS-103.*generation_config\.json"):
+        verify(tmp_path, "out")
