@@ -176,7 +176,7 @@ def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Repla
         entry = merged.tensors.entries[name]
         if entry.shape != target.shape:
             why = f"its shape is {entry.shape}, and should be {target.shape}"
-        elif (entry.dtype in FLOATS) != (target.dtype in FLOATS):
+        elif entry.dtype != target.dtype and not {entry.dtype, target.dtype} <= set(FLOATS):
             why = f"its type is {entry.dtype}, and should be {target.dtype}"
         elif target.fresh and target.module in HEADS and merged.config.get("tie_word_embeddings", True):
             lost = "the head's own update is lost" if target.pieces else "it gets their update, and none belongs there"

@@ -159,3 +159,19 @@ def test_the_sign_of_a_zero_is_a_bit(tmp_path: Path, dtype: str) -> None:
         spoiled(tmp_path / "out", name, lambda t: torch.where(t == 0, -t, t))
     found = judge(tmp_path, tmp_path / "out")
     assert {one.name for one in (*found.of("rounded"), *found.of("differs"))} == set(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float32])
+def test_integers_in_another_type_differ(tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.self_attn.table"
+
+    def build() -> Any:
+        model = build_llama()
+        model.model.layers[0].self_attn.register_buffer("table", torch.arange(4))
+        return model
+
+    make(tmp_path, build, target_modules=["q_proj"])
+    merge(tmp_path)
+    assert judge(tmp_path, tmp_path / "out").tensors[name].verdict == "exact"
+    spoiled(tmp_path / "out", name, lambda t: t.to(dtype))
+    assert "should be I64" in judge(tmp_path, tmp_path / "out").tensors[name].reason
