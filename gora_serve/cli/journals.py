@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from gora_serve.cli.render import say, watching
 from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
+from gora_serve.integrity.hub import without_tokens
 from gora_serve.integrity.record import ASSERTED
 from gora_serve.progress import Listener, silent
 
@@ -109,5 +110,5 @@ def journal(config: ServeConfig, log: Path | None) -> Iterator[Journal]:
         try:
             yield told
         except GoraError as err:
-            told.tell("failed", str(err), level="error", code=err.code, what=err.what)
+            told.tell("failed", without_tokens(str(err)), level="error", code=err.code, what=without_tokens(err.what))
             told.failed = err.exit_code

@@ -148,7 +148,7 @@ def _serve(
     options: Mapping[str, Any],
     told: Journal,
 ) -> int:
-    from gora_serve.cli.render import emit, plan_summary, watching
+    from gora_serve.cli.render import emit, plan_summary
     from gora_serve.serving.engine import Server, serve_forever
     from gora_serve.serving.live import watch_directory
     from gora_serve.serving.start import prepare
@@ -171,7 +171,7 @@ def _serve(
         if options["verify"]:
             from gora_serve.parity import check_parity
 
-            with watching() as listen:
+            with told.watching() as listen:
                 served = replace(plan, adapters=server.adapters, models=server.models)
                 for compared in check_parity(served, token=server.token, listen=listen):
                     told.tell("verified against PEFT", f"verified: {compared}", model=compared.name)
