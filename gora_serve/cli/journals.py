@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gora_serve.cli.render import say, watching
+from gora_serve.cli.render import quiet_libraries, say, watching
 from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
 from gora_serve.integrity.hub import without_tokens
@@ -76,6 +76,7 @@ class JsonJournal(Journal):
         return Pump(JsonLines(self._stack.enter_context(open_log(self.log))), keys)
 
     def watching(self) -> AbstractContextManager[Listener]:
+        quiet_libraries()
         return nullcontext(silent)
 
     def tell(self, event: str, message: str, *, level: str = "info", **fields: object) -> None:
