@@ -42,7 +42,9 @@ def read_by_vllm(folder: Path, load_format: str) -> set[str]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("stray", [None, "zz.safetensors", "consolidated.safetensors", "model-old.safetensors"])
+@pytest.mark.parametrize(
+    "stray", [None, "zz.safetensors", "consolidated.safetensors", "model-old.safetensors", "._model.safetensors"]
+)
 @pytest.mark.parametrize("load_format", ["auto", "hf", "safetensors"])
 def test_files_that_vllm_would_read_are_refused(
     model: Path, sharded: bool, stray: str | None, load_format: str
