@@ -53,7 +53,7 @@ def open_adapters(adapters: Sequence[tuple[Path, float]], inputs: Inputs, family
 
 
 def _held(one: Opened, manifest: Callable[[], Manifest], base: Base, inputs: Inputs) -> tuple[str, ...]:
-    return held_to_base(one.source, one.detection, manifest, base, inputs)
+    return held_to_base(one.source, one.detection, one.reading, manifest, base, inputs)
 
 
 def part_of(opened: Opened, base: BaseWeights) -> Part:
