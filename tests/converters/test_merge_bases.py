@@ -38,7 +38,12 @@ def test_another_name_is_refused_and_the_same_elsewhere_is_not(tmp_path: Path) -
             assert str(caught.value.fields["file"]).endswith("adapter_config.json")
         assert not (tmp_path / "out").exists()
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
-    for index, name in enumerate(("org/Base", "/nowhere/base", "org/base-bnb-4bit", tmp_path / "copy")):
+    mirror = "models--org--base-unsloth-bnb-4bit/snapshots/0123abcd"
+    quantized = tmp_path / "hub" / mirror
+    quantized.mkdir(parents=True)
+    (quantized / "config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
+    same = ("org/Base", "/nowhere/base", "org/base-bnb-4bit", f"/nowhere/{mirror}/", quantized, tmp_path / "copy")
+    for index, name in enumerate(same):
         naming(tmp_path, name)
         done = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / f"out{index}")
         assert ["nothing says" in line for line in done.warnings] == [True]
