@@ -104,6 +104,13 @@ def test_the_model_in_training_is_that_of_one_adapter(work: Path) -> None:
             assert not any("model in training" in line for line in model_summary(done).lines)
 
 
+def test_both_ways_state_the_same_distances_from_the_model_in_training(work: Path) -> None:
+    """Over the adapted tensors, also where the others are rounded to 4 bits too."""
+    stored, quantized = (of(work, name, base_as=name).receipt["totals"] for name in ("bf16", "nf4"))
+    for key in ("error_on_stored", "error_on_quantized"):
+        assert stored[key] == pytest.approx(quantized[key], rel=1e-12)
+
+
 def test_of_several_adapters_the_one_in_4_bits_is_named(work: Path) -> None:
     shutil.copytree(work / "adapter", work / "q")
     file = work / "q" / "adapter_config.json"
