@@ -78,11 +78,20 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
         raise InputError(
             f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
             tensor=remaining[0], actual=lost[remaining[0]],
-            hint="gora-serve merge into a model holds it exactly; gora-serve convert --leave-out NAMES drops the tensor"
-            if known
-            else "name the family by --from, or report it; gora-serve convert --leave-out NAMES drops the tensor",
+            hint=f"{_who_holds(remaining[0], reading, inputs) if known else 'name the family by --from, or report it'}; "
+            "gora-serve convert --leave-out NAMES drops the tensor",
         )  # fmt: skip
     return replace(reading, known={**reading.known, **left_out})
+
+
+def _who_holds(lost: str, reading: Reading, inputs: Inputs) -> str:
+    """Say where a tensor that plain LoRA does not have keeps its effect: in a model, unless a layer has no bias to which
+    `lora_bias` could be added."""
+    added = next((bias for bias, (name, _) in reading.beyond.added.items() if name == lost), None)
+    homeless = added is not None and inputs.base is not None and inputs.base.counterpart(added) is None
+    if inputs.merging or homeless:
+        return "serve the adapter as it is, with PEFT"
+    return "gora-serve merge into a model holds it exactly"
 
 
 def _check_used(source: Source, detection: Detection, reading: Reading, inputs: Inputs) -> None:

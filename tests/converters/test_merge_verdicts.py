@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from proving import merged
+from proving import converted, merged
 from safetensors.torch import load_file
 from test_merging import WEIGHTS, make, quantizer, spoiled, tensors_of
 from tiny_models import build_llama
@@ -159,6 +159,9 @@ def test_lora_bias_of_a_layer_without_a_bias(tmp_path: Path) -> None:
         merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     assert "one adapter" not in str(caught.value)
     assert caught.value.fields["tensor"] == "model.layers.0.self_attn.q_proj.bias"
+    with pytest.raises(InputError, match="GS-3115") as caught:  # whose next step is no merge, then
+        converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert "merge" not in str(caught.value.fields["try"])
 
 
 def test_a_resized_vocabulary_with_a_weight(tmp_path: Path) -> None:
