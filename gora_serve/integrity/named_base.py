@@ -62,7 +62,8 @@ def _root_of(folder: Path) -> str | None:
 def another_base(adapter: Path, file: Path, named: str, base: Path, names: Sequence[str]) -> BindingError:
     """Return the error (GS-4352) for an adapter that names another model. file: its adapter_config.json."""
     place = adapter.resolve() if adapter.name in ("", "..") else adapter
-    output = place.parent / f"{place.name}-bound"
+    in_cache = place.parent.name == "snapshots"  # of the hub, where nothing else belongs
+    output = Path(f"{short_name(str(place))}-bound") if in_cache else place.parent / f"{place.name}-bound"
     words = ("gora-serve", "bind", str(adapter), "--base", str(base), "--output", str(output))
     return BindingError(
         "the adapter says that it belongs to another model", code="GS-4352", file=file, tensor=KEY,

@@ -92,6 +92,15 @@ def test_the_next_step_for_an_adapter_that_is_the_current_folder(
     assert output.resolve() == tmp_path / "adapter-bound"
 
 
+def test_the_next_step_for_an_adapter_of_the_hub_lies_outside_of_its_cache(tmp_path: Path) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    naming(tmp_path, "org/other-model")
+    snapshot = tmp_path / "models--org--sql" / "snapshots" / "0123abcd"
+    shutil.copytree(tmp_path / "adapter", snapshot)
+    with pytest.raises(BindingError, match=r"(?s)GS-4352.*--output sql-bound"):
+        merged(snapshot, tmp_path / "base", tmp_path / "out")
+
+
 def test_convert_tells_both_names(tmp_path: Path) -> None:
     make(tmp_path, build_llama, target_modules=["q_proj"])
     naming(tmp_path, "org/other-model")

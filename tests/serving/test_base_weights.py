@@ -59,6 +59,10 @@ def test_files_that_vllm_would_read_are_refused(
         with pytest.raises(BindingError, match="GS-4360") as caught:
             refuse_other_weights(model, load_format)
         assert caught.value.fields["file"] == model / str(stray)
+        if "--load-format hf" in str(caught.value.fields["try"]):
+            refuse_other_weights(model, "hf")
+        else:
+            assert not sharded
 
 
 def test_a_file_and_an_index_of_others(model: Path, tmp_path: Path) -> None:
