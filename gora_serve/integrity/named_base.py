@@ -21,9 +21,9 @@ KEY = "base_model_name_or_path"
 def short_name(name: str) -> str:
     """Return what a model is called whatever its owner and its folder: the last part of an id or a path.
 
-    A snapshot in the hub's cache (models--OWNER--NAME/snapshots/COMMIT) is called NAME.
+    A snapshot in the hub's cache (models--OWNER--NAME/snapshots/COMMIT) is called NAME. The path may be one of Windows.
     """
-    path = Path(name.rstrip("/"))
+    path = Path(name.replace("\\", "/").rstrip("/"))
     if path.parent.name == "snapshots":
         return path.parent.parent.name.rpartition("--")[2].casefold()
     return path.name.casefold()

@@ -42,7 +42,15 @@ def test_another_name_is_refused_and_the_same_elsewhere_is_not(tmp_path: Path) -
     quantized = tmp_path / "hub" / mirror
     quantized.mkdir(parents=True)
     (quantized / "config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
-    same = ("org/Base", "/nowhere/base", "org/base-bnb-4bit", f"/nowhere/{mirror}/", quantized, tmp_path / "copy")
+    same = (
+        "org/Base",
+        "/nowhere/base",
+        "D:\\models\\base",
+        "org/base-bnb-4bit",
+        f"/nowhere/{mirror}/",
+        quantized,
+        tmp_path / "copy",
+    )
     for index, name in enumerate(same):
         naming(tmp_path, name)
         done = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / f"out{index}")
