@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """In words, for people: what is no news to them is not said. `failed`: the exit code of an error that was told."""
+    """In words, for people: what is no news to them is not said. `failed`: the error that was told."""
 
-    failed = 70
+    failed: GoraError | None = None
 
     def __init__(self, log: Path | None) -> None:
         self.log = log
@@ -112,4 +112,4 @@ def journal(config: ServeConfig, log: Path | None) -> Iterator[Journal]:
             yield told
         except GoraError as err:
             told.tell("failed", without_tokens(str(err)), level="error", code=err.code, what=without_tokens(err.what))
-            told.failed = err.exit_code
+            told.failed = err

@@ -124,6 +124,7 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     gora-serve serve BASE --adapters live
     """
     from gora_serve.cli.journals import journal
+    from gora_serve.integrity.hub import without_tokens
     from gora_serve.serving.plan import parse_adapter
 
     config = ServeConfig(
@@ -137,7 +138,10 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     named = [parse_adapter(text) for text in adapters]
     with journal(config, options["log"]) as told:
         return _serve(base, named, config, vllm_options, options, told)
-    return told.failed
+    assert told.failed is not None, "nothing else ends the block"
+    if options["as_json"]:
+        click.echo(without_tokens(json.dumps(told.failed.to_json(), indent=2)))
+    return told.failed.exit_code
 
 
 def _serve(

@@ -181,10 +181,12 @@ def test_an_error_tells_no_token_of_the_hub(monkeypatch: pytest.MonkeyPatch, cap
         raise RunError(f"the hub said {token}", code="GS-7000")
 
     monkeypatch.setattr(start, "prepare", prepare)
-    assert main(["serve", "base", "--log-format", "json"]) == 7
-    told = capfd.readouterr().err
-    assert [line["event"] for line in lines_of(told)] == ["failed"]
-    assert token not in told
+    for words in ([], ["--dry-run", "--json"]):
+        assert main(["serve", "base", "--log-format", "json", *words]) == 7
+        out, told = capfd.readouterr()
+        assert [line["event"] for line in lines_of(told)] == ["failed"]
+        assert token not in out + told
+        assert (json.loads(out)["error"]["code"] if words else out) == ("GS-7000" if words else "")
 
 
 def test_progress_of_the_proof_is_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
