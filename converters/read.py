@@ -75,18 +75,18 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
     if remaining:
         more = f" (and {len(remaining) - 1} more)" if len(remaining) > 1 else ""
         known = remaining[0] in reading.lost
+        way = _who_holds(remaining[0], reading, inputs) if known else "name the family by --from, or report it"
         raise InputError(
             f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
             tensor=remaining[0], actual=lost[remaining[0]],
-            hint=f"{_who_holds(remaining[0], reading, inputs) if known else 'name the family by --from, or report it'}; "
-            "gora-serve convert --leave-out NAMES drops the tensor",
+            hint=f"{way}; gora-serve convert --leave-out NAMES drops the tensor",
         )  # fmt: skip
     return replace(reading, known={**reading.known, **left_out})
 
 
 def _who_holds(lost: str, reading: Reading, inputs: Inputs) -> str:
-    """Say where a tensor that plain LoRA does not have keeps its effect: in a model, unless a layer has no bias to which
-    `lora_bias` could be added."""
+    """Say where a tensor that plain LoRA does not have keeps its effect: in a model, but for a `lora_bias` of a layer
+    that has no bias."""
     added = next((bias for bias, (name, _) in reading.beyond.added.items() if name == lost), None)
     homeless = added is not None and inputs.base is not None and inputs.base.counterpart(added) is None
     if inputs.merging or homeless:

@@ -25,10 +25,11 @@ def refuse_other_weights(base: Path, load_format: str | None = None) -> None:
             f"--load-format {load_format} cannot be passed on: it reads other files than those that are verified",
             code="GS-284", expected=", ".join(("auto", *BY_INDEX)), hint="leave the option out",
         )  # fmt: skip
-    others, hint = other_weights(base), "move them out of the folder: they are leftovers, or another layout of the model"
+    others = other_weights(base)
+    hint = "move them out of the folder: they are leftovers, or the model in another layout"
     if find_model(base).placed is not None:  # the index keeps others out, but for those that come first
         others = [name for name in others if name.startswith(BY_NAME) and load_format not in BY_INDEX]
-        hint = "they are the same model in Mistral's layout, or leftovers: -- --load-format hf reads what the index names"
+        hint = "they are leftovers, or the model in Mistral's layout: -- --load-format hf reads what the index names"
     if others:
         raise BindingError(
             "vLLM would read weight files that are no part of the model that is verified", code="GS-4360",
