@@ -57,8 +57,8 @@ def merge_adapters(
         refuse_another_base(source, detection, reading, lambda: manifest, base)
     sources = [source for _, _, source, _, _ in opened]
     warnings = [
-        line for _, _, source, detection, _ in opened
-        for line in held_to_base(source, detection, lambda: manifest, base, inputs)
+        line for _, _, source, detection, reading in opened
+        for line in held_to_base(source, detection, reading, lambda: manifest, base, inputs)
     ]  # fmt: skip
     asserted = any(is_asserted(source, manifest.roots.weights) for source in sources)
     ingredients = [

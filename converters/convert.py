@@ -72,7 +72,7 @@ def convert(
         check_can_be_low_rank(source, detection, reading, limited=limited)
         check_carried(inputs.need_base("convert"), reading.adapter.carried, file=source.weights)
         manifest = _hash_base(base, inputs)
-        warnings = held_to_base(source, detection, lambda: manifest, base, inputs)
+        warnings = held_to_base(source, detection, reading, lambda: manifest, base, inputs)
         asserted = is_asserted(source, manifest.roots.weights)
         bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=asserted)
         spill = Spill(stage / "spill")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ def find_gap(
         check_length(positions(weights.config), rows)
     inputs = replace(inputs, base=weights)
     source, detection, reading = read(path, inputs, config.family)
-    warnings = held_to_base(source, detection, lambda: hash_model(base.path, listen=inputs.listen), base, inputs)
+    manifest = partial(hash_model, base.path, listen=inputs.listen)
+    warnings = held_to_base(source, detection, reading, manifest, base, inputs)
     lay_in = _lay_in(source, reading, config)
     if lay_in and lay_in[0] == "float32":
         reading = replace(reading, notes=tuple(note for note in reading.notes if note != IF_ROUNDED))

@@ -53,7 +53,7 @@ def open_adapters(adapters: Sequence[tuple[Path, float]], inputs: Inputs, family
 
 
 def _held(one: Opened, manifest: Callable[[], Manifest], base: Base, inputs: Inputs) -> tuple[str, ...]:
-    return held_to_base(one.source, one.detection, manifest, base, inputs)
+    return held_to_base(one.source, one.detection, one.reading, manifest, base, inputs)
 
 
 def part_of(opened: Opened, base: BaseWeights) -> Part:
@@ -274,7 +274,7 @@ def _check_files(folder: Path, theirs: BaseWeights, found: Replay) -> None:
 
 
 def _lies_in(model: BaseWeights, name: str, file: Path) -> bool:
-    return name in model.tensors.files and model.tensors.files[name].samefile(file)
+    return name in model.tensors.files and model.tensors.files[name].resolve() == file.resolve()
 
 
 def _added_to(folder: Path, asked: BaseAs) -> AddedTo:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,14 +75,23 @@ def _account(source: Source, detection: Detection, reading: Reading, inputs: Inp
     if remaining:
         more = f" (and {len(remaining) - 1} more)" if len(remaining) > 1 else ""
         known = remaining[0] in reading.lost
+        way = _who_holds(remaining[0], reading, inputs) if known else "name the family by --from, or report it"
         raise InputError(
             f"a tensor{more} would be lost", code="GS-3115" if known else "GS-3104", file=source.weights,
             tensor=remaining[0], actual=lost[remaining[0]],
-            hint="gora-serve merge into a model holds it exactly; gora-serve convert --leave-out NAMES drops the tensor"
-            if known
-            else "name the family by --from, or report it; gora-serve convert --leave-out NAMES drops the tensor",
+            hint=f"{way}; gora-serve convert --leave-out NAMES drops the tensor",
         )  # fmt: skip
     return replace(reading, known={**reading.known, **left_out})
+
+
+def _who_holds(lost: str, reading: Reading, inputs: Inputs) -> str:
+    """Say where a tensor that plain LoRA does not have keeps its effect: in a model, but for a `lora_bias` of a layer
+    that has no bias."""
+    added = next((bias for bias, (name, _) in reading.beyond.added.items() if name == lost), None)
+    homeless = added is not None and inputs.base is not None and inputs.base.counterpart(added) is None
+    if inputs.merging or homeless:
+        return "serve the adapter as it is, with PEFT"
+    return "gora-serve merge into a model holds it exactly"
 
 
 def _check_used(source: Source, detection: Detection, reading: Reading, inputs: Inputs) -> None:
@@ -112,24 +122,32 @@ def refuse_another_base(
 
     Not where an initialisation edited the base: such adapters name the edited one, and are held to the base's weights.
     """
-    if reading.initial is None and not detection.assumed and (named := _another(source, manifest, base)):
+    if reading.initial is None and not detection.assumed and (named := _another(source, reading, manifest, base)):
         names = names_of(base.path, base.name)
         err = another_base(source.folder, source.config_file, named, base.path, names)
         raise err.advising(f"{err.fields['try']}; of a family that bind refuses, correct the name in {CONFIG}")
 
 
-def _another(source: Source, manifest: Callable[[], Manifest], base: Base) -> str | None:
-    """Return what the adapter calls its base, where nothing binds it and that is another model than this."""
+def _another(source: Source, reading: Reading, manifest: Callable[[], Manifest], base: Base) -> str | None:
+    """Return what the adapter calls its base, where nothing binds it and that is another model than this; not the
+    edited base that it was read with."""
     named = source.config.get(KEY)
     if not isinstance(named, str) or not named or bound_roots(read_record(source.tensors.metadata, source.weights)):
         return None
+    if reading.edited is not None and _is_folder(reading.edited.folder, (Path(named), source.folder / named)):
+        return None
     names = names_of(base.path, base.name)
-    another = is_another(unquantized_name(named), base.path, lambda: manifest().roots.weights, names)
+    called = dict.fromkeys((unquantized_name(named), named))  # a base may itself be called as a mirror in 4 bits
+    another = all(is_another(name, base.path, lambda: manifest().roots.weights, names) for name in called)
     return named if another else None
 
 
+def _is_folder(folder: Path, others: Sequence[Path]) -> bool:
+    return any(os.path.isdir(one) and folder.samefile(one) for one in others)  # noqa: PTH112 - no error for any name
+
+
 def held_to_base(
-    source: Source, detection: Detection, manifest: Callable[[], Manifest], base: Base, inputs: Inputs
+    source: Source, detection: Detection, reading: Reading, manifest: Callable[[], Manifest], base: Base, inputs: Inputs
 ) -> tuple[str, ...]:
     """Return what to warn of: that nothing says which base the adapter belongs to, or that it names another, or that
     its settings differ; or instead of the first, that an edited base which nobody named was taken as the one that it
@@ -143,7 +161,7 @@ def held_to_base(
     if bound is None:
         if detection.assumed:
             return (detection.assumed,)
-        if (named := _another(source, manifest, base)) is not None:
+        if (named := _another(source, reading, manifest, base)) is not None:
             return (f"the adapter names the base {named}, and {base.name} is given: --base is taken at its word",)
         return (f"{UNBOUND}: --base is taken at its word",)
     actual, assumed = manifest(), (detection.assumed,) if detection.assumed else ()

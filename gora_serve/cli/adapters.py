@@ -122,6 +122,9 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
 
     cache = QuickCache() if quick else None
     outputs = [path for path in (output, oms) if path]
+    if output and oms and output.resolve() == oms.resolve():
+        hint = "give --oms a file of its own"
+        raise UsageError("--output and --oms name the same file", code="GS-208", file=oms, hint=hint)
     for path in outputs if not overwrite else ():
         refuse_existing(path)  # before a base is fetched
     with watching() as listen:

@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gora_serve.cli.render import say, watching
+from gora_serve.cli.render import quiet_libraries, say, watching
 from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
+from gora_serve.integrity.hub import without_tokens
 from gora_serve.integrity.record import ASSERTED
 from gora_serve.progress import Listener, silent
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """In words, for people: what is no news to them is not said. `failed`: the exit code of an error that was told."""
+    """In words, for people: what is no news to them is not said. `failed`: the error that was told."""
 
-    failed = 70
+    failed: GoraError | None = None
 
     def __init__(self, log: Path | None) -> None:
         self.log = log
@@ -75,6 +76,7 @@ class JsonJournal(Journal):
         return Pump(JsonLines(self._stack.enter_context(open_log(self.log))), keys)
 
     def watching(self) -> AbstractContextManager[Listener]:
+        quiet_libraries()
         return nullcontext(silent)
 
     def tell(self, event: str, message: str, *, level: str = "info", **fields: object) -> None:
@@ -109,5 +111,5 @@ def journal(config: ServeConfig, log: Path | None) -> Iterator[Journal]:
         try:
             yield told
         except GoraError as err:
-            told.tell("failed", str(err), level="error", code=err.code, what=err.what)
-            told.failed = err.exit_code
+            told.tell("failed", without_tokens(str(err)), level="error", code=err.code, what=without_tokens(err.what))
+            told.failed = err

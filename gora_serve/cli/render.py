@@ -140,11 +140,7 @@ def _speaks() -> bool:
 @contextmanager
 def watching() -> Iterator[Listener]:
     """Show progress on standard error while open: bars on a terminal, a line now and then elsewhere."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # PEFT imports it where it is installed
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it talks of kernels
+    quiet_libraries()
     if not _speaks():
         yield silent
     elif sys.stderr is not None and sys.stderr.isatty():
@@ -154,6 +150,15 @@ def watching() -> Iterator[Listener]:
             yield listen
     else:
         yield _lines()
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say of their progress off standard error, before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):  # PEFT imports it, and it talks of kernels
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _lines() -> Listener:

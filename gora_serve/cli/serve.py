@@ -124,6 +124,7 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     gora-serve serve BASE --adapters live
     """
     from gora_serve.cli.journals import journal
+    from gora_serve.integrity.hub import without_tokens
     from gora_serve.serving.plan import parse_adapter
 
     config = ServeConfig(
@@ -137,7 +138,10 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     named = [parse_adapter(text) for text in adapters]
     with journal(config, options["log"]) as told:
         return _serve(base, named, config, vllm_options, options, told)
-    return told.failed
+    assert told.failed is not None, "nothing else ends the block"
+    if options["as_json"]:
+        click.echo(without_tokens(json.dumps(told.failed.to_json(), indent=2)))
+    return told.failed.exit_code
 
 
 def _serve(
@@ -148,7 +152,7 @@ def _serve(
     options: Mapping[str, Any],
     told: Journal,
 ) -> int:
-    from gora_serve.cli.render import emit, plan_summary, watching
+    from gora_serve.cli.render import emit, plan_summary
     from gora_serve.serving.engine import Server, serve_forever
     from gora_serve.serving.live import watch_directory
     from gora_serve.serving.start import prepare
@@ -171,7 +175,7 @@ def _serve(
         if options["verify"]:
             from gora_serve.parity import check_parity
 
-            with watching() as listen:
+            with told.watching() as listen:
                 served = replace(plan, adapters=server.adapters, models=server.models)
                 for compared in check_parity(served, token=server.token, listen=listen):
                     told.tell("verified against PEFT", f"verified: {compared}", model=compared.name)

@@ -20,6 +20,7 @@ from gora_serve.deploy.blocks import Stored, as_tensor, in_order, opened_tensors
 from gora_serve.deploy.merge_values import ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, sum_of
 from gora_serve.deploy.sums import Sum, as_matrix
+from gora_serve.deploy.tally import count_differing
 from gora_serve.progress import Listener, Progress, silent
 
 Verdict = Literal["exact", "rounded", "differs"]
@@ -175,7 +176,7 @@ def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Repla
         entry = merged.tensors.entries[name]
         if entry.shape != target.shape:
             why = f"its shape is {entry.shape}, and should be {target.shape}"
-        elif (entry.dtype in FLOATS) != (target.dtype in FLOATS):
+        elif entry.dtype != target.dtype and not {entry.dtype, target.dtype} <= set(FLOATS):
             why = f"its type is {entry.dtype}, and should be {target.dtype}"
         elif target.fresh and target.module in HEADS and merged.config.get("tie_word_embeddings", True):
             lost = "the head's own update is lost" if target.pieces else "it gets their update, and none belongs there"
@@ -249,14 +250,15 @@ def _compare(
     update, found = value - base, theirs.to(value.dtype)
     error = (found - value).abs()
     held.elements += theirs.numel()
-    held.equal += int((ours == theirs).sum())
+    unlike = count_differing(ours, theirs)
+    held.equal += theirs.numel() - unlike
     held.max_error = max(held.max_error, float(error.max()) if error.numel() else 0.0)
     held.squared_update += float(update.dot(update))
     held.ours += float((ours.to(value.dtype) - base).dot(update))
     held.theirs += float((found - base).dot(update))
     held.size += float(value.dot(value))
     if total.is_plain:
-        held.off += int((ours != theirs).sum())
+        held.off += unlike
         return
     finfo = torch.finfo(theirs.dtype)
     floor = 4 * finfo.smallest_normal * finfo.eps  # steps of the numbers below the smallest normal one

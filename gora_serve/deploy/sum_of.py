@@ -48,7 +48,8 @@ def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None)
     if turned and any(piece.kind == "magnitude" for piece in target.pieces):  # lengths of whole columns, of this weight
         terms = tuple(_terms(base, target, dtype, four, turned=turned))
     trained = replace(stored, terms=terms, ground=four)
-    return replace(trained if four_bits.add_to else stored, both=(stored, trained) if four_bits.compared else None)
+    both = (stored, trained) if four_bits.compared and target.pieces else None  # of adapted tensors alone
+    return replace(trained if four_bits.add_to else stored, both=both)
 
 
 def _sizes(target: Target, *, turned: bool) -> Callable[[], Tensor] | None:

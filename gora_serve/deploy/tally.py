@@ -15,7 +15,7 @@ from torch import Tensor
 class Tally:
     """Sums over the elements that were seen so far.
 
-    elements: how many. changed: those whose stored value is another than the base's, in the same type. max_error and
+    elements: how many. changed: those whose bits are others than the base's, in the same type. max_error and
     squared_error: of the stored value less the sum before rounding. squared_update: of the sum less the base's. along:
     error times update, less what rounding the base alone to the same type does, from which follows how much of the
     update is stored. squared_stored and squared_quantized: of

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gora_serve.integrity.canonical import read_json
+from gora_serve.integrity.named_base import short_name
 from gora_serve.integrity.record import read_record, trained_on
 
-QUANTIZED_NAME = re.compile(r"(?i)[-_]bnb[-_]4bit$|[-_]nf4$")  # as mirrors of such bases on the hub are called
-MIRROR = re.compile(rf"(?i)([-_]unsloth)?({QUANTIZED_NAME.pattern[4:]})")
+MIRROR = re.compile(r"(?i)([-_]unsloth)?[-_](bnb[-_]4bit|nf4)$")  # as mirrors of such bases on the hub are called
 
 
 def quantization(metadata: Mapping[str, str], base_name: str, file: Path) -> tuple[str, str] | None:
@@ -23,7 +23,7 @@ def quantization(metadata: Mapping[str, str], base_name: str, file: Path) -> tup
     found = trained_on(record["origin"], file) if record else None
     if found is not None and found.get("quantize") == "nf4":
         return "nf4", "the adapter's own record says so"
-    if QUANTIZED_NAME.search(base_name.rstrip("/")):
+    if MIRROR.search(_called(base_name)):
         return "nf4", f"the adapter names the base {base_name}"
     return None
 
@@ -36,5 +36,10 @@ def unquantized_name(name: str) -> str:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or not config.get("quantization_config"):
             return name
-        name = folder.resolve().name
-    return MIRROR.sub("", name.rstrip("/"))
+        return MIRROR.sub("", short_name(str(folder.resolve())))
+    return MIRROR.sub("", _called(name)) if MIRROR.search(_called(name)) else name
+
+
+def _called(name: str) -> str:
+    """Return the name of a snapshot in the hub's cache, and others as they are."""
+    return short_name(name) if Path(name).parent.name == "snapshots" else name.rstrip("/")

@@ -64,9 +64,10 @@ def _two_models(directory: Path, placed: Mapping[str, str]) -> InputError:
 
 def other_weights(directory: Path) -> list[str]:
     """Return the safetensors files beside the model's own ones: no part of what is hashed, though a program that reads
-    every file would load them. Raises as `find_model`."""
+    every file would load them (hidden ones it would not). Raises as `find_model`."""
     own = find_model(directory).weights
-    return sorted(path.name for path in directory.glob("*.safetensors") if path.name not in own)
+    found = (path.name for path in directory.glob("*.safetensors"))
+    return sorted(name for name in found if name not in own and not name.startswith("."))
 
 
 def _not_a_model(directory: Path) -> InputError:

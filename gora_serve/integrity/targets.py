@@ -147,7 +147,8 @@ def model_in_the_way(target: Path, what: str) -> UsageError:
 
 def is_model(folder: Path) -> bool:
     """Return whether a model lies in the folder: whatever the inputs are, it may be somebody's base."""
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    weights = ("model.safetensors", "pytorch_model.bin")
+    names = (*weights, *(f"{name}.index.json" for name in weights))
     return os.path.lexists(folder / "config.json") and any(os.path.lexists(folder / name) for name in names)
 
 

@@ -198,10 +198,11 @@ def _other_tensors(folder: Path, expected: Manifest, actual: Manifest, changed: 
 
 
 def _stored_first(expected: Manifest, actual: Manifest, changed: Differences) -> list[str]:
-    """Return the names that differ, without those that are tied to another one of them and lie in no file."""
+    """Return the names that differ, without those that lie in no file of the folder and are tied to another of them."""
     names = [*changed.changed, *changed.missing, *changed.extra]
     ties = {**expected.aliases, **actual.aliases}
-    return [name for name in names if ties.get(name) not in names]
+    kept = [name for name in names if name in actual.tensors or ties.get(name) not in names]
+    return kept or names  # a manifest that was edited may tie them in a ring
 
 
 def only(diff: Differences, names: Collection[str]) -> Differences:

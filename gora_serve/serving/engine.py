@@ -28,6 +28,7 @@ from gora_serve.errors import BindingError, MachineError, RunError, UsageError
 from gora_serve.integrity.fingerprint import Answer
 from gora_serve.integrity.reading import check_unchanged
 from gora_serve.progress import Listener, Progress, silent
+from gora_serve.serving.base_weights import refuse_new_weights
 from gora_serve.serving.canary import ASKED, Checked, check_canary, tolerance
 from gora_serve.serving.client import complete, is_healthy, list_models
 from gora_serve.serving.journal import Pump
@@ -269,6 +270,8 @@ def _await_ready(
         if is_healthy(plan.url, key, token):
             _require_models(plan, key, token)
             check_unchanged(plan.stamps)  # what the engine has read is what was verified
+            if plan.beside is not None:
+                refuse_new_weights(plan.base, plan.beside)
             return _check_canaries(plan, key, token, listen, cancelled)
         if waited >= plan.ready_timeout:
             raise RunError(

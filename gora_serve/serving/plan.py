@@ -95,6 +95,7 @@ class ServePlan:
     `models` lists what /v1/models must show: the base's served name first, then every adapter. `stamps` are those of
     the files that were verified: they must hold when the engine has read them. dtype: as asked for. key_file: where the
     keys are that are not in the environment. watched: the directory of adapters that come and go.
+    beside: weight files in the base's folder that are none of the model's; no others may have come. None: not known.
     """
 
     argv: tuple[str, ...]
@@ -110,6 +111,7 @@ class ServePlan:
     dtype: str = "auto"
     key_file: Path | None = None
     watched: Watched | None = None
+    beside: tuple[str, ...] | None = None
 
 
 def parse_adapter(text: str) -> tuple[str, Path]:

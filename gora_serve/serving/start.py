@@ -11,7 +11,7 @@ from gora_serve.errors import GoraError
 from gora_serve.integrity.advisories import ENGINE_PACKAGES, vulnerable_versions
 from gora_serve.integrity.bases import Base, locate_adapter, locate_base
 from gora_serve.integrity.known import remember_manifest
-from gora_serve.integrity.layout import find_model
+from gora_serve.integrity.layout import INDEX, find_model
 from gora_serve.integrity.manifest import hash_model
 from gora_serve.integrity.named_base import names_of
 from gora_serve.integrity.reading import stamps
@@ -63,7 +63,7 @@ def prepare(
     options = group_options(extra)
     if "--trust-remote-code" not in options:
         refuse_remote_code(located.path)
-    refuse_other_weights(located.path, single(options, "--load-format"))
+    beside = refuse_other_weights(located.path, single(options, "--load-format"))
     warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)
     warnings += [f"{name} is set, and taken away from the engine" for name in scrubbed(os.environ, SCRUBBED)]
     verified = stamps(_base_files(located.path))
@@ -86,7 +86,7 @@ def prepare(
     if plan.watched is not None:
         plan = replace(plan, watched=replace(plan.watched, base=target, store=config.store, strict=strict))
     copies = [] if dry else [file for adapter in served for file in adapter.path.iterdir()]
-    return replace(plan, stamps=verified | stamps(copies)), warnings
+    return replace(plan, stamps=verified | stamps(copies), beside=beside), warnings
 
 
 def _with_plugin(config: ServeConfig, engine: Engine) -> tuple[ServeConfig, str | None]:
@@ -135,5 +135,6 @@ def _stored(found: Sequence[Examined], base: ServedBase, store: Store, *, strict
 
 
 def _base_files(base: Path) -> list[Path]:
-    """Return the files of the base that the engine will read: its weights and its configuration."""
-    return [*find_model(base).weights.values(), base / "config.json"]
+    """Return the files of the base that the engine will read: its weights, their index and its configuration."""
+    model = find_model(base)
+    return [*model.weights.values(), *([base / INDEX] if model.placed is not None else []), base / "config.json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from catalogue.conftest import WEIGHTS, Place, Q, factors
 from gora_serve.bind import bind
 from gora_serve.errors import MismatchError
 from gora_serve.integrity import advisories
+from gora_serve.integrity.layout import INDEX
 from gora_serve.integrity.reading import stamps
 from gora_serve.serving.engine import child_environment, running_server
 from gora_serve.serving.plan import ServePlan
@@ -74,11 +76,12 @@ def test_an_adapter_that_is_swapped_after_it_was_verified(place: Place, bound: P
     (bound / "aside").replace(bound / WEIGHTS)
 
 
-@pytest.mark.parametrize("what", ["store", "base"])
+@pytest.mark.parametrize("what", ["store", "base", "index"])
 def test_a_file_that_is_swapped_after_it_was_verified(place: Place, bound: Path, what: str, tmp_path: Path) -> None:
     """80: what the engine has read is what was verified, or it is ended: by size, times and inode of every file."""
     plan, _ = prepare(str(place.base), [("a", bound)], replace(replace_config(), store=tmp_path / "store"))
-    file = plan.adapters[0].path / WEIGHTS if what == "store" else sorted(place.base.glob("model-*"))[0]
+    of_base = place.base / INDEX if what == "index" else sorted(place.base.glob("model-*"))[0]
+    file = plan.adapters[0].path / WEIGHTS if what == "store" else of_base
     assert file.resolve() in {path.resolve() for path in plan.stamps}
     place.run("--version")
     whole = file.read_bytes()
@@ -97,6 +100,25 @@ def test_a_file_that_is_swapped_after_it_was_verified(place: Place, bound: Path,
     assert "try" in caught.value.fields
 
 
+def test_weights_that_come_after_the_base_was_verified(place: Place, bound: Path, tmp_path: Path) -> None:
+    """80: an engine that may have read them is ended; those that lay there before, and that an index keeps out, are not
+    new."""
+    shutil.copy(place.base / "model-00001-of-00002.safetensors", place.base / "old.safetensors")
+    plan, _ = prepare(str(place.base), [("a", bound)], replace(replace_config(), store=tmp_path / "store"))
+    place.run("--version")
+    with running_server(without_adapters(plan), log=tmp_path / "log"):
+        pass
+    new = place.base / "consolidated.safetensors"
+    shutil.copy(place.base / "old.safetensors", new)
+    with (
+        pytest.raises(MismatchError, match="GS-101") as caught,
+        running_server(without_adapters(plan), log=tmp_path / "log") as server,
+    ):
+        assert session_members(server.pid) == ()
+    assert caught.value.fields["file"] == new
+    new.unlink()
+
+
 def test_files_that_stand_are_served(place: Place, bound: Path, tmp_path: Path) -> None:
     """80, the other way round."""
     place.run("--version")
@@ -107,7 +129,7 @@ def test_files_that_stand_are_served(place: Place, bound: Path, tmp_path: Path) 
 
 def without_adapters(plan: ServePlan) -> ServePlan:
     """The stand-in for the engine, with what the plan says of files: it has no adapters to ask."""
-    return replace(make_plan(), stamps=plan.stamps)
+    return replace(make_plan(), stamps=plan.stamps, base=plan.base, beside=plan.beside)
 
 
 def replace_config() -> Any:

@@ -197,6 +197,10 @@ def test_hash_writes_the_statement_beside_the_manifest(tiny_base: Path, tmp_path
     assert files.items() <= stated.items()
     assert stated.keys() == {path.name for path in tiny_base.iterdir()}
     assert gora_here(*words).gs == "GS-601"
+    for overwrite in ((), ("--overwrite",)):
+        same = gora_here("hash", tiny_base, "--output", tmp_path / "n.json", "--oms", tmp_path / "n.json", *overwrite)
+        assert (same.code, same.gs) == (2, "GS-208")
+    assert not (tmp_path / "n.json").exists()
     inside = gora_here("hash", tiny_base, "--oms", tiny_base / "s.json")
     assert (inside.code, inside.gs) == (2, "GS-208")
 

@@ -68,6 +68,14 @@ def test_plan_fetches_the_json_files_alone(hub: Hub, base: str) -> None:
     assert all(path.endswith(".json") for _, path, _ in hub.requests("GET", "/resolve/"))
 
 
+def test_a_fetch_draws_no_bar_among_events(hub: Hub, base: str, adapter: Path, tmp_path: Path) -> None:
+    env = environment(**hub_environment(hub, tmp_path / "fresh"))
+    env.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    told = gora("serve", "org/tiny@main", "-a", f"x={adapter}", "--dry-run", "--log-format", "json", env=env)
+    assert told.code == 0, told.err
+    assert [json.loads(line)["event"] for line in told.err.splitlines()] == ["adapter verified"]
+
+
 def test_the_commit_is_recorded(hub: Hub, base: str, tiny_data: Path, tmp_path: Path) -> None:
     """In the run, in the adapter's binding and in its configuration; the id is without the branch."""
     small = ("--probe-steps", "1", "--batch-size", "2", "--max-length", "32", "--rank", "2", "--steps", "1")

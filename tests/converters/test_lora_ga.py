@@ -42,6 +42,16 @@ def test_lora_ga(tmp_path: Path, tiny_base: Path, settings: dict[str, Any], way:
     assert off_by(logits_of(load_on(tiny_base, tmp_path / "wrong")), run.trained) > 0.001
 
 
+def test_an_edited_base_that_is_named_is_no_other_base(tmp_path: Path, tiny_base: Path) -> None:
+    run = make_lora_ga(tmp_path)
+    for named, told in ((run.mutated, "nothing says"), ("org/other-model", "org/other-model")):
+        edit_config(run.adapter, base_model_name_or_path=str(named))
+        done = converted(
+            run.adapter, tiny_base, tmp_path / told[-5:], inputs=inputs_of(run, "mutated"), family="lora_ga"
+        )
+        assert [told in line for line in done.warnings] == [True]
+
+
 @pytest.mark.parametrize("way", ["init", "mutated", "both"])
 def test_conv1d(tmp_path: Path, tiny_gpt2: Path, way: str) -> None:
     run = make_lora_ga(tmp_path, build=build_gpt2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)

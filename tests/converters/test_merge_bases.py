@@ -38,10 +38,75 @@ def test_another_name_is_refused_and_the_same_elsewhere_is_not(tmp_path: Path) -
             assert str(caught.value.fields["file"]).endswith("adapter_config.json")
         assert not (tmp_path / "out").exists()
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
-    for index, name in enumerate(("org/Base", "/nowhere/base", "org/base-bnb-4bit", tmp_path / "copy")):
+    mirror = "models--org--base-unsloth-bnb-4bit/snapshots/0123abcd"
+    quantized = tmp_path / "hub" / mirror
+    quantized.mkdir(parents=True)
+    (quantized / "config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
+    same = (
+        "org/Base",
+        "/nowhere/base",
+        "D:\\models\\base",
+        "org/base-bnb-4bit",
+        f"/nowhere/{mirror}/",
+        quantized,
+        tmp_path / "copy",
+    )
+    for index, name in enumerate(same):
         naming(tmp_path, name)
         done = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / f"out{index}")
         assert ["nothing says" in line for line in done.warnings] == [True]
+
+
+@pytest.mark.parametrize("weights", [None, "pytorch_model.bin", "model.safetensors"])
+def test_a_named_folder_whose_weights_cannot_be_hashed_goes_by_its_name(tmp_path: Path, weights: str | None) -> None:
+    """What is wrong with a folder that nobody gave is no reason to refuse one that was given."""
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    for name in ("other", "elsewhere/base"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(tmp_path / "base" / "config.json", tmp_path / name)
+        if weights:
+            (tmp_path / name / weights).write_bytes(b"cut off")
+    naming(tmp_path, tmp_path / "other")
+    with pytest.raises(BindingError, match="GS-4352"):
+        merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    done = converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "plain")
+    assert str(tmp_path / "other") in done.warnings[0]
+    naming(tmp_path, tmp_path / "elsewhere" / "base")
+    done = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert ["nothing says" in line for line in done.warnings] == [True]
+
+
+def test_a_base_that_is_called_as_a_mirror_in_4_bits(tmp_path: Path) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    (tmp_path / "base").rename(tmp_path / "base-nf4")
+    naming(tmp_path, "/nowhere/base-nf4")
+    merged(tmp_path / "adapter", tmp_path / "base-nf4", tmp_path / "out")
+    naming(tmp_path, "/nowhere/other-nf4")
+    with pytest.raises(BindingError, match="GS-4352"):
+        merged(tmp_path / "adapter", tmp_path / "base-nf4", tmp_path / "out2")
+
+
+@pytest.mark.parametrize("path", [".", "../adapter", "../adapter/checkpoint/.."])
+def test_the_next_step_for_an_adapter_that_is_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    naming(tmp_path, "org/other-model")
+    (tmp_path / "adapter" / "checkpoint").mkdir()
+    monkeypatch.chdir(tmp_path / "adapter")
+    with pytest.raises(BindingError, match="GS-4352") as caught:
+        merged(Path(path), tmp_path / "base", tmp_path / "out")
+    output = Path(str(caught.value.fields["try"]).partition("--output ")[2].partition(";")[0])
+    assert output.resolve() == tmp_path / "adapter-bound"
+
+
+def test_the_next_step_for_an_adapter_of_the_hub_lies_outside_of_its_cache(tmp_path: Path) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    naming(tmp_path, "org/other-model")
+    snapshot = tmp_path / "models--org--sql" / "snapshots" / "0123abcd"
+    shutil.copytree(tmp_path / "adapter", snapshot)
+    with pytest.raises(BindingError, match=r"(?s)GS-4352.*--output sql-bound"):
+        merged(snapshot, tmp_path / "base", tmp_path / "out")
 
 
 def test_convert_tells_both_names(tmp_path: Path) -> None:

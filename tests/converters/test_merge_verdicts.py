@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from proving import merged
+from proving import converted, merged
 from safetensors.torch import load_file
 from test_merging import WEIGHTS, make, quantizer, spoiled, tensors_of
 from tiny_models import build_llama
@@ -104,6 +104,13 @@ def test_the_model_in_training_is_that_of_one_adapter(work: Path) -> None:
             assert not any("model in training" in line for line in model_summary(done).lines)
 
 
+def test_both_ways_state_the_same_distances_from_the_model_in_training(work: Path) -> None:
+    """Over the adapted tensors, also where the others are rounded to 4 bits too."""
+    stored, quantized = (of(work, name, base_as=name).receipt["totals"] for name in ("bf16", "nf4"))
+    for key in ("error_on_stored", "error_on_quantized"):
+        assert stored[key] == pytest.approx(quantized[key], rel=1e-12)
+
+
 def test_of_several_adapters_the_one_in_4_bits_is_named(work: Path) -> None:
     shutil.copytree(work / "adapter", work / "q")
     file = work / "q" / "adapter_config.json"
@@ -152,6 +159,9 @@ def test_lora_bias_of_a_layer_without_a_bias(tmp_path: Path) -> None:
         merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     assert "one adapter" not in str(caught.value)
     assert caught.value.fields["tensor"] == "model.layers.0.self_attn.q_proj.bias"
+    with pytest.raises(InputError, match="GS-3115") as caught:  # whose next step is no merge, then
+        converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert "merge" not in str(caught.value.fields["try"])
 
 
 def test_a_resized_vocabulary_with_a_weight(tmp_path: Path) -> None:
@@ -165,3 +175,12 @@ def test_a_resized_vocabulary_with_a_weight(tmp_path: Path) -> None:
     given = [(tmp_path / "adapter", 1.0)] * 2
     with pytest.raises(InputError, match=r"(?s)GS-3403.*2 updates"):
         merge_model(given, Base("base", tmp_path / "base"), tmp_path / "out")
+
+
+def test_a_sealed_merge_within_rounding_that_lacks_a_file(tmp_path: Path) -> None:
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    of(tmp_path, "out", 1 + 1e-7)
+    assert verify(tmp_path, "out").replay.verdict == "rounded"
+    (tmp_path / "out" / "generation_config.json").unlink()
+    with pytest.raises(MismatchError, match=r"(?s)GS-103.*generation_config\.json"):
+        verify(tmp_path, "out")

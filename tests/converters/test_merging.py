@@ -436,7 +436,7 @@ def test_both_errors_of_a_base_in_4_bits(tmp_path: Path) -> None:
             assert torch.equal(written["bf16"][name], weight)
         else:
             assert torch.equal(written["nf4"][name], weight)
-    for done in (outputs["bf16"],):
+    for done in outputs.values():
         totals = done.receipt["totals"]
         assert totals["error_on_stored"] == pytest.approx(squares["bf16"] ** 0.5, rel=1e-3)
         assert totals["error_on_quantized"] == pytest.approx(squares["nf4"] ** 0.5, rel=1e-3)

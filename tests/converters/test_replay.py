@@ -136,3 +136,42 @@ def test_what_rounding_leaves_is_said() -> None:
     held = Held("w", elements=10**6, equal=0, squared_update=1.0, ours=0.7, theirs=1.0, size=1.0, eps=2**-7)
     assert held.verdict == "differs"
     assert "1.00 times, and rounding leaves 0.70" in held.reason
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_sign_of_a_zero_is_a_bit(tmp_path: Path, dtype: str) -> None:
+    """In a tensor that gets an update, and in one that is the base's, rounded to another type or not."""
+    names = (Q_PROJ, "model.layers.0.mlp.gate_proj.weight")
+
+    def build() -> Any:
+        model = build_llama()
+        for name in names:
+            model.get_parameter(name).data[:2] = 0.0
+            model.get_parameter(name).data[1] = -0.0
+        return model
+
+    make(tmp_path, build, target_modules=["q_proj"])
+    factor = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    spoiled(tmp_path / "adapter", factor, lambda t: torch.cat([torch.zeros_like(t[:2]), t[2:]]))
+    merge(tmp_path, dtype=dtype)
+    assert judge(tmp_path, tmp_path / "out").verdict == "exact"
+    for name in names:
+        spoiled(tmp_path / "out", name, lambda t: torch.where(t == 0, -t, t))
+    found = judge(tmp_path, tmp_path / "out")
+    assert {one.name for one in (*found.of("rounded"), *found.of("differs"))} == set(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float32])
+def test_integers_in_another_type_differ(tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.self_attn.table"
+
+    def build() -> Any:
+        model = build_llama()
+        model.model.layers[0].self_attn.register_buffer("table", torch.arange(4))
+        return model
+
+    make(tmp_path, build, target_modules=["q_proj"])
+    merge(tmp_path)
+    assert judge(tmp_path, tmp_path / "out").tensors[name].verdict == "exact"
+    spoiled(tmp_path / "out", name, lambda t: t.to(dtype))
+    assert "should be I64" in judge(tmp_path, tmp_path / "out").tensors[name].reason

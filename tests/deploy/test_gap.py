@@ -315,7 +315,7 @@ def test_buckets_are_those_of_the_engine() -> None:
     ("name", "found"),
     [
         ("unsloth/llama-3-8b-bnb-4bit", True), ("a/b-BNB-4bit/", True), ("x-nf4", True), ("a/b-4bit-mlx", False),
-        ("meta-llama/Llama-3-8B", False), ("", False),
+        ("meta-llama/Llama-3-8B", False), ("", False), ("/hub/models--a--b-bnb-4bit/snapshots/0123abcd", True),
     ],
 )  # fmt: skip
 def test_names_of_bases_in_4_bits(name: str, found: bool) -> None:

@@ -12,6 +12,7 @@ from gora_serve.cli.main import main
 from gora_serve.errors import OutputError, UsageError
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.file_targets import Kind, check_file
+from gora_serve.integrity.targets import check_target
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -38,6 +39,17 @@ def test_where_no_file_is_written(places: Path, kind: Kind, overwrite: bool) -> 
         for name in ("new.json", "config.json"):
             with pytest.raises(UsageError, match=code):
                 check_file(places / folder / name, kind, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("ending", ["", ".index.json"])
+def test_whose_folder_is_a_model(tmp_path: Path, weights: str, ending: str) -> None:
+    for name in ("config.json", f"{weights}{ending}"):
+        (tmp_path / name).write_text("{}")
+    for check in (lambda: check_file(tmp_path / "m.json", "manifest", overwrite=False),
+                  lambda: check_target(tmp_path / "out")):  # fmt: skip
+        with pytest.raises(UsageError, match="GS-256"):
+            check()
 
 
 @pytest.mark.parametrize("kind", KINDS)

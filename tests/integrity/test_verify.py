@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import save_base
 
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
@@ -106,3 +107,28 @@ def test_leaves_must_give_the_digest_of_their_tensor(tmp_path: Path) -> None:
     for leaves in ([], ["0" * 64] * 2, ["x"], 1):
         with pytest.raises(InputError, match="GS-329"):
             Manifest.from_json({**value, "leaves": {"a": leaves}})
+
+
+def test_a_head_that_differs_is_named_where_it_lies_in_a_file(tmp_path: Path) -> None:
+    """Beside its embeddings, which differ too; one that only follows them is not."""
+    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+
+    def model(name: str, tensors: dict[str, torch.Tensor]) -> Path:
+        folder = save_base(tmp_path / name, tensors)
+        (folder / "config.json").write_text('{"tie_word_embeddings": true}')
+        return folder
+
+    norm = {"model.norm.weight": torch.ones(2)}
+    value = hash_model(model("base", {embeddings: torch.ones(2, 2), **norm})).to_json()
+    write_json(tmp_path / "m.json", value)
+    write_json(tmp_path / "ring.json", {**value, "aliases": {head: embeddings, embeddings: embeddings}})
+    other = {embeddings: torch.zeros(2, 2), **norm}
+    for folder, manifest, what in (
+        (model("tied", other), "m.json", f"1 tensors differ from the manifest: {embeddings} (changed)"),
+        (model("stored", other | {head: torch.zeros(2, 2)}), "m.json",
+         f"2 tensors differ from the manifest: {head} (changed), {embeddings} (changed)"),
+        (model("none", norm), "ring.json", f"{embeddings} (missing)"),
+    ):  # fmt: skip
+        with pytest.raises(MismatchError, match="GS-113") as caught:
+            verify_base(folder, tmp_path / manifest)
+        assert what in caught.value.what

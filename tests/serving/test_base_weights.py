@@ -42,7 +42,9 @@ def read_by_vllm(folder: Path, load_format: str) -> set[str]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("stray", [None, "zz.safetensors", "consolidated.safetensors", "model-old.safetensors"])
+@pytest.mark.parametrize(
+    "stray", [None, "zz.safetensors", "consolidated.safetensors", "model-old.safetensors", "._model.safetensors"]
+)
 @pytest.mark.parametrize("load_format", ["auto", "hf", "safetensors"])
 def test_files_that_vllm_would_read_are_refused(
     model: Path, sharded: bool, stray: str | None, load_format: str
@@ -57,6 +59,10 @@ def test_files_that_vllm_would_read_are_refused(
         with pytest.raises(BindingError, match="GS-4360") as caught:
             refuse_other_weights(model, load_format)
         assert caught.value.fields["file"] == model / str(stray)
+        if "--load-format hf" in str(caught.value.fields["try"]):
+            refuse_other_weights(model, "hf")
+        else:
+            assert not sharded
 
 
 def test_a_file_and_an_index_of_others(model: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gora_serve.cli.main import main
 from gora_serve.errors import RunError
-from gora_serve.serving import engine
+from gora_serve.serving import engine, start
 from gora_serve.serving.engine import serve_forever
 from gora_serve.serving.journal import JsonLines, LogHandler, Pump, without_keys
 from gora_serve.serving.meter import LOG_MARK
@@ -180,6 +181,39 @@ def test_an_error_is_an_event_too() -> None:
     assert [line["event"] for line in told] == ["warning", "start", "engine", "engine", "failed"]
     assert (told[-1]["code"], told[-1]["level"]) == ("GS-781", "error")
     assert STAND_IN not in err
+
+
+def test_an_error_tells_no_token_of_the_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    token = f"hf_{'a1' * 17}"
+
+    def prepare(*_: Any, **__: Any) -> None:
+        raise RunError(f"the hub said {token}", code="GS-7000")
+
+    monkeypatch.setattr(start, "prepare", prepare)
+    for words in ([], ["--dry-run", "--json"]):
+        assert main(["serve", "base", "--log-format", "json", *words]) == 7
+        out, told = capfd.readouterr()
+        assert [line["event"] for line in lines_of(told)] == ["failed"]
+        assert token not in out + told
+        assert (json.loads(out)["error"]["code"] if words else out) == ("GS-7000" if words else "")
+
+
+def test_progress_of_the_proof_is_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = (
+        "from gora_serve import parity\n"
+        "from gora_serve.progress import Progress\n"
+        "parity.check_parity = lambda *_, listen, **__: listen(Progress('parity', 1, 1)) or []\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "SERVE", proof + SERVE)
+    told = []
+    with serve("polite", "--verify", "--log", tmp_path / "log") as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            told.append(line)
+            if '"event": "ready"' in line:
+                running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=60) == 143
+    assert [line["event"] for line in lines_of("".join(told))] == ["warning", "start", "ready", "stop"]
 
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
