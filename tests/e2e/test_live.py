@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -152,6 +153,28 @@ def test_every_answer_was_that_of_its_own_adapter(scene: Scene, record_property:
     after = [one for one in scene.asked if one.model == "a" and one.begun > scene.versions["a"][1].until][:4]
     assert after
     assert min(distances(after, before, reference.logprobs)) > 100 * TOLERANCE, "nothing of an old version is left"
+
+
+def test_the_openai_package_and_curl(scene: Scene) -> None:
+    import openai
+
+    with openai.OpenAI(base_url=f"{scene.server.url}/v1", api_key="none", timeout=120) as client:
+        assert [model.id for model in client.models.list()] == ["base", "fixed", "a"]
+        answers = {}
+        for model in ("base", "fixed", "a"):
+            asked = {"model": model, "prompt": "The capital of France is", "max_tokens": 6, "temperature": 0.0}
+            whole = client.completions.create(**asked).choices[0].text
+            pieces = client.completions.create(**asked, stream=True)
+            assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == whole
+            url = f"{scene.server.url}/v1/completions"
+            header = "Content-Type: application/json"
+            command = ["curl", "--silent", "--fail", "--noproxy", "*", url, "-H", header, "-d", json.dumps(asked)]
+            done = subprocess.run(command, capture_output=True, check=True)
+            assert json.loads(done.stdout)["choices"][0]["text"] == whole
+            answers[model] = whole
+        assert len(set(answers.values())) == 3
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="b", prompt="x", max_tokens=1)
 
 
 def test_nobody_else_can_load_or_unload(scene: Scene) -> None:
