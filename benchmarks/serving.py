@@ -131,6 +131,7 @@ def measure(kind: str, base: Path, adapters: Sequence[tuple[str, Path]], dtype: 
     """Start one engine and measure every case that it can serve."""
     plan = planned(kind, base, adapters, dtype, scratch)
     log = scratch / f"{kind}.log"
+    log.unlink(missing_ok=True)  # an engine's log is appended to
     names = [name for name, _ in adapters]
     cases = {f"{count} adapters": names[:count] for count in COUNTS} if kind in ("plugin", "stock") else {}
     found: dict[str, Any] = {}
