@@ -48,12 +48,16 @@ class PooledPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add to y (rows, vocabulary) in place, for x (rows, in)."""
-        if not isinstance(lora_a_stacked, PooledStack):
-            super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
-            return
+        """Add to y (rows, vocabulary and its padding) in place, for x (rows, in)."""
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        add_linear(y, x, lora_a_stacked.pool, self._of_rows(x.shape[0]), scale)
+        if not isinstance(lora_a_stacked, PooledStack):
+            bare = self.sampler_indices < 0
+            before = y[bare]
+            super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
+            y[bare] = before
+            return
+        pool = lora_a_stacked.pool
+        add_linear(y[:, : sum(pool.outs)], x, pool, self._of_rows(x.shape[0]), scale)
 
     def add_pooled_embedding(self, y: torch.Tensor, tokens: torch.Tensor, pool: RankPool) -> None:
         """Add to y (tokens, out) in place, for the numbers of the tokens (tokens,)."""
