@@ -21,6 +21,7 @@ from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from gora_serve.vllm_plugin.fit import check_finite, check_fit
 from gora_serve.vllm_plugin.pool import PooledStack, RankPool
@@ -49,6 +50,7 @@ def install_pools() -> None:
         _replace(LoRAModelManager, "remove_all_adapters", _remove_all)
         for make in (_load, _load_finite):
             _replace(WorkerLoRAManager, "_load_adapter", make)
+        _replace(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)  # the runner of CPUs inherits it
 
 
 def install_sizes() -> None:
@@ -222,6 +224,31 @@ def _load_finite(stock: Any) -> Any:
         return lora
 
     return load_adapter
+
+
+def _prompt_logprobs(stock: Any) -> Any:
+    """Log probabilities of a prompt take the head of all its tokens; vLLM tells which request, and not its adapter."""
+
+    def get_prompt_logprobs(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        layers = self.lora_manager._adapter_manager.modules.values() if self.lora_config else ()
+        head = next((layer for layer in layers if isinstance(layer, LogitsProcessorWithLoRA)), None)
+        if head is None or not self.num_prompt_logprobs:
+            return stock(self, hidden_states, num_scheduled_tokens)
+        compute = self.model.compute_logits
+
+        def compute_logits(rows: torch.Tensor) -> Any:
+            """rows: some consecutive ones of the step's hidden states, a view."""
+            first = (rows.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)
+            with head.punica_wrapper.logits_of_tokens(first):
+                return compute(rows)
+
+        self.model.compute_logits = compute_logits
+        try:
+            return stock(self, hidden_states, num_scheduled_tokens)
+        finally:
+            del self.model.compute_logits
+
+    return get_prompt_logprobs
 
 
 def name_of(layer: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ class PooledPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
 
     _route: Route | None = None  # of the tokens
     _sampled: Route | None = None  # of the rows that logits are made of
+    _first: int | None = None  # the token of the first row, where logits are made of consecutive tokens
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(*args, **kwargs)
@@ -70,12 +73,23 @@ class PooledPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         for one in y:
             one[: bare.shape[0]][bare] = 0
 
+    @contextmanager
+    def logits_of_tokens(self, first: int) -> Iterator[None]:
+        """Inside, logits are made of consecutive tokens, this one the first, instead of what is sampled from."""
+        self._first = first
+        try:
+            yield
+        finally:
+            self._first = None
+
     def _of_tokens(self, count: int) -> Route:
         if self._route is None or self._route.tokens != count:
             self._route = make_route(_exactly(self.token_lora_indices, count, self.indices_len[0]))
         return self._route
 
     def _of_rows(self, count: int) -> Route:
+        if self._first is not None:
+            return make_route(_exactly(self.token_lora_indices[self._first :], count, self.indices_len[0]))
         if self._sampled is None or self._sampled.tokens != count:
             self._sampled = make_route(_exactly(self.sampler_indices, count, self.indices_len[1]))
         return self._sampled

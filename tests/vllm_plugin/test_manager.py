@@ -259,3 +259,52 @@ def test_values_that_are_not_finite_change_nothing(plugin: None, tmp_path: Path,
     assert worker.list_adapters() == {1}
     down = worker._adapter_manager.modules[DOWN].lora_a_stacked.pool.part(0, 0)
     assert torch.equal(down[0], good[DOWN][0].half())
+
+
+class Runner:
+    """Of vLLM's runner what computes the log probabilities of prompts, which takes the rows of each request."""
+
+    def __init__(self, worker: Any, asked: list[int], step: Step) -> None:
+        self.lora_config, self.lora_manager = worker.lora_config, worker
+        self.model, self.num_prompt_logprobs = worker._adapter_manager.model, dict.fromkeys(asked, 1)
+        self._step = step
+
+    def logits(self, hidden_states: torch.Tensor, counts: Mapping[int, int]) -> dict[int, torch.Tensor]:
+        starts = [0, *torch.tensor(self._step.counts).cumsum(0).tolist()]
+        return {
+            one: self.model.compute_logits(hidden_states[starts[one] : starts[one] + counts[one]])
+            for one in self.num_prompt_logprobs
+        }
+
+
+@pytest.mark.parametrize("numbers", [[1], [0], [2, 1], [0, 2, 1, 0]])
+def test_a_prompts_log_probabilities_are_of_its_own_adapter(plugin: None, tmp_path: Path, numbers: list[int]) -> None:
+    from gora_serve.vllm_plugin import hooks
+
+    chance = random.Random(2)
+    worker = make_worker()
+    adapters = {number: draw(chance, full=True) for number in (1, 2)}
+    step = Step(chance, numbers)
+    worker.set_active_adapters({request(tmp_path, *one) for one in adapters.items()}, step.mapping())
+    counts = {index: max(count - index % 2, 1) for index, count in enumerate(step.counts)}
+    runner = Runner(worker, [*counts], step)
+    found = hooks._prompt_logprobs(Runner.logits)(
+        runner, torch.cat([step.x, torch.randn(3, WIDE)])[: len(step.x)], counts
+    )
+    head = runner.model.weights[HEAD][:VOCABULARY]
+    for index, number in enumerate(numbers):
+        start = sum(step.counts[:index])
+        x = step.x[start : start + counts[index]].double()
+        a, b = (
+            part.double()
+            for part in adapters.get(number, {HEAD: (torch.zeros(1, WIDE), torch.zeros(VOCABULARY, 1))})[HEAD]
+        )
+        torch.testing.assert_close(found[index].double(), x @ head.t() + x @ a.t() @ b.t(), rtol=1e-4, atol=1e-4)
+    check(worker, step, adapters)  # what is sampled from has its own rows again
+
+
+def test_what_a_prompt_replaces_of_the_runner_is_there(vllm_layers: None) -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert CPUModelRunner._get_prompt_logprobs_dict is GPUModelRunner._get_prompt_logprobs_dict
