@@ -1,8 +1,9 @@
-"""Whether an adapter that is being loaded fits into the layers' buffers, beside all that are loaded already."""
+"""Whether an adapter that is being loaded can be served: its values, and room in the layers' buffers for its ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import nlargest
 from typing import Any
 
 from gora_serve.errors import BindingError
@@ -14,7 +15,8 @@ def check_fit(manager: Any, lora: Any, name: str) -> None:
     """Raise BindingError (GS-4801), with the headroom that would be enough, before anything has changed.
 
     manager: vLLM's LoRA manager. lora: the adapter as it was read. All that are loaded count, also those that have no
-    slot at the moment: then whatever a batch asks for fits.
+    slot at the moment, but no more of them than there are slots beside this one's, the largest: then whatever a batch
+    asks for fits.
     """
     others = _staying(manager, lora.id)
     lacking: list[tuple[int, str, int, int]] = []  # headroom that is enough, layer, rank, rank that fits
@@ -26,7 +28,8 @@ def check_fit(manager: Any, lora: Any, name: str) -> None:
         if isinstance(stack, PooledStack):
             taken = [ranks_in(manager, other, where) for other in others]
             for index, room in enumerate(stack.pool.room):
-                rank, free = _at(ranks, index), room - sum(_at(one, index) for one in taken)
+                beside = nlargest(manager.lora_slots - 1, (_at(one, index) for one in taken))
+                rank, free = _at(ranks, index), room - sum(beside)
                 if rank > free:
                     lacking.append((headroom_for(declared(), rank - free, manager.lora_slots), where, rank, free))
         elif hasattr(layer, "slot_rank") and max(ranks) > layer.slot_rank:
@@ -37,6 +40,20 @@ def check_fit(manager: Any, lora: Any, name: str) -> None:
             f"the adapter {name} does not fit into the buffers of the engine", code="GS-4801", tensor=where,
             expected=f"rank <= {free}", actual=rank, hint=f"start again with --rank-headroom {headroom}",
         )  # fmt: skip
+
+
+def check_finite(lora: Any, name: str) -> None:
+    """Raise BindingError (GS-4802) for NaN or infinity, before anything has changed.
+
+    lora: the adapter as it was read, in the engine's dtype; vLLM multiplies B by the scale later.
+    """
+    for weights in lora.loras.values():
+        if not (weights.lora_a.isfinite().all() and (weights.lora_b * weights.scaling).isfinite().all()):
+            raise BindingError(
+                f"the adapter {name} has values that are not finite in {weights.lora_b.dtype}", code="GS-4802",
+                tensor=weights.module_name,
+                hint="train or convert the adapter again, or serve with --dtype float32",
+            )  # fmt: skip
 
 
 def ranks_in(manager: Any, lora: Any, layer: str) -> tuple[int, ...]:

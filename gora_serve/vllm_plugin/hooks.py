@@ -1,7 +1,8 @@
 """The methods of vLLM's LoRA layers and of its LoRA manager that the plugin replaces.
 
 On CPU (`install_pools`) the buffers of a layer are a pool, filled through vLLM's own code; on GPU (`install_sizes`)
-they stay as vLLM makes them, at the layer's own rank. Layers of experts and fully sharded ones stay as they are.
+they stay as vLLM makes them, at the layer's own rank. Layers of experts, classification heads and fully sharded linear
+layers stay as they are.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.classifier import ClassificationHeadWithLoRA
 from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from gora_serve.vllm_plugin.fit import check_fit
+from gora_serve.vllm_plugin.fit import check_finite, check_fit
 from gora_serve.vllm_plugin.pool import PooledStack, RankPool
 from gora_serve.vllm_plugin.sizes import declared, pool_room, slot_rank
 
@@ -45,7 +48,9 @@ def install_pools() -> None:
         _replace(LoRAModelManager, "_create_lora_modules", _tell)
         _replace(LoRAModelManager, "_deactivate_adapter", _deactivate)
         _replace(LoRAModelManager, "remove_all_adapters", _remove_all)
-        _replace(WorkerLoRAManager, "_load_adapter", _load)
+        for make in (_load, _load_finite):
+            _replace(WorkerLoRAManager, "_load_adapter", make)
+        _replace(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)  # the runner of CPUs inherits it
 
 
 def install_sizes() -> None:
@@ -71,9 +76,15 @@ def _replace(kind: type, name: str, make: Callable[[Any], Any]) -> None:
     setattr(kind, name, make(kind.__dict__[name]))
 
 
+def _stays(layer: Any, lora_config: Any) -> bool:
+    """Whether a layer keeps vLLM's own buffers. Embeddings and logits are never sharded."""
+    sharded = lora_config.fully_sharded_loras and not isinstance(layer, ENDS)
+    return sharded or isinstance(layer, ClassificationHeadWithLoRA)
+
+
 def _create_pool(stock: Any) -> Any:
     def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        if lora_config.fully_sharded_loras:
+        if _stays(self, lora_config):
             stock(self, max_loras, lora_config, model_config)
             return
         stock(self, 1, _with_rank(lora_config, 1), model_config)
@@ -93,7 +104,7 @@ def _create_pool(stock: Any) -> Any:
 
 def _create_sized(stock: Any) -> Any:
     def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        if lora_config.fully_sharded_loras:
+        if _stays(self, lora_config):
             stock(self, max_loras, lora_config, model_config)
             return
         rank = slot_rank(declared(), name_of(self), getattr(self, "n_slices", 1), lora_config.max_lora_rank)
@@ -204,6 +215,40 @@ def _load(stock: Any) -> Any:
         return lora
 
     return load_adapter
+
+
+def _load_finite(stock: Any) -> Any:
+    def load_adapter(self: Any, lora_request: Any) -> Any:
+        lora = stock(self, lora_request)
+        check_finite(lora, lora_request.lora_name)
+        return lora
+
+    return load_adapter
+
+
+def _prompt_logprobs(stock: Any) -> Any:
+    """Log probabilities of a prompt take the head of all its tokens; vLLM tells which request, and not its adapter."""
+
+    def get_prompt_logprobs(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        layers = self.lora_manager._adapter_manager.modules.values() if self.lora_config else ()
+        head = next((layer for layer in layers if isinstance(layer, LogitsProcessorWithLoRA)), None)
+        if head is None or not self.num_prompt_logprobs:
+            return stock(self, hidden_states, num_scheduled_tokens)
+        compute = self.model.compute_logits
+
+        def compute_logits(rows: torch.Tensor) -> Any:
+            """rows: some consecutive ones of the step's hidden states, a view."""
+            first = (rows.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)
+            with head.punica_wrapper.logits_of_tokens(first):
+                return compute(rows)
+
+        self.model.compute_logits = compute_logits
+        try:
+            return stock(self, hidden_states, num_scheduled_tokens)
+        finally:
+            del self.model.compute_logits
+
+    return get_prompt_logprobs
 
 
 def name_of(layer: Any) -> str:

@@ -19,8 +19,8 @@ import torch
 from gora_serve.vllm_plugin.pool import RankPool, Selected
 from gora_serve.vllm_plugin.route import Route, Tokens
 
-# Tokens for each adapter from which the second scheme is faster: below, its many small operations cost more. Those of
-# 16 bits have a longer start.
+# Tokens not its own that an adapter's rows would meet side by side, from which the second scheme is faster: below, its
+# many small operations cost more. Those of 16 bits have a longer start.
 MANY, MANY_16_BIT = 150, 500
 # Up to so many tokens a product of 16-bit numbers is slower than converting the weights and multiplying in float32:
 # between the products of a whole model's layers, which leave no copies in the caches (alone it would be 32).

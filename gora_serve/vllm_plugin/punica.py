@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ class PooledPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
 
     _route: Route | None = None  # of the tokens
     _sampled: Route | None = None  # of the rows that logits are made of
+    _first: int | None = None  # the token of the first row, where logits are made of consecutive tokens
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(*args, **kwargs)
@@ -48,12 +51,16 @@ class PooledPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add to y (rows, vocabulary) in place, for x (rows, in)."""
-        if not isinstance(lora_a_stacked, PooledStack):
-            super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
-            return
+        """Add to y (rows, vocabulary and its padding) in place, for x (rows, in)."""
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        add_linear(y, x, lora_a_stacked.pool, self._of_rows(x.shape[0]), scale)
+        if not isinstance(lora_a_stacked, PooledStack):
+            bare = self.sampler_indices < 0
+            before = y[bare]
+            super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
+            y[bare] = before
+            return
+        pool = lora_a_stacked.pool
+        add_linear(y[:, : sum(pool.outs)], x, pool, self._of_rows(x.shape[0]), scale)
 
     def add_pooled_embedding(self, y: torch.Tensor, tokens: torch.Tensor, pool: RankPool) -> None:
         """Add to y (tokens, out) in place, for the numbers of the tokens (tokens,)."""
@@ -66,12 +73,23 @@ class PooledPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         for one in y:
             one[: bare.shape[0]][bare] = 0
 
+    @contextmanager
+    def logits_of_tokens(self, first: int) -> Iterator[None]:
+        """Inside, logits are made of consecutive tokens, this one the first, instead of what is sampled from."""
+        self._first = first
+        try:
+            yield
+        finally:
+            self._first = None
+
     def _of_tokens(self, count: int) -> Route:
         if self._route is None or self._route.tokens != count:
             self._route = make_route(_exactly(self.token_lora_indices, count, self.indices_len[0]))
         return self._route
 
     def _of_rows(self, count: int) -> Route:
+        if self._first is not None:
+            return make_route(_exactly(self.token_lora_indices[self._first :], count, self.indices_len[0]))
         if self._sampled is None or self._sampled.tokens != count:
             self._sampled = make_route(_exactly(self.sampler_indices, count, self.indices_len[1]))
         return self._sampled

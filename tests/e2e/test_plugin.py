@@ -5,6 +5,9 @@ One start for all: prompts longer than a step, so that they are cut, beside othe
 
 from __future__ import annotations
 
+import json
+import os
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -147,6 +150,30 @@ def test_each_model_alone_is_answered_as_peft_answers(server: Server, reference:
         asked = [("base", long), (name, short), ("base", short), (name, long)]
         worst = differences(reference, asked, ask(server, asked, at_once=4))
         assert all(value < TOLERANCE for value in worst.values()), (name, worst)
+
+
+def test_the_tokens_of_prompts_are_told_as_peft_tells_them(server: Server, reference: Reference) -> None:
+    """`prompt_logprobs`, of all models at once and of each alone: the head of every token is that of its request."""
+    for at_once in (6, 1):
+        asked = [
+            (model, prompt) for prompt in prompts(4, (70, 9))[: 2 if at_once > 1 else 1] for model in server.models
+        ]
+        jobs = [partial(told_of_prompt, server.url, *one) for one in asked]
+        for (model, prompt), told in zip(asked, run_all(jobs, workers=at_once), strict=True):
+            rows = reference.logprobs(None if model == "base" else model, prompt, len(prompt))
+            right = [float(row[token]) for row, token in zip(rows[:-1], prompt[1:], strict=True)]
+            assert max(abs(one - other) for one, other in zip(told, right, strict=True)) < TOLERANCE, (model, at_once)
+
+
+def told_of_prompt(url: str, model: str, prompt: list[int]) -> list[float]:
+    """Ask for the log probability of every token of a prompt but the first."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
+    asking = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(asking, timeout=300) as answer:
+        told = json.load(answer)["choices"][0]["prompt_logprobs"]
+    return [float(one[str(token)]["logprob"]) for one, token in zip(told[1:], prompt[1:], strict=True)]
 
 
 def test_the_comparison_can_fail(server: Server, reference: Reference) -> None:

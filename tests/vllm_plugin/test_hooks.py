@@ -117,24 +117,6 @@ def test_padded_batches_have_no_adapter_beyond_their_tokens() -> None:
     assert y[0].any()
 
 
-@pytest.fixture(scope="module")
-def linear_layers(vllm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Makes vLLM's own layers, for one process on CPU."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    with set_current_vllm_config(VllmConfig()):
-        store = tmp_path_factory.mktemp("store") / "store"
-        init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
-        initialize_model_parallel(1, 1)
-        yield
-        cleanup_dist_env_and_memory()
-
-
 def made_layer(kind: str, config: Any) -> Any:
     """A gate and up layer of 2 slots with LoRA, its buffers as `kind` has them."""
     from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
@@ -161,7 +143,7 @@ def lora_config(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     declared.cache_clear()
 
 
-def test_buffers_have_the_ranks_of_their_layer(linear_layers: None, lora_config: Any) -> None:
+def test_buffers_have_the_ranks_of_their_layer(vllm_layers: None, lora_config: Any) -> None:
     pooled, sized = made_layer("pool", lora_config), made_layer("sized", lora_config)
     assert pooled.lora_a_stacked.pool.room == (7, 3)
     assert [tuple(part.shape) for part in sized.lora_a_stacked] == [(2, 1, 8, WIDE)] * 2
@@ -169,7 +151,7 @@ def test_buffers_have_the_ranks_of_their_layer(linear_layers: None, lora_config:
     assert lora_config.max_lora_rank == 16
 
 
-def test_vllm_fills_a_pool(linear_layers: None, lora_config: Any) -> None:
+def test_vllm_fills_a_pool(vllm_layers: None, lora_config: Any) -> None:
     """Through its own code, which knows packed layers; a slice may be absent."""
     from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
 
@@ -184,6 +166,41 @@ def test_vllm_fills_a_pool(linear_layers: None, lora_config: Any) -> None:
     assert layer.lora_a_stacked.pool.rank(1) == (5, 0)
 
 
+@pytest.mark.parametrize("plugin", [False, True], ids=["vLLM", "plugin"])
+def test_a_classification_head_keeps_its_own_buffers(vllm_layers: None, lora_config: Any, plugin: bool) -> None:
+    """Its rows are the requests; one without an adapter must not get that of the last slot."""
+    from vllm.lora.layers import ClassificationHeadWithLoRA
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from gora_serve.vllm_plugin import hooks
+
+    torch.manual_seed(0)
+    layer = ClassificationHeadWithLoRA(ReplicatedLinear(WIDE, 5, bias=False, return_bias=False, prefix="score"))
+    weight = layer.base_layer.weight.data.normal_().clone()
+    layer.base_layer.quant_method.process_weights_after_loading(layer.base_layer)
+    lora_config.max_lora_cls_labels = None
+    with pytest.MonkeyPatch.context() as patch:
+        if plugin:
+            for name, make in {"create_lora_weights": hooks._create_pool, "set_lora": hooks._set_linear}.items():
+                stock = BaseLinearLayerWithLoRA.__dict__[name]
+                patch.setattr(BaseLinearLayerWithLoRA, name, make(stock))
+        layer.create_lora_weights(3, lora_config)
+        pairs = {slot: (torch.randn(4, WIDE), torch.randn(5, 4)) for slot in (0, 2)}
+        for slot, pair in pairs.items():
+            layer.set_lora(slot, *pair)
+    layer.set_mapping(wrapper("plugin" if plugin else "stock", [IDS["first"], 0, IDS["second"]]))
+    layer.set_output_mapping((0, -1, 2))
+    x = torch.randn(3, WIDE)
+    found = layer(x)
+    expected = x @ weight.t()
+    for row, slot in {0: 0, 2: 2}.items():
+        a, b = pairs[slot]
+        expected[row] += b @ (a @ x[row])
+    right = [bool((found[row] - expected[row]).abs().max() < 1e-4) for row in range(3)]
+    assert right == [True, plugin, True]
+
+
 def adapter(number: int, gate: int, up: int) -> Any:
     loras = {
         f"model.layers.0.mlp.{name}": SimpleNamespace(lora_a=torch.zeros(rank, WIDE))
@@ -195,7 +212,7 @@ def adapter(number: int, gate: int, up: int) -> Any:
 
 @pytest.mark.parametrize(("kind", "rank", "advice"), [("pool", 6, "4"), ("sized", 9, "9")])
 def test_an_adapter_that_does_not_fit_is_refused_with_the_number_to_raise(
-    linear_layers: None, lora_config: Any, kind: str, rank: int, advice: str
+    vllm_layers: None, lora_config: Any, kind: str, rank: int, advice: str
 ) -> None:
     """Five ranks of gate are held: of the pool's 7 rows 2 are free, and no slot is left for later ones."""
     from gora_serve.vllm_plugin.fit import check_fit
