@@ -12,7 +12,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8
-	$(BIN)/python -m pytest -m "e2e and not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "e2e and not slow"
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8

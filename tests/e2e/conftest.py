@@ -1,8 +1,4 @@
-"""The base, and the demo, which the command line runs once.
-
-Two processes share the tests: those of a file stay together, as servers and trainings are a file's, and so do all that
-look at the demo.
-"""
+"""The demo, run once for the session by the command line; its base and adapters serve all end-to-end tests."""
 
 from __future__ import annotations
 
@@ -14,13 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests a process of pytest-xdist takes together (--dist loadgroup)."""
-    needs = {item.path for item in items if "demo_run" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("demo" if item.path in needs else item.path.name))
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +29,6 @@ def demo(demo_run: tuple[Path, dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct, with the bytes of the demo's base."""
-    from gora_serve.training.demo_base import make_smollm2
-
-    return make_smollm2(tmp_path_factory.mktemp("smollm2") / "base")
+def smollm2(demo: Path) -> Path:
+    """SmolLM2-135M-Instruct, as the demo made it."""
+    return demo / "base"
