@@ -251,6 +251,7 @@ CASES: dict[int, Case] = {
         f"{SERVING}test_a_file_that_is_swapped_after_it_was_verified",
         f"{SERVING}test_an_adapter_that_is_swapped_after_it_was_verified",
         f"{SERVING}test_files_that_stand_are_served",
+        f"{SERVING}test_weights_that_come_after_the_base_was_verified",
     ),
     81: case(
         "request for a name that is none",
