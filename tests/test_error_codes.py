@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parent.parent
 CODE = re.compile(r"GS-\d{3,4}")
 DOCUMENT = REPOSITORY / "docs" / "errors.md"
 CLASSES = {cls.__name__: cls for cls in errors.GoraError.__subclasses__()}
-# Helpers that are handed a code, and the class that they raise with it; a class of one module, and what it is a kind of.
+# Helpers that are handed a code, and a class of one module: what they raise, or what it is a kind of.
 RAISES = {
     "_require_alive": "RunError", "_check_loss": "RunError", "check_loss": "RunError", "Fault": "InputError",
     "asking": "MachineError", "NotItselfError": "RunError",
