@@ -22,9 +22,8 @@ from gora_serve.vllm_plugin.route import Route, Tokens
 # Tokens not its own that an adapter's rows would meet side by side, from which the second scheme is faster: below, its
 # many small operations cost more. Those of 16 bits have a longer start.
 MANY, MANY_16_BIT = 150, 500
-# Up to so many tokens a product of 16-bit numbers is slower than converting the weights and multiplying in float32:
-# between the products of a whole model's layers, which leave no copies in the caches (alone it would be 32).
-FEW = 6
+# Up to so many tokens a product of 16-bit numbers is slower than converting the weights and multiplying in float32.
+FEW = 32
 # From the rows of A (ranks, in) to the ranks of each token (tokens, ranks).
 Shrink = Callable[[torch.Tensor], torch.Tensor]
 
