@@ -30,7 +30,13 @@ ROOMS = (
     "report",
     "cli",
 )
-ROOT_FILES = ("gora_serve/__init__.py", "gora_serve/errors.py", "gora_serve/config.py", "gora_serve/progress.py")
+ROOT_FILES = (
+    "gora_serve/__init__.py",
+    "gora_serve/errors.py",
+    "gora_serve/config.py",
+    "gora_serve/progress.py",
+    "gora_serve/signals.py",
+)
 FLOW_FILES = (
     "gora_serve/pictures.py",
     "gora_serve/demo.py",

@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import click
 
@@ -29,6 +28,7 @@ from gora_serve.cli.serve import serve
 from gora_serve.cli.status import status
 from gora_serve.errors import GoraError, Stopped
 from gora_serve.integrity.hub import without_tokens
+from gora_serve.signals import came, leaving_on_signals
 
 BUG = 70
 
@@ -74,17 +74,19 @@ def main(argv: list[str]) -> int:
     ours = argv[: argv.index("--")] if "--" in argv else argv
     debug = "--debug" in ours
     argv = [word for word in ours if word != "--debug"] + argv[len(ours) :]  # it may stand anywhere
-    with _noted_signals() as noted:
-        return _answer(argv, noted, as_json="--json" in ours, debug=debug)
+    with leaving_on_signals():
+        return _answer(argv, as_json="--json" in ours, debug=debug)
 
 
-def _answer(argv: list[str], noted: list[int], *, as_json: bool, debug: bool) -> int:
+def _answer(argv: list[str], *, as_json: bool, debug: bool) -> int:
     try:
         result = cli.main(argv, prog_name="gora-serve", standalone_mode=False)
+        if number := came():
+            return _interrupted(number)
         return result if isinstance(result, int) else 0
     except GoraError as err:
-        if noted:
-            return _interrupted(noted[0])
+        if number := came():
+            return _interrupted(number)
         with _nobody_may_listen():
             _report(err, as_json=as_json, debug=debug)
         return err.exit_code
@@ -101,36 +103,13 @@ def _answer(argv: list[str], noted: list[int], *, as_json: bool, debug: bool) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still buffered
         return 0
     except Exception as err:  # the last line of defence: exit 70 says that this is our bug
-        if noted:
-            return _interrupted(noted[0])
+        if number := came():
+            return _interrupted(number)
         if debug:
             _show_traceback()
         click.echo(without_tokens(f"bug: {type(err).__name__}: {err}"), err=True)
         click.echo("  try: run again with --debug and report the traceback", err=True)
         return BUG
-
-
-@contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """Leave through the usual clean-up when asked to stop; yield where the signals that came are listed.
-
-    Libraries in C may swallow the exception and raise one of their own (torch does, while it reads a tensor).
-    """
-    noted: list[int] = []
-
-    def leave(number: int, _: FrameType | None) -> None:
-        noted.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, leave)
-    if before[signal.SIGINT] is signal.default_int_handler:  # not where we run in the background
-        signal.signal(signal.SIGINT, leave)
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _interrupted(number: int) -> int:

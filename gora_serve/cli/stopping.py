@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from gora_serve.signals import leave
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"stopping at the next safe point; a second signal stops at once\n"
 
@@ -19,7 +21,7 @@ def stopping() -> Iterator[Callable[[], int | None]]:
 
     def note(number: int, _: FrameType | None) -> None:
         if received:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+            leave(number)
         received.append(number)
         if os.environ.get("RANK", "0") == "0":
             os.write(2, NOTICE)  # print is not safe inside a handler

@@ -26,6 +26,7 @@ from gora_serve.integrity.publishing import (
 )
 from gora_serve.integrity.reading import unreadable
 from gora_serve.integrity.targets import SEAL, UNCHANGED, check_target
+from gora_serve.signals import leave_if_asked
 
 __all__ = [
     "SEAL", "UNCHANGED", "check_partial", "check_target", "fsync_path", "partial_of", "probe_folder", "publish",
@@ -71,6 +72,7 @@ def staged_folder(
         try:
             with _os_errors(target, kept, stage):
                 yield stage
+                leave_if_asked()
                 if visible:
                     _sweep(stage)
                 fsync_tree(stage)

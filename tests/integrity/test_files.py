@@ -20,6 +20,7 @@ from gora_serve.integrity import publishing
 from gora_serve.integrity.files import sha256_file, staged_folder, write_bytes, write_json, write_stream
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.targets import SEAL_SCHEMA
+from gora_serve.signals import leaving_on_signals
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -536,3 +537,28 @@ def test_a_complete_folder_has_nothing_to_resume(tmp_path: Path) -> None:
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_nothing_is_published_after_a_signal_that_a_library_swallowed(
+    old: Path, number: int, raised: type[BaseException]
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+
+    def body() -> None:
+        with leaving_on_signals(), staged_folder(old, overwrite=True) as stage:
+            try:
+                signal.raise_signal(number)
+            except BaseException:
+                fill(stage, "less than was asked for")
+
+    try:
+        with pytest.raises(raised):
+            body()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert content(old) == OLD
+    assert names(old.parent) == ["out"]
+    with staged_folder(old, overwrite=True) as stage:  # a later one is not told to leave
+        fill(stage, "new")
+    assert content(old) != OLD

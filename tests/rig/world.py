@@ -216,6 +216,8 @@ def _child(
             status = main(argv)
         except SystemExit as err:
             status = err.code if isinstance(err.code, int) else 1
+        except KeyboardInterrupt:  # just before the command's own handlers, or just after them
+            status = 128 + signal.SIGINT
         sys.stderr.flush()
         if fault is None and before in (None, without_renameat2):
             _write(made["calls"], "".join(f"{call.name}\t{call.path}\n" for call in counter.calls).encode())
