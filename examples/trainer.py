@@ -4,6 +4,8 @@ The adapter that comes out is exported like any other: standard LoRA, sealed, an
 against, which `gora-serve verify OUTPUT --base BASE` proves. BASE is a model folder or a hub id.
 
     python examples/trainer.py BASE --output adapter
+
+With --trl, TRL's SFTTrainer trains instead; it is given the very tokens and labels that were probed.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -60,30 +65,41 @@ def start(base: nn.Module, examples: Sequence[Example], collated: Collate, optio
     return inject.gora_factors(statistics, plan, gamma=options.gamma, alpha=16.0)
 
 
-def train(model: nn.Module, examples: Sequence[Example], collated: Collate, options: Any, folder: str) -> None:
+def train(model: nn.Module, examples: Sequence[Example], tokenizer: Any, options: Any, folder: str) -> None:
     """Any loop will do: the LoRA layers are PEFT's. B learns faster than A, which the optimiser's groups say."""
-    arguments = TrainingArguments(
-        output_dir=folder,  # nothing is written there without a save_strategy
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        lr_scheduler_type="cosine",
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        save_strategy="no",
-        report_to="none",
-        logging_steps=max(1, options.steps // 4),
-        disable_tqdm=True,
-        seed=0,
+    settings: dict[str, Any] = {
+        "output_dir": folder,  # nothing is written there without a save_strategy
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.batch_size,
+        "lr_scheduler_type": "cosine",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": max(1, options.steps // 4),
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    optimizers = (make_optimizer(model, TrainConfig(lr=options.lr)), None)
+    make = sft_trainer if options.trl else plain_trainer
+    make(model, examples, tokenizer, settings, optimizers).train()
+
+
+def plain_trainer(model: Any, examples: Sequence[Example], tokenizer: Any, settings: Any, optimizers: Any) -> Trainer:
+    settings = TrainingArguments(label_names=["labels"], remove_unused_columns=False, **settings)
+    collated = partial(collate, pad_token_id=tokenizer.pad_token_id)
+    return Trainer(model, settings, train_dataset=list(examples), data_collator=collated, optimizers=optimizers)
+
+
+def sft_trainer(model: Any, examples: Sequence[Example], tokenizer: Any, settings: Any, optimizers: Any) -> Trainer:
+    """TRL takes rows of tokens and labels as they are, and pads them itself."""
+    from trl import SFTConfig, SFTTrainer
+
+    settings = SFTConfig(**{**settings, "bf16": False, "max_length": None, "gradient_checkpointing": False})
+    rows = Dataset.from_list([asdict(example) for example in examples])
+    trainer: Trainer = SFTTrainer(
+        model, settings, train_dataset=rows, processing_class=tokenizer, optimizers=optimizers
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(examples),
-        data_collator=collated,
-        optimizers=(make_optimizer(model, TrainConfig(lr=options.lr)), None),
-    )
-    trainer.train()
+    return trainer
 
 
 def has_conv1d(base: nn.Module) -> bool:
@@ -142,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--gamma", type=float, default=0.1, help="size of the first step")
     parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--trl", action="store_true", help="train with TRL's SFTTrainer; needs pip install trl")
     try:
         run(parser.parse_args(arguments))
     except GoraError as err:  # its text says what to do
@@ -163,7 +180,7 @@ def run(options: Any) -> None:
     model = inject.attach(base, start(base, examples, collated, options), **kind)
     print(f"loss before training     {loss_of(model, batch):.4f}")
     with tempfile.TemporaryDirectory() as folder:
-        train(model, examples, collated, options, folder)
+        train(model, examples, tokenizer, options, folder)
     trained = loss_of(model, batch)
     print(f"loss after training      {trained:.4f}")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_server import Hub
 from serving.corpus import write_sound
 from tiny_models import llama_shapes
 
@@ -248,3 +249,27 @@ def test_the_script_is_sound() -> None:
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", NODE], check=True)
     assert NODE.stat().st_mode & 0o111
+
+
+def test_the_workflow_lets_sound_adapters_in_and_damaged_ones_not(
+    hub: Hub, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """All its own commands but the installation, against a hub of this machine."""
+    workflow = yaml.safe_load((EXAMPLES / "ci" / "verify.yml").read_text())
+    steps = [step["run"] for step in workflow["jobs"]["adapters"]["steps"] if "name" in step]
+    commit = hub.add("org/base", {path.name: path.read_bytes() for path in base.iterdir()})
+    for name in ("one", "two"):
+        run("bind", adapter, "--base", base, "--output", tmp_path / "adapters" / name)
+    named = {"REPOSITORY": "org/base", "COMMIT": commit}
+    assert set(named) < set(workflow["env"])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def answers() -> list[int]:
+        environment = {**os.environ, **named, "PATH": path}
+        command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]  # as GitHub runs a step
+        done = [subprocess.run([*command, step], cwd=tmp_path, env=environment, check=False) for step in steps]
+        return [one.returncode for one in done]
+
+    assert answers() == [0, 0]
+    flip_a_bit(tmp_path / "adapters" / "one")
+    assert answers() == [0, 1]

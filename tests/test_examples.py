@@ -80,10 +80,14 @@ def test_trainer_refuses_as_fit_does(
     assert "Traceback" not in done.stderr
 
 
-def test_trainer(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed (the extra `examples`)")
+
+
+@pytest.mark.parametrize("words", [(), pytest.param(("--trl",), marks=needs_trl)], ids=["transformers", "trl"])
+def test_trainer(words: tuple[str, ...], tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     out = run_example(
-        "trainer.py", tiny_base, "--output", output, "--data", tiny_data, "--steps", 6, "--probe-steps", 2
+        "trainer.py", tiny_base, "--output", output, "--data", tiny_data, "--steps", 6, "--probe-steps", 2, *words
     )  # fmt: skip
     base, start, end, reloaded = (
         number(rf"^loss {words} +(\S+)$", out)

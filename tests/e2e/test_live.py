@@ -9,6 +9,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -175,6 +176,16 @@ def test_the_openai_package_and_curl(scene: Scene) -> None:
         assert len(set(answers.values())) == 3
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="b", prompt="x", max_tokens=1)
+
+
+def test_the_example_client(scene: Scene) -> None:
+    script = Path(__file__).parents[2] / "examples" / "client.py"
+    command = [sys.executable, str(script), "Hello", "--max-tokens", "4", "--url"]
+    done = subprocess.run([*command, scene.server.url], capture_output=True, text=True, check=True)
+    assert [name for name in ("base", "fixed", "a") if f"│ {name} " in done.stdout] == ["base", "fixed", "a"]
+    nobody = subprocess.run([*command, "http://127.0.0.1:9"], capture_output=True, text=True, check=False)
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+    assert nobody.stderr.startswith("http://127.0.0.1:9: ")
 
 
 def test_nobody_else_can_load_or_unload(scene: Scene) -> None:
