@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machine import facts, write
 
-from methods.run import rows
+from methods.methods import methods
+from methods.run import best_rate, rows
 from methods.tasks import TASKS
 
 Rows = Sequence[dict[str, Any]]
@@ -49,7 +50,7 @@ def paired(found: Rows, method: str, against: str, what: str) -> dict[str, Any] 
 
 
 def tables(found: Rows) -> dict[str, Any]:
-    test = [row for row in found if row["split"] == "test"]
+    test = [row for row in found if row["split"] == "test" and row["lr"] == rate_of(row, found)]
     names = list(dict.fromkeys(row["method"] for row in test))
     value: dict[str, Any] = {}
     for name in names:
@@ -71,6 +72,11 @@ def tables(found: Rows) -> dict[str, Any]:
             **served(own),
         }  # fmt: skip
     return value
+
+
+def rate_of(row: dict[str, Any], found: Rows) -> float | None:
+    """Return the learning rate that the sweep gives now; a row of an earlier, smaller sweep may have another."""
+    return best_rate(list(found), methods(row["steps"])[row["method"]], row["task"], row["steps"])
 
 
 def served(own: Rows) -> dict[str, Any]:
