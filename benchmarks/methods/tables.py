@@ -80,7 +80,7 @@ def rate_of(row: dict[str, Any], found: Rows) -> float | None:
 
 
 def served(own: Rows) -> dict[str, Any]:
-    some = [row for row in own if "served" in row]
+    some = [row for row in own if isinstance(row["served"], dict)]
     if not some:
         return {}
     kinds = ("unconverted", "converted")

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from faults import REMOVALS, Call, Counter, Fault, install
 from killing import content as run_content
 from tiny_models import build_llama, build_tokenizer, color_rows, write_jsonl
+from tqdm import tqdm
 
 import converters.combining
 import converters.convert
@@ -104,6 +106,7 @@ def commands() -> list[Command]:
 def build_world(work: Path) -> World:
     """Make the inputs below `work`, with the commands themselves where that is how they are made."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that forks share: one killed with it stops all later ones
     os.environ["GORA_SERVE_CACHE"] = str(work / "cache")
     world = World(work)
     world.inputs.mkdir(parents=True)
