@@ -75,6 +75,8 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "cli": frozenset({"click"}),
     "gora_serve/cli/bars.py": frozenset({"rich"}),
     "gora_serve/cli/tables.py": frozenset({"rich"}),
+    "gora_serve/cli/render_fit.py": frozenset({"rich"}),
+    "gora_serve/cli/render_serve.py": frozenset({"rich"}),
     "gora_serve/cli/render_plan.py": frozenset({"rich"}),
     "gora_serve/cli/render_convert.py": frozenset({"rich"}),
     "gora_serve/cli/render_merge.py": frozenset({"rich"}),

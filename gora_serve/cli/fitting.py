@@ -55,7 +55,8 @@ def fit(base: str, data: str, output: Path, **options: Any) -> None:
     what --resume goes on with.
     On several GPUs: accelerate launch --multi_gpu -m gora_serve fit BASE ...
     """
-    from gora_serve.cli.render import emit, fit_summary, watching
+    from gora_serve.cli.render import emit, watching
+    from gora_serve.cli.render_fit import fit_summary
     from gora_serve.cli.stopping import stopping
     from gora_serve.training.fit import fit as fit_adapter
 
@@ -129,7 +130,8 @@ def probe(base: str, data: str, output: Path, **options: Any) -> None:
 
     With --probe-steps auto it stops once the ranks that fit would give by default stand still.
     """
-    from gora_serve.cli.render import emit, probe_summary, watching
+    from gora_serve.cli.render import emit, watching
+    from gora_serve.cli.render_fit import probe_summary
     from gora_serve.training.probe_run import probe_only
 
     config = FitConfig(
@@ -163,7 +165,8 @@ def ranks(
 
     PROBE is the folder of `probe`, or a run folder of `fit`.
     """
-    from gora_serve.cli.render import emit, ranks_summary
+    from gora_serve.cli.render import emit
+    from gora_serve.cli.render_fit import ranks_summary
     from gora_serve.gora.ranks import allocate_ranks
     from gora_serve.integrity.file_targets import check_file
     from gora_serve.integrity.files import make_parents, write_json

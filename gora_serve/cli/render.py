@@ -9,13 +9,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from gora_serve.adapter.names import kinds_and_layers
 from gora_serve.errors import GoraError, MachineError, printable
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.record import ASSERTED, trained_on_text
@@ -23,19 +22,13 @@ from gora_serve.progress import Listener, Progress, silent
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
     from gora_serve.adapter.factors import Adapter
     from gora_serve.bind import Bound
-    from gora_serve.demo import DemoResult
-    from gora_serve.gora.ranks import RankPlan
-    from gora_serve.gora.statistics import GradientStatistics
     from gora_serve.integrity.bases import Base
     from gora_serve.integrity.manifest import Manifest
     from gora_serve.integrity.verify import Verified
-    from gora_serve.serving.plan import ServedAdapter, ServePlan
     from gora_serve.training.export import Exported
-    from gora_serve.training.run import FitResult
 
 QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
@@ -186,113 +179,6 @@ def numbers(fields: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in fields.items())
 
 
-def fit_summary(result: FitResult) -> Summary:
-    """A finished run: where it is, ranks, parameters, γ, losses."""
-    plan, data = result.plan, result.data
-    value = {
-        "run": str(result.folder),
-        "base_checked": [Level.BYTES.value, Level.MEMORY.value],
-        "parameters": plan.parameters,
-        "lora_parameters": plan.lora_parameters,
-        "gamma": result.gamma,
-        "losses": dict(result.losses),
-        "seconds": dict(result.seconds),
-        "trained_on": dict(result.quantization) if result.quantization else None,
-        "data": data.summary(),
-        "ranks": dict(plan.ranks),
-    }
-    lines = [f"wrote {result.folder}", "base unchanged: files and memory hashed before and after (L2, L3)"]
-    lines += [trained_on_text(result.quantization)] if result.quantization else []
-    lines += _data_lines(data.summary())
-    if result.gamma is not None:
-        lines.append(f"gamma {result.gamma:.4g}")
-    lines += [f"loss on the evaluation rows, {name}: {loss:.4f}" for name, loss in result.losses.items()]
-    return Summary(value, lines, [rank_table(plan)])
-
-
-def _data_lines(data: Mapping[str, Any]) -> list[str]:
-    lines = [f"data: {data['used']} of {data['rows']} rows of {data['name']}"]
-    if data["cut"]:
-        lines.append(f"  {data['cut']} rows were cut to --max-length, and lost the end of their completion")
-    if data["left_out"]:
-        lines.append(f"  {data['left_out']} rows were left out: the prompt alone reaches --max-length")
-    return lines
-
-
-def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
-    """A probe: how much data, and the mean importance of each kind of module."""
-    from rich.table import Table
-    from rich.text import Text
-
-    value = {
-        "probe": str(folder), "steps": statistics.steps, "samples": statistics.samples, "tokens": statistics.tokens,
-        "loss": statistics.loss, "modules": len(statistics.modules), "mode": statistics.mode,
-        "stopped_early": statistics.stopped_early,
-    }  # fmt: skip
-    metric = next(iter(next(iter(statistics.modules.values())).importance))
-    table = Table("module", "number", f"mean {metric}", "mean gradient norm")
-    for kind, paths in _kinds(statistics.modules).items():
-        chosen = [statistics.modules[path] for path in paths]
-        mean = sum(module.importance[metric] for module in chosen) / len(chosen)
-        norm = sum(module.gradient_norm for module in chosen) / len(chosen)
-        table.add_row(Text(printable(kind)), str(len(chosen)), f"{mean:.3e}", f"{norm:.3e}")
-    stopped = ", where the ranks stood still" if statistics.stopped_early else ""
-    lines = [
-        f"wrote {folder}",
-        f"{statistics.steps} steps{stopped}, {statistics.tokens} tokens, mean loss {statistics.loss:.4f}",
-        *_sketch_line(statistics),
-    ]
-    return Summary(value, lines, [table])
-
-
-def _sketch_line(statistics: GradientStatistics) -> list[str]:
-    if statistics.mode != "sketch":
-        return []
-    modules = statistics.modules.values()
-    share = sum(module.rows or 0 for module in modules) / sum(module.shape[0] for module in modules)
-    errors = sorted(module.importance_error for module in modules)
-    middle, worst = errors[len(errors) // 2], errors[-1]
-    text = (
-        f"sketch: {share:.0%} of the gradients' rows; standard error of an importance {middle:.1%}, at most {worst:.1%}"
-    )
-    return [text]
-
-
-def ranks_summary(plan: RankPlan, output: Path | None, plot: Path | None) -> Summary:
-    """A rank allocation; as JSON it is ranks.json itself."""
-    from gora_serve.training.run_files import ranks_json
-
-    return Summary(ranks_json(plan), [f"wrote {path}" for path in (output, plot) if path], [rank_table(plan)])
-
-
-def _kinds(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Group module paths by kind, in order of appearance."""
-    kinds: dict[str, list[str]] = {}
-    for path, (kind, _) in kinds_and_layers(paths).items():
-        kinds.setdefault(kind, []).append(path)
-    return kinds
-
-
-BLOCKS = "▁▂▃▄▅▆▇█"
-
-
-def rank_table(plan: RankPlan) -> Table:
-    """Ranks by kind of module, with a small curve over the layers."""
-    from rich.table import Table
-    from rich.text import Text
-
-    share = plan.parameters / plan.lora_parameters
-    title = f"{plan.parameters:,} parameters, {share:.1%} of LoRA's at rank {plan.rank}"
-    table = Table("module", "number", "least", "mean", "most", "first to last layer", title=title, title_justify="left")
-    highest = max(plan.ranks.values())
-    for kind, paths in _kinds(plan.ranks).items():
-        ranks = [plan.ranks[path] for path in paths]
-        curve = "".join(BLOCKS[min(7, 8 * rank // (highest + 1))] for rank in ranks)
-        mean = f"{sum(ranks) / len(ranks):.1f}"
-        table.add_row(Text(printable(kind)), str(len(ranks)), str(min(ranks)), mean, str(max(ranks)), curve)
-    return table
-
-
 def export_summary(done: Exported, form: str, dtype: str) -> Summary:
     """An export: where it is, its root, ranks and parameters."""
     adapter: Adapter = done.adapter
@@ -353,68 +239,3 @@ def bind_summary(done: Bound) -> Summary:
     ]
     lines += [f"left out: {', '.join(done.left_out)}"] if done.left_out else []
     return Summary(done.to_json(), lines)
-
-
-def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
-    """The engine's command line and environment, as a shell would take them."""
-    import shlex
-
-    value: dict[str, Any] = {
-        "argv": list(plan.argv), "environment": dict(plan.environment), "removed": list(plan.removed),
-        "url": plan.url, "models": list(plan.models),
-        "trained_on": {adapter.name: adapter.trained_on for adapter in plan.adapters if adapter.trained_on},
-        "bound": {adapter.name: adapter.claim or "unbound" for adapter in plan.adapters}, "warnings": list(warnings),
-        "adapters": [_served_adapter(adapter) for adapter in plan.adapters], "watched": _watched(plan),
-    }  # fmt: skip
-    words = [f"-u {name}" for name in plan.removed if "*" not in name]
-    words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
-    patterns = [name for name in plan.removed if "*" in name]
-    lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
-    lines += [f"# {name}: {trained_on_text(record)}" for name, record in value["trained_on"].items()]
-    if watched := value["watched"]:
-        room = f"room for {watched['max_adapters']} adapters up to rank {watched['max_rank']}"
-        lines.append(f"# watched: {watched['directory']}, {len(watched['found'])} to be served now, {room}")
-    return Summary(value, [*lines, " ".join(["env", *words, shlex.join(plan.argv)])])
-
-
-def _watched(plan: ServePlan) -> dict[str, Any] | None:
-    if plan.watched is None:
-        return None
-    room = plan.watched.room
-    return {
-        "directory": str(plan.watched.folder), "found": list(plan.watched.found), "max_adapters": room.adapters,
-        "max_rank": room.rank, "target_modules": None if room.targets is None else sorted(room.targets),
-    }  # fmt: skip
-
-
-def _served_adapter(adapter: ServedAdapter) -> dict[str, Any]:
-    return {
-        "name": adapter.name, "source": str(adapter.source), "path": str(adapter.path), "max_rank": adapter.max_rank,
-        "scales": list(adapter.scales) if adapter.scales else None,
-        "canary": "fingerprint" if adapter.canary else "differs from the base",
-    }  # fmt: skip
-
-
-def demo_summary(result: DemoResult) -> Summary:
-    """The answers side by side, and exact match before and after."""
-    from rich.table import Table
-
-    models = list(result.answers[0].answers)
-    table = Table("task", "unseen prompt", "right answer", *(f"{model} says" for model in models), show_lines=True)
-    for answer in result.answers:
-        prompt = answer.prompt.split("\n\n")[0]
-        cells = [answer.task, prompt, answer.expected, *(answer.answers[model] for model in models)]
-        table.add_row(*(_shortened(cell) for cell in cells))
-    scores = Table("task", "exact match, base", "exact match, adapter")
-    for task, (before, after) in result.exact.items():
-        scores.add_row(task, f"{before:.2f}", f"{after:.2f}")
-    total = sum(seconds for name, seconds in result.seconds.items() if name != "ask")
-    lines = [f"wrote {result.folder}: base, runs, adapters, demo.json", f"{total:.0f} seconds; base unchanged"]
-    return Summary({"demo": str(result.folder), **result.to_json()}, lines, [table, scores])
-
-
-def _shortened(text: str, limit: int = 100) -> Text:
-    from rich.text import Text
-
-    text = " ".join(text.split())
-    return Text(printable(text if len(text) <= limit else text[: limit - 1] + "…"))

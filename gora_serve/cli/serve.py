@@ -152,7 +152,8 @@ def _serve(
     options: Mapping[str, Any],
     told: Journal,
 ) -> int:
-    from gora_serve.cli.render import emit, plan_summary
+    from gora_serve.cli.render import emit
+    from gora_serve.cli.render_serve import plan_summary
     from gora_serve.serving.engine import Server, serve_forever
     from gora_serve.serving.live import watch_directory
     from gora_serve.serving.start import prepare

@@ -213,13 +213,15 @@ def _child(
         counter = Counter(watch or scratch / "nowhere", fault, made["hit"])
         if watch:
             install(counter)
-        if before:
-            before()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
+            if before:
+                before()
             status = main(argv)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         except SystemExit as err:
             status = err.code if isinstance(err.code, int) else 1
-        except KeyboardInterrupt:  # just before the command's own handlers, or just after them
+        except KeyboardInterrupt:  # as SystemExit: just before the command's own handlers, or just after them
             status = 128 + signal.SIGINT
         sys.stderr.flush()
         if fault is None and before in (None, without_renameat2):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from gora_serve.adapter.format import read_adapter
-from gora_serve.cli.render import plan_summary
+from gora_serve.cli.render_serve import plan_summary
 from gora_serve.config import (
     DataConfig,
     ExportConfig,
