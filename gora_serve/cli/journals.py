@@ -40,9 +40,9 @@ class Journal:
     def tell(self, event: str, message: str, *, level: str = "info", **fields: object) -> None:
         say(message)
 
-    def change(self, text: str) -> None:
+    def change(self, text: str, *, level: str = "info", **fields: object) -> None:
         """Say what became of an adapter while the server runs."""
-        self.tell("adapters", text)
+        self.tell("adapters", text, level=level, **fields)
 
     def warn(self, warning: str) -> None:
         self.tell("warning", f"warning: {warning}", level="warning")
@@ -73,7 +73,7 @@ class JsonJournal(Journal):
         keys = read_keys(os.environ, self._key_file)
         if self.log is None:
             return Pump(self._lines, keys)
-        return Pump(JsonLines(self._stack.enter_context(open_log(self.log))), keys)
+        return Pump(JsonLines(self._stack.enter_context(open_log(self.log))), keys, events=self._lines)
 
     def watching(self) -> AbstractContextManager[Listener]:
         quiet_libraries()

@@ -21,8 +21,13 @@ _DIGITS = 12  # of a root
 def status_summary(found: ServerStatus) -> Summary:
     """The server and its models; as JSON all that it says."""
     lines = [f"{found.state}: {found.url}" + (f": {found.reason}" if found.reason else "")]
+    standing = found.told.get("refused")
+    standing = standing if isinstance(standing, dict) else {}
+    lines += [printable(f"  refused: {name}: {why}") for name, why in standing.items()]
     lines += [
-        f"  refused since the start: {name} ({count})" for name, count in _counts(found.told.get("failures")).items()
+        printable(f"  refused since the start: {name} ({count})")
+        for name, count in _counts(found.told.get("failures")).items()
+        if name not in standing or count > 1
     ]
     for name, counts in _objects(found.told.get("others")).items():
         lines.append(f"  requests for {name}: {_requests(counts)}")

@@ -185,7 +185,12 @@ def _serve(
         what = f"ready: {server.url}/v1 serves {', '.join(server.models)}"
         told.tell("ready", what, url=server.url, models=server.models)
 
+    def stopping(seconds: float) -> None:
+        told.tell("stopping", f"stopping: requests at work have {seconds:g} seconds", seconds=seconds)
+
     beside = watch_directory(plan, told.change) if plan.watched is not None else None
-    code = serve_forever(plan, log=told.log, proof=proof, announce=announce, pump=told.pump(), beside=beside)
+    code = serve_forever(
+        plan, log=told.log, proof=proof, announce=announce, stopping=stopping, pump=told.pump(), beside=beside
+    )
     told.stopped(code)
     return code

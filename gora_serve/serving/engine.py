@@ -32,7 +32,7 @@ from gora_serve.serving.base_weights import refuse_new_weights
 from gora_serve.serving.canary import ASKED, Checked, check_canary, tolerance
 from gora_serve.serving.client import complete, is_healthy, list_models
 from gora_serve.serving.journal import Pump
-from gora_serve.serving.keys import read_keys
+from gora_serve.serving.keys import inner, read_keys
 from gora_serve.serving.plan import ServedAdapter, ServePlan
 from gora_serve.serving.process import Child, start_child
 from gora_serve.serving.store import held
@@ -129,16 +129,18 @@ def serve_forever(
     log: Path | None = None,
     proof: Callable[[Server], None] = lambda _: None,
     announce: Callable[[Server], None] = lambda _: None,
+    stopping: Callable[[float], None] = lambda _: None,
     pump: Pump | None = None,
     beside: Beside | None = None,
 ) -> int:
     """Serve until a signal asks to stop, and return the exit code: 130 for SIGINT, 143 for SIGTERM.
 
     `proof` may look at the server when it has loaded everything and before anybody else is served, and raises to end
-    it; `announce` is called once, when the server is ready; `pump` takes the engine's output. `beside` works from when
-    the engine runs until it is asked to stop, and the server is not ready before it has caught up. A second signal
-    kills the engine at once. Only the main thread may call this, because it sets the process's signal handlers; they
-    are put back.
+    it; `announce` is called once, when the server is ready, and `stopping` when it was asked to stop, with the seconds
+    that running requests have; from then on the guard lets nobody else in. `pump` takes the engine's output. `beside`
+    works from when the engine runs until it is asked to stop, and the server is not ready before it has caught up. A
+    second signal kills the engine at once. Only the main thread may call this, because it sets the process's signal
+    handlers; they are put back.
     """
     stop = StopRequest()
     with _handling(stop), _engine(plan, log, pump) as (child, watch), _ending(child, plan) as patience:
@@ -155,6 +157,8 @@ def serve_forever(
                     watch.started()
                     announce(server)
                 _look_after(child, watch, companion, stop)
+            watch.tell(stopping=True)
+            stopping(plan.shutdown_timeout)
     return 128 + (stop.number or 0)
 
 
@@ -225,7 +229,8 @@ def _handling(stop: StopRequest) -> Iterator[None]:
 def child_environment(plan: ServePlan, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the engine: ours, less the scrubbed names, with the plan's own values."""
     removed = set(scrubbed(environ, plan.removed))
-    return {name: value for name, value in environ.items() if name not in removed} | dict(plan.environment)
+    kept = {name: value for name, value in environ.items() if name not in removed}
+    return inner(kept, plan.key_file) | dict(plan.environment)
 
 
 def scrubbed(environ: Mapping[str, str], patterns: Sequence[str]) -> list[str]:

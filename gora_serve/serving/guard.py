@@ -23,6 +23,7 @@ from gora_serve.serving.keys import KEY_FILE, KEY_VARIABLE, read_keys
 MODE, OPEN_ROUTES, STATE_FILE = "GORA_SERVE_GUARD", "GORA_SERVE_OPEN_ROUTES", "GORA_SERVE_STATE"
 TOKEN, TOKEN_HEADER = "GORA_SERVE_TOKEN", "x-gora-serve-token"  # of our parent, which asks before others may
 KEYED, KEYLESS = "key", "loopback"
+WHILE_STOPPING = ("/metrics", "/gora-serve/status")  # what may still be asked
 # Of vLLM 0.32, also under SageMaker's names: they load and unload adapters, scale, pause or reset the engine.
 CLOSED = (
     "/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/scale_elastic_ep", "/is_scaling_elastic_ep",
@@ -37,7 +38,7 @@ CLOSED = (
 class Guard:
     """Lets a request through, or answers it: 401 without a key, 403 for closed routes, 503 before it is ready.
 
-    /health and /ping are answered by 503 while degraded, too.
+    /health and /ping are answered by 503 while degraded, too, and all that begins while the server stops.
     """
 
     def __init__(self, app: App, environ: Mapping[str, str] | None = None) -> None:
@@ -69,11 +70,10 @@ class Guard:
             return await self._residents.answer(scope, receive, send)
         if not self._ready and not self._is_ready() and not is_parent(scope.get("headers", ()), self._token):
             return await _refuse(scope, send, 503, "not ready: the adapters are being checked")
-        if (
-            path in ("/health", "/ping")
-            and self._state is not None
-            and (reason := read_state(self._state).get("degraded"))
-        ):
+        told = read_state(self._state) if self._state is not None else {}
+        if told.get("stopping") and path not in WHILE_STOPPING:
+            return await _refuse(scope, send, 503, "stopping: what had begun is still answered")
+        if path in ("/health", "/ping") and (reason := told.get("degraded")):
             return await _refuse(scope, send, 503, f"degraded: {reason}")
         return await self._residents.through(self._app, scope, receive, send)
 

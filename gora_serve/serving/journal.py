@@ -63,8 +63,9 @@ class Pump:
     Such a line begins with a word that only the engine's first process was told, so that no request can forge one.
     """
 
-    def __init__(self, lines: JsonLines, keys: Sequence[str] = ()) -> None:
-        self._lines = lines
+    def __init__(self, lines: JsonLines, keys: Sequence[str] = (), *, events: JsonLines | None = None) -> None:
+        """lines: where the engine's output goes; events: where what itself is an event goes, if elsewhere."""
+        self._lines, self._events = lines, events or lines
         self._keys = [key for key in keys if key]
         self._mark = secrets.token_hex(16)
         self._last: deque[str] = deque(maxlen=KEPT)
@@ -98,7 +99,7 @@ class Pump:
         event = _event(text.removeprefix(self._mark)) if text.startswith(self._mark) else None
         if event:
             name = str(event.pop("event"))
-            self._lines.tell(name, name, **event)
+            self._events.tell(name, name, **event)
             return
         self._last.append(text)
         level = _LEVEL.search(text[:80])

@@ -11,18 +11,38 @@ from gora_serve.errors import MachineError, UsageError
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own
 KEY_FILE = "GORA_SERVE_API_KEY_FILE"
+# VLLM_API_KEY as the guard gets it beside a file: vLLM would let in nobody else under /v1.
+INNER_KEY = "GORA_SERVE_API_KEY"
 SHORTEST = 16  # characters
 _LIMIT = 64 << 10  # bytes
+_NEW_KEY = "python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
 
 
 def read_keys(environ: Mapping[str, str], file: Path | None) -> tuple[str, ...]:
     """Return the keys: VLLM_API_KEY's, then those of `file`, one a line; () where there are none.
 
-    Raises UsageError (GS-289) for a file without a usable key, MachineError for one that cannot be read (GS-5353) or
-    that others can read (GS-5354). No message has a key in it.
+    Raises UsageError (GS-289) for a key that is too short or has spaces, and for a file without one, MachineError for
+    a file that cannot be read (GS-5353) or that others can read (GS-5354). No message has a key in it.
     """
-    own = environ.get(KEY_VARIABLE)
+    own = environ.get(KEY_VARIABLE) or environ.get(INNER_KEY)
+    if own and not _usable(own):
+        raise UsageError(
+            f"{KEY_VARIABLE} is no usable key", code="GS-289",
+            expected=f"{SHORTEST} characters or more, without spaces", hint=_NEW_KEY,
+        )  # fmt: skip
     return (*((own,) if own else ()), *(_keys_in(file) if file is not None else ()))
+
+
+def _usable(key: str) -> bool:
+    return len(key) >= SHORTEST and key.isprintable() and key.isascii() and " " not in key
+
+
+def inner(environment: Mapping[str, str], file: Path | None) -> dict[str, str]:
+    """Return the engine's environment with all keys for the guard: vLLM's own check knows those of no file."""
+    found = dict(environment)
+    if file is not None and KEY_VARIABLE in found:
+        found[INNER_KEY] = found.pop(KEY_VARIABLE)
+    return found
 
 
 def _keys_in(file: Path) -> tuple[str, ...]:
@@ -40,10 +60,10 @@ def _keys_in(file: Path) -> tuple[str, ...]:
             actual=f"mode {mode:o}", hint="chmod 600",
         )  # fmt: skip
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not keys or any(len(key) < SHORTEST or not key.isprintable() or not key.isascii() or " " in key for key in keys):
+    if not keys or not all(map(_usable, keys)):
         raise UsageError(
             "the file holds no usable key", code="GS-289", file=file,
             expected=f"one key a line, of {SHORTEST} characters or more, without spaces",
-            hint="python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one",
+            hint=_NEW_KEY,
         )  # fmt: skip
     return keys

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LEDGER = "GORA_SERVE_LEDGER"
 log = logging.getLogger(__name__)
 _LONGEST = 500  # characters of an error
+_MOST = 100  # refused folders that are named
 
 
 class Ledger:
@@ -32,7 +33,7 @@ class Ledger:
         self.file = file
         self._lock = threading.Lock()
         self._began = time.time()
-        self._told: dict[str, Any] = {"models": {}, "failures": {}, "start_seconds": None}
+        self._told: dict[str, Any] = {"models": {}, "failures": {}, "refused": {}, "start_seconds": None}
 
     def serves(self, base: str, adapters: Sequence[ServedAdapter]) -> None:
         """Say what the server starts with."""
@@ -58,16 +59,21 @@ class Ledger:
         with self._changing() as told:
             told["models"].pop(name, None)
 
-    def refused(self, name: str, err: GoraError) -> None:
-        """Say that an adapter, or another version of one, was refused; an older version goes on being served."""
+    def refused(self, name: str, err: GoraError, *, older: bool) -> None:
+        """Say that a folder of this name was refused, and whether an older version of it goes on being served."""
         with self._changing() as told:
             told["failures"][name] = told["failures"].get(name, 0) + 1
-            if name in told["models"]:
-                told["models"][name]["error"] = printable(f"[{err.code}] {err.what}")[:_LONGEST]
+            why = printable(f"[{err.code}] {err.what}")[:_LONGEST]
+            told["refused"] = {**told["refused"], name: why}
+            while len(told["refused"]) > _MOST:
+                del told["refused"][next(iter(told["refused"]))]
+            if older and name in told["models"]:
+                told["models"][name]["error"] = why
 
     def mended(self, name: str) -> None:
-        """Say that nothing speaks against an adapter any more, as it is served."""
+        """Say that nothing speaks against a name any more: what is there is served, or its folder is gone."""
         with self._changing() as told:
+            told["refused"].pop(name, None)
             told["models"].get(name, {}).pop("error", None)
 
     @contextmanager

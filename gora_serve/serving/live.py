@@ -48,6 +48,12 @@ AGAIN = 60.0  # seconds until what the machine or the engine was in the way of i
 LEAVE = 5.0  # seconds for a look that is under way when the server stops
 
 
+class Say(Protocol):
+    """Tells people, and machines: a text, how grave it is, and what it is about."""
+
+    def __call__(self, text: str, *, level: str = "info", **fields: object) -> None: ...
+
+
 class Running(Protocol):
     """The engine, as far as it is changed: `loading.RunningEngine`."""
 
@@ -98,7 +104,7 @@ class LiveAdapters:
 
     def __init__(
         self, watched: Watched, server: Server, engine: Running, *,
-        say: Callable[[str], None], pace: Pace | None = None, ledger: Ledger | None = None,
+        say: Say, pace: Pace | None = None, ledger: Ledger | None = None,
     ) -> None:  # fmt: skip
         assert watched.base is not None, "adapters are held to a base"
         self._watched, self._base, self._engine = watched, watched.base, engine
@@ -159,15 +165,18 @@ class LiveAdapters:
                     self.step()
                     self._complain("")
                 except GoraError as err:  # the directory, or the engine, does not answer: all stays as it is
-                    self._complain("; ".join(_lines(err, self._watched.folder)))
+                    self._complain("; ".join(_lines(err, self._watched.folder)), code=err.code)
                 except OSError as err:
                     self._complain(str(err))
         except Exception as err:  # ours: the server's own loop raises it
             self._failure = err
 
-    def _complain(self, text: str) -> None:
-        if text and text != self._complaint and not self._stop.is_set():
-            self._say(f"{text}; what was served is served")
+    def _complain(self, text: str, **fields: object) -> None:
+        if text != self._complaint and not self._stop.is_set():
+            if text:
+                self._say(f"warning: {text}; what was served is served", level="warning", **fields)
+            else:
+                self._say(f"{self._watched.folder} is looked at again")
         self._complaint = text
 
     # One look.
@@ -194,7 +203,7 @@ class LiveAdapters:
         self._leaving.append(self._served.pop(name))
         if self._ledger:
             self._ledger.removed(name)
-        self._say(f"withdrawn: {name}: its folder is gone")
+        self._say(f"withdrawn: {name}: its folder is gone", model=name)
 
     def _unload(self) -> None:
         """Unload what is not named any more, as soon as no request uses it."""
@@ -204,7 +213,8 @@ class LiveAdapters:
         for one in [one for one in self._leaving if one[0].number not in self._engine.resident]:
             self._leaving.remove(one)
             os.close(one[1])
-            self._say(f"unloaded: {one[0].adapter.name}, version {_version(one[0].adapter)}")
+            left = one[0].adapter
+            self._say(f"unloaded: {left.name}, version {_version(left)}", model=left.name)
         if self._fixed + len(self._served) < self._watched.room.adapters:
             for name in self._crowded & set(self._known):
                 self._known = tried(self._known, name, again=0.0)
@@ -258,17 +268,16 @@ class LiveAdapters:
         if self._ledger:
             self._ledger.added(adapter, loaded.seconds)
         for warning in found.warnings:
-            self._say(f"warning: {warning}")
+            self._say(f"warning: {warning}", level="warning", model=name)
         what = "a new version is served" if before is not None else "served"
-        self._say(f"{what}: {loaded.checked}; version {_version(adapter)}")
+        self._say(f"{what}: {loaded.checked}; version {_version(adapter)}", model=name, root=adapter.root)
 
     def _require_free(self, name: str) -> None:
         taken = [*self._server.models, *(other for other in self._served if other != name)]
         same = next((other for other in taken if other.casefold() == name.casefold()), None)
         if same is not None:
-            raise UsageError(
-                "another model has this name, but for case", code="GS-282", actual=same, hint="rename the folder"
-            )
+            what = "another model has this name" + (", but for case" if same != name else "")
+            raise UsageError(what, code="GS-282", actual=same, hint="rename the folder")
 
     def _require_place(self, adapter: ServedAdapter) -> None:
         most = self._watched.room.adapters
@@ -283,23 +292,26 @@ class LiveAdapters:
     def _report(self) -> None:
         """Tell people of what is bad, once it has stood still for long enough."""
         now = self._pace.clock()
-        self._refused = {name: one for name, one in self._refused.items() if name in self._known}
+        for name in self._refused.keys() - self._known.keys():
+            del self._refused[name]
+            if self._ledger:
+                self._ledger.mended(name)
         for name, one in self._refused.items():
             stands = self._known[name].stamp == one.stamp and now - self._known[name].since >= self._pace.patience
             if stands and not one.told:
                 self._refused[name] = replace(one, told=True)
                 if self._ledger:
-                    self._ledger.refused(name, one.error)
+                    self._ledger.refused(name, one.error, older=name in self._served)
                 older = " (its older version goes on being served)" if name in self._served else ""
                 for line in _lines(one.error, self._watched.folder / name):
-                    self._say(f"refused: {name}{older}: {line}")
+                    self._say(f"refused: {name}{older}: {line}", level="warning", model=name, code=one.error.code)
 
 
 def _lines(err: GoraError, path: Path) -> Sequence[str]:
     return err.faults or (str(as_fault(err, path)),)
 
 
-def watch_directory(plan: ServePlan, say: Callable[[str], None]) -> Beside:
+def watch_directory(plan: ServePlan, say: Say) -> Beside:
     """Return what looks after the directory of a plan beside its server."""
 
     def beside(server: Server, watch: FileWatch) -> LiveAdapters:

@@ -197,11 +197,7 @@ def plan_server(
     flags = _server_flags(config, served) | lora
     check_options(options, tuple(flags))
     check_lora_options(options, adapters, config, live=live)
-    host, wanted = single(options, "--host") or config.host, whole_number(options, "--port")
-    port = config.port if wanted is None else wanted
-    if not 1 <= port <= 65535:
-        raise UsageError("not a port", code="GS-288", hint="give another --port", expected="1 to 65535", actual=port)
-    guard = guard_environment(host, config.key_file, config.open_routes, os.environ if environ is None else environ)
+    url, guard = listening(config, options, os.environ if environ is None else environ)
     ours = {flag: values for flag, values in flags.items() if flag not in options}
     plugin = _plugin((*adapters, *watched) if live else adapters, config, architecture(base))
     return ServePlan(
@@ -210,7 +206,7 @@ def plan_server(
         removed=(*SCRUBBED, *SECRETS, SWITCH, RANKS),
         base=base.resolve(),
         adapters=tuple(adapters),
-        url=url_of(host, port),
+        url=url,
         models=(served, *(adapter.name for adapter in adapters)),
         ready_timeout=config.ready_timeout,
         shutdown_timeout=float(whole_number(options, "--shutdown-timeout") or config.shutdown_timeout),
@@ -218,6 +214,17 @@ def plan_server(
         key_file=config.key_file,
         watched=_watched(config.adapters_dir, room_in(lora, options, config.device), watched),
     )
+
+
+def listening(
+    config: ServeConfig, options: Mapping[str, Sequence[str]], environ: Mapping[str, str]
+) -> tuple[str, dict[str, str]]:
+    """Return the server's address, and what its guard is told. Raises UsageError (GS-288 and `guard_environment`'s)."""
+    host, wanted = single(options, "--host") or config.host, whole_number(options, "--port")
+    port = config.port if wanted is None else wanted
+    if not 1 <= port <= 65535:
+        raise UsageError("not a port", code="GS-288", hint="give another --port", expected="1 to 65535", actual=port)
+    return url_of(host, port), guard_environment(host, config.key_file, config.open_routes, environ)
 
 
 def _watched(folder: Path | None, room: Room, found: Sequence[ServedAdapter]) -> Watched | None:

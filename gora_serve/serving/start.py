@@ -20,15 +20,16 @@ from gora_serve.progress import Listener, silent
 from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
 from gora_serve.serving.arrivals import look_at
 from gora_serve.serving.base_weights import refuse_other_weights
-from gora_serve.serving.engine import Engine, find_engine, scrubbed
+from gora_serve.serving.engine import Engine, check_port_free, find_engine, scrubbed
 from gora_serve.serving.live import examined
-from gora_serve.serving.options import group_options, single
+from gora_serve.serving.options import check_options, group_options, single
 from gora_serve.serving.plan import (
     SCRUBBED,
     ServeConfig,
     ServedAdapter,
     ServePlan,
     architecture,
+    listening,
     plan_server,
     uses_plugin,
     with_device,
@@ -59,8 +60,12 @@ def prepare(
     """
     for name, _ in adapters:
         check_adapter_name(name)
-    located = locate_base(base)
     options = group_options(extra)
+    check_options(options, ())
+    url, _ = listening(config, options, os.environ)  # what is quickly refused comes before the base is hashed
+    if not dry:
+        check_port_free(url)
+    located = locate_base(base)
     if "--trust-remote-code" not in options:
         refuse_remote_code(located.path)
     beside = refuse_other_weights(located.path, single(options, "--load-format"))

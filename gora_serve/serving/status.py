@@ -46,7 +46,7 @@ class ServerStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `status --json` prints."""
-        kept = {key: self.told.get(key) for key in ("models", "others", "failures", "start_seconds")}
+        kept = {key: self.told.get(key) for key in ("models", "others", "failures", "refused", "start_seconds")}
         return {"url": self.url, "state": self.state, "reason": self.reason, **kept}
 
 

@@ -95,6 +95,7 @@ def status(
     return {
         "schema": SCHEMA, "state": "degraded" if degraded else "ready", "degraded": degraded or None, "models": models,
         "start_seconds": ledger.get("start_seconds"), "failures": ledger.get("failures", {}),
+        "refused": ledger.get("refused", {}),
         "others": {name: count for name, count in counts.items() if name not in served},  # unknown, and former ones
     }  # fmt: skip
 

@@ -402,7 +402,7 @@ def test_serve_never_shows_the_key(work: Path, exports: dict[str, Answer]) -> No
     words = ("serve", BASE, "-a", "a=[b]unit", "--host", "0.0.0.0", "--dry-run", "--json")
     refused = gora(*words, cwd=work, env=environment(VLLM_API_KEY=""))
     assert (refused.code, refused.gs) == (2, "GS-283")
-    answer = gora(*words, cwd=work, env=environment(VLLM_API_KEY="a-secret-key"))
+    answer = gora(*words, cwd=work, env=environment(VLLM_API_KEY="a-secret-key-0123456789"))
     assert answer.code == 0, answer.err
     assert "a-secret-key" not in answer.out + answer.err
 

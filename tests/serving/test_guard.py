@@ -13,6 +13,7 @@ import pytest
 from gora_serve.errors import GoraError, MachineError, UsageError
 from gora_serve.serving.exposure import guard_environment
 from gora_serve.serving.guard import CLOSED, Guard, route_of
+from gora_serve.serving.keys import inner as inner_environment
 from gora_serve.serving.keys import read_keys
 from gora_serve.serving.watch import FileWatch
 
@@ -107,7 +108,39 @@ def test_keys_out_of_a_file(tmp_path: Path) -> None:
     for key in (KEY, OTHER):
         assert ask(told, "/v1/models", f"Bearer {key}") == 200
     assert ask(told, "/v1/models", "Bearer third-key-0123456789") == 401
-    assert read_keys({"VLLM_API_KEY": "x"}, key_file(tmp_path)) == ("x", KEY, OTHER)
+    third = "third-key-0123456789"
+    assert read_keys({"VLLM_API_KEY": third}, key_file(tmp_path)) == (third, KEY, OTHER)
+
+
+def test_the_key_of_the_environment_beside_a_file(tmp_path: Path) -> None:
+    """vLLM's own check of /v1 knows VLLM_API_KEY alone, so beside a file it must not see it."""
+    third = "third-key-0123456789"
+    file = key_file(tmp_path)
+    told = inner_environment({"VLLM_API_KEY": third} | guard_environment("0.0.0.0", file, (), {}), file)
+    assert "VLLM_API_KEY" not in told
+    for key in (KEY, OTHER, third):
+        assert ask(told, "/v1/models", f"Bearer {key}") == 200
+    assert ask(told, "/v1/models", "Bearer fourth-key-0123456789") == 401
+    alone = {"VLLM_API_KEY": third}
+    assert inner_environment(alone, None) == alone, "vLLM's own check stays beside ours"
+
+
+@pytest.mark.parametrize("key", ["short", f"{KEY} {KEY}", f"{KEY}\n", "ключ-0123456789abcdef"])
+def test_keys_of_the_environment_that_are_refused(key: str) -> None:
+    with pytest.raises(UsageError, match="GS-289") as caught:
+        guard_environment("127.0.0.1", None, (), {"VLLM_API_KEY": key})
+    assert key not in str(caught.value)
+
+
+def test_while_it_stops(tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    told = KEYED | {"GORA_SERVE_STATE": str(state)}
+    state.write_text('{"ready": true}')
+    assert ask(told, "/v1/completions", f"Bearer {KEY}") == ask(told, "/health", f"Bearer {KEY}") == 200
+    state.write_text('{"ready": true, "stopping": true}')
+    assert ask(told, "/v1/completions", f"Bearer {KEY}") == ask(told, "/health", f"Bearer {KEY}") == 503
+    assert ask(told, "/metrics", f"Bearer {KEY}") == ask(told, "/gora-serve/status", f"Bearer {KEY}") == 200
+    assert ask(told, "/v1/completions") == 401
 
 
 @pytest.mark.parametrize(

@@ -166,10 +166,10 @@ def test_the_life_of_a_server_as_events(tmp_path: Path) -> None:
         assert running.wait(timeout=60) == 143
         assert running.stdout is not None
         assert running.stdout.read() == ""
-    assert [line["event"] for line in told] == ["warning", "start", "ready", "stop"]
+    assert [line["event"] for line in told] == ["warning", "start", "ready", "stopping", "stop"]
     assert told[0]["message"] == "warning: a warning"
     assert told[2]["models"] == ["base", "a", "b"]
-    assert told[3]["code"] == 143
+    assert (told[3]["seconds"], told[4]["code"]) == (5.0, 143)
     assert [line["message"] for line in lines_of(log.read_bytes())] == ["INFO a line of the engine"]
 
 
@@ -213,7 +213,7 @@ def test_progress_of_the_proof_is_no_line(tmp_path: Path, monkeypatch: pytest.Mo
             if '"event": "ready"' in line:
                 running.send_signal(signal.SIGTERM)
         assert running.wait(timeout=60) == 143
-    assert [line["event"] for line in lines_of("".join(told))] == ["warning", "start", "ready", "stop"]
+    assert [line["event"] for line in lines_of("".join(told))] == ["warning", "start", "ready", "stopping", "stop"]
 
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:

@@ -64,17 +64,22 @@ class Place:
     """The directory, what watches it, and a clock that only the test moves."""
 
     said: list[str]
+    fields: list[dict[str, object]]
 
     def __init__(
         self, folder: Path, base: ServedBase, store: Path, room: Room = ROOM, models: tuple[str, ...] = ("base",)
     ) -> None:
         self.folder, self.now = folder, 100.0
-        self.engine, self.said = StandIn(room), []
+        self.engine, self.said, self.fields = StandIn(room), [], []
         watched = Watched(folder, room, base, store)
         self.live = LiveAdapters(
-            watched, Server("", 0, models), self.engine, say=self.said.append,
+            watched, Server("", 0, models), self.engine, say=self.say,
             pace=Pace(0.0, SETTLE, PATIENCE, lambda: self.now),
         )  # fmt: skip
+
+    def say(self, text: str, **fields: object) -> None:
+        self.said.append(text)
+        self.fields.append(fields)
 
     def wait(self, seconds: float = SETTLE) -> None:
         """Look, and look again after a while."""
@@ -295,6 +300,7 @@ def test_names_that_cannot_be_served(place: Place, make: Callable[..., Path], na
     drop(place, make("a"), name)
     assert place.refused() == {name: code}
     assert "rename the folder" in place.said[-1]
+    assert place.fields[-1] == {"level": "warning", "model": name, "code": code}
     assert place.engine.loads == []
 
 
@@ -465,9 +471,15 @@ def test_an_upload_does_not_keep_a_server_from_starting(place: Place) -> None:
 def test_it_looks_from_a_thread_of_its_own(tmp_path: Path, served_base: ServedBase, make: Callable[..., Path]) -> None:
     folder = tmp_path / "live"
     folder.mkdir()
-    engine, said = StandIn(ROOM), []
+    engine, said = StandIn(ROOM), list[str]()
+
+    def say(text: str, **_: object) -> None:
+        said.append(text)
+
     watched = Watched(folder, ROOM, served_base, tmp_path / "store")
-    live = LiveAdapters(watched, Server("", 0, ("base",)), engine, say=said.append, pace=Pace(0.02, 0.05, 0.1))
+    live = LiveAdapters(
+        watched, Server("", 0, ("base",)), engine, say=lambda text, **_: said.append(text), pace=Pace(0.02, 0.05, 0.1)
+    )
     with live:
         shutil.copytree(make("a"), folder / "a")
         eventually(lambda: engine.names == {"a": 1})
@@ -476,6 +488,7 @@ def test_it_looks_from_a_thread_of_its_own(tmp_path: Path, served_base: ServedBa
         time.sleep(0.2)
         assert sum("GS-5600" in line for line in said) == 1
         (tmp_path / "gone").rename(folder)
+        eventually(lambda: said[-1].endswith("is looked at again"))
         engine.fails["b"] = ZeroDivisionError("a slip of ours")  # type: ignore[assignment]
         shutil.copytree(make("b", 1), folder / "b")
         eventually(lambda: not live._thread.is_alive())

@@ -64,7 +64,20 @@ def test_a_name_that_was_never_served(
     NAN.build(make("sound"), place.folder / "bad")
     assert place.refused() == {"bad": NAN.code}
     assert told()["failures"] == {"bad": 1}
+    assert told()["refused"]["bad"].startswith(f"[{NAN.code}]")
     assert set(told()["models"]) == {"base"}
+    shutil.rmtree(place.folder / "bad")
+    place.wait()
+    assert (told()["failures"], told()["refused"]) == ({"bad": 1}, {})
+
+
+def test_a_folder_with_the_name_of_the_base_is_no_error_of_the_base(
+    place: Place, make: Callable[..., Path], told: Callable[[], dict[str, Any]]
+) -> None:
+    drop(place, make("sound"), "base")
+    assert place.refused() == {"base": "GS-282"}
+    assert "error" not in told()["models"]["base"]
+    assert told()["refused"] == {"base": "[GS-282] another model has this name"}
 
 
 def test_a_full_disk_ends_no_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

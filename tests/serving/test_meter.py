@@ -136,9 +136,9 @@ def test_what_is_looked_up(bench: Bench) -> None:
     assert found["adapter_verify_seconds", "a"] == 0.25
     assert found["degraded",] == 0
     bench.watch.ledger.added(adapter("b"), 1.5)
-    bench.watch.ledger.refused("b", InputError("values", code="GS-339"))
-    bench.watch.ledger.refused("new-one", InputError("values", code="GS-339"))
-    bench.watch.ledger.refused("another", InputError("values", code="GS-339"))
+    bench.watch.ledger.refused("b", InputError("values", code="GS-339"), older=True)
+    bench.watch.ledger.refused("new-one", InputError("values", code="GS-339"), older=True)
+    bench.watch.ledger.refused("another", InputError("values", code="GS-339"), older=True)
     bench.app.loaded = {1, 2, 3}
     found = bench.scrape()
     assert found["adapter_load_seconds", "b"] == 1.5
@@ -155,7 +155,7 @@ def test_the_status_route(bench: Bench) -> None:
     for _ in range(3):
         bench.ask(model="a", stream=2)
     bench.ask(model="nobody", status=404)
-    bench.watch.ledger.refused("b", InputError("bad values\n", code="GS-339"))
+    bench.watch.ledger.refused("b", InputError("bad values\n", code="GS-339"), older=True)
     said = bench.client.get("/gora-serve/status").raise_for_status().json()
     assert (said["schema"], said["state"], said["degraded"]) == ("gora-serve/status/1", "ready", None)
     models = {model["name"]: model for model in said["models"]}
@@ -238,7 +238,7 @@ def test_the_ledger_is_always_whole(tmp_path: Path) -> None:
     thread = threading.Thread(target=read)
     thread.start()
     for _ in range(200):
-        ledger.refused("a", InputError("x" * 1000, code="GS-339"))
+        ledger.refused("a", InputError("x" * 1000, code="GS-339"), older=True)
     reading.set()
     thread.join()
     assert not faults

@@ -289,7 +289,7 @@ def test_an_open_server_needs_a_key(base: Path, host: str) -> None:
         plan_server(base, [], config, environ={})
     with pytest.raises(UsageError, match="GS-283"):
         plan_server(base, [], CPU, ["--host", host or "0.0.0.0"], environ={})
-    made = plan_server(base, [], config, environ={"VLLM_API_KEY": "secret"})
+    made = plan_server(base, [], config, environ={"VLLM_API_KEY": "secret-0123456789"})
     assert "secret" not in repr(made)
 
 
@@ -300,7 +300,7 @@ def test_loopback_needs_none(base: Path, host: str, url: str) -> None:
 
 def test_an_unspecified_host_is_reached_on_loopback(base: Path) -> None:
     config = ServeConfig(host="0.0.0.0", device="cpu")
-    assert plan_server(base, [], config, environ={"VLLM_API_KEY": "k"}).url == "http://127.0.0.1:8000"
+    assert plan_server(base, [], config, environ={"VLLM_API_KEY": "k" * 16}).url == "http://127.0.0.1:8000"
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
