@@ -193,7 +193,7 @@ def plan_server(
             expected="cpu or cuda",
         )
     options = group_options(extra)
-    served = single(options, "--served-model-name") or config.served_name or base.resolve().name
+    served = name_of_base(base, config, options)
     _check_names(adapters, served)
     live = config.adapters_dir is not None
     lora = lora_flags(adapters, watched if live else None, config, options, architecture(base))
@@ -221,6 +221,11 @@ def plan_server(
         key_file=config.key_file,
         watched=_watched(config.adapters_dir, room_in(lora, options, config.device), watched),
     )
+
+
+def name_of_base(base: Path, config: ServeConfig, options: Mapping[str, Sequence[str]]) -> str:
+    """Return the name that the base is served by."""
+    return single(options, "--served-model-name") or config.served_name or base.resolve().name
 
 
 def _watched(folder: Path | None, room: Room, found: Sequence[ServedAdapter]) -> Watched | None:
