@@ -1,4 +1,8 @@
-"""From a base and adapter folders to the slots that they take in vLLM: headers and configuration alone are read."""
+"""From a base and adapter folders to what they take in vLLM: headers and configuration alone are read.
+
+vLLM's own LoRA layers have slots of one rank; the plugin, where `serve` turns it on, has its own sizes, and they are
+asked of the code that the engine runs.
+"""
 
 from __future__ import annotations
 
@@ -12,46 +16,93 @@ from gora_serve.errors import UsageError
 from gora_serve.integrity.headers import DTYPE_BITS
 from gora_serve.serving.adapter_dir import read_adapter_dir
 from gora_serve.serving.fits import ADAPTED_EMBEDDINGS, place_of
-from gora_serve.serving.plan import architecture, read_served_adapters
-from gora_serve.serving.room import slots, target_modules
-from gora_serve.serving.slots import AdapterShapes, SlotPlan, plan_slots, wrapped_layers
+from gora_serve.serving.plan import ServedAdapter, architecture, plugin_settings, read_served_adapters, uses_plugin
+from gora_serve.serving.plugin import Declared
+from gora_serve.serving.room import rank_bucket, slots, target_modules
+from gora_serve.serving.slots import AdapterShapes, PoolPlan, Shape, SlotPlan, plan_pools, plan_slots, wrapped_layers
 from gora_serve.training.shapes import DTYPE_BYTES, BaseShapes, read_shapes
+from gora_serve.vllm_plugin.sizes import declared_in, layer_of, pool_rows, slot_rank
 
 CACHE = ServeConfig.kv_cache_gib * 2**30  # bytes that serving keeps for the KV cache at least
+# Bytes that all processes of a server on a CPU take beside weights, cache and adapters. Of
+# benchmarks/results/deployment.json: 3.5 GB with SmolLM2-135M in bfloat16 (0.27 GB) and 1 GiB of cache.
+ENGINE = 2_200_000_000
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The slots, and what lies beside them: bytes of weights and of the KV cache. notes: what to know of them."""
+    """What the adapters take, and what lies beside it: bytes of weights, of the KV cache, and of the engine itself.
 
-    plan: SlotPlan
+    plugin: whether these are the plugin's buffers. engine: None on a GPU, of which it was not measured. notes: what to
+    know of them.
+    """
+
+    plan: SlotPlan | PoolPlan
+    plugin: bool
     weights: int
     cache: int
+    engine: int | None
     notes: tuple[str, ...]
 
 
 def capacity(
-    base: Path, named: Sequence[tuple[str, Path]], *, device: Literal["gpu", "cpu"], dtype: str, memory: int
+    base: Path,
+    named: Sequence[tuple[str, Path]],
+    *,
+    device: Literal["gpu", "cpu"],
+    dtype: str,
+    memory: int,
+    plugin: bool | None = None,
+    given: Path | None = None,
 ) -> Capacity:
-    """Reckon the slots of a server with these adapters, and how many adapters of their ranks `memory` bytes hold.
+    """Reckon what these adapters take in a server, and how many adapters of their ranks `memory` bytes hold.
 
     Adapters that `serve` would refuse by their headers are refused here too, all faults at once. dtype: of weights and
-    slots; "auto" is as the base is stored. Raises what the readers of bases and adapters raise.
+    slots; "auto" is as the base is stored. plugin: as for `serve`. given: the base in the commands that are advised.
+    Raises what the readers of bases and adapters raise.
     """
-    served = read_served_adapters(named)
+    served = read_served_adapters(named, given)
     if len({name for name, _ in named}) < len(named):
         raise UsageError("two adapters have the same name", code="GS-2472", hint="name them: -a NAME=DIR")
     shapes, kind = read_shapes(base), architecture(base)
     found = [_adapter(name, path) for name, path in named]
+    config = ServeConfig(device="cpu" if device == "cpu" else "cuda", plugin=plugin)
     targets = target_modules(served, kind)
     wrapped = wrapped_layers(shapes.linears, _ends(shapes, kind), targets)
     width = DTYPE_BYTES.get(dtype, shapes.dtype_bytes)
-    weights = shapes.parameters * width
-    where: Literal["cpu", "cuda"] = "cpu" if device == "cpu" else "cuda"
-    number, spare = slots(len(served), where, live=False), slots(0, where, live=False)
-    room = max(0, memory - weights - CACHE)
-    plan = plan_slots(found, wrapped, slots=number, spare=spare, width=width, room=room)
-    return Capacity(plan, weights, CACHE, tuple(_notes(found, shapes, targets, spare, number * plan.slot_bytes > room)))
+    weights, engine = shapes.parameters * width, ENGINE if device == "cpu" else None
+    room = max(0, memory - weights - CACHE - (engine or 0))
+    plan = _plan(served, found, wrapped, config, kind, width, room)
+    on = uses_plugin(config)
+    notes = [*_strange(found, shapes), *_notes(plan, config, targets is None, plan.bytes > room)]
+    return Capacity(plan, on, weights, CACHE, engine, tuple(notes))
+
+
+def _plan(
+    served: Sequence[ServedAdapter],
+    found: Sequence[AdapterShapes],
+    wrapped: dict[str, Shape],
+    config: ServeConfig,
+    kind: str | None,
+    width: int,
+    room: int,
+) -> SlotPlan | PoolPlan:
+    """Reckon what the engine makes: the plugin is asked with what it would be told."""
+    known = declared_in(plugin_settings(served, config, kind))
+    number, spare = slots(len(served), config.device, live=False), slots(0, config.device, live=False)
+    largest = rank_bucket(max(adapter.largest for adapter in found))
+    if known is None:  # without the plugin, or where it is not told the ranks, every slot has the largest
+        return plan_slots(found, wrapped, slots=number, spare=spare, width=width, room=room)
+    if config.device == "cpu":
+        rows = {path: pool_rows(known, path, number, largest) for path in wrapped}
+        layers = len({layer_of(path) for path in wrapped})
+        return plan_pools(found, wrapped, rows, slots=number, layers=layers, width=width, room=room)
+    ranks = _slot_ranks(known, wrapped, largest)
+    return plan_slots(found, wrapped, slots=number, spare=spare, width=width, room=room, ranks=ranks)
+
+
+def _slot_ranks(known: Declared, wrapped: dict[str, Shape], largest: int) -> dict[str, int]:
+    return {path: slot_rank(known, *layer_of(path), largest) for path in wrapped}
 
 
 def _adapter(name: str, path: Path) -> AdapterShapes:
@@ -63,27 +114,36 @@ def _adapter(name: str, path: Path) -> AdapterShapes:
     return AdapterShapes(name, ranks, shapes, width)
 
 
-def _ends(shapes: BaseShapes, kind: str | None) -> dict[str, tuple[int, int]]:
+def _ends(shapes: BaseShapes, kind: str | None) -> dict[str, Shape]:
     """Return embeddings and head, which vLLM wraps for some classes even where no adapter has them."""
     if kind not in ADAPTED_EMBEDDINGS:
         return {}
     hidden, vocabulary = shapes.settings.hidden, shapes.settings.vocabulary
-    return {"embed_tokens": (hidden, vocabulary), "lm_head": (vocabulary, hidden)}
+    return {"model.embed_tokens": (hidden, vocabulary), "lm_head": (vocabulary, hidden)}
 
 
-def _notes(
-    adapters: Sequence[AdapterShapes], shapes: BaseShapes, targets: Sequence[str] | None, spare: int, over: bool
-) -> list[str]:
+def _strange(adapters: Sequence[AdapterShapes], shapes: BaseShapes) -> list[str]:
     places = {place_of(name.removesuffix(".weight")) for name in shapes.tensors}
     notes = []
     for adapter in adapters:
         strange = [module for module in adapter.ranks if place_of(module) not in places and module != "lm_head"]
         if strange:
             notes.append(f"{adapter.name}: {len(strange)} modules are not in this base, such as {strange[0]}")
+    return notes
+
+
+def _notes(plan: SlotPlan | PoolPlan, config: ServeConfig, everything: bool, over: bool) -> list[str]:
+    notes = []
     if over:
         notes.append("these adapters do not fit: more memory, a lower rank, or on a GPU --max-loras below their number")
-    if targets is None:
+    if isinstance(plan, PoolPlan):
+        return notes
+    if everything:
         notes.append("vLLM wraps every layer of this architecture, as --lora-target-modules is not safe here")
-    if spare:
+    if plan.by_layer:
+        notes.append("with the plugin each layer has the largest of its own ranks; it was not run on a GPU yet")
+    if config.device == "cpu" and uses_plugin(config):
+        notes.append("the plugin is not told the ranks here: each slot has --max-lora-rank in every layer")
+    elif config.device == "cpu":
         notes.append("on a CPU one slot stays empty, and the time of an adapter's tokens grows with --max-lora-rank")
     return notes

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from gora_serve.cli.options import json_option
-from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig
+from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig, ServeConfig
 
 
 @click.command()
@@ -68,12 +68,18 @@ from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig
     show_default="what is free on this machine",
     help="Memory of each device, to recommend settings for.",
 )
+@click.option(
+    "--plugin/--no-plugin",
+    default=ServeConfig.plugin,
+    help="With -a: gora-serve's LoRA layers in the engine, or vLLM's own.  [default: --plugin on CPU]",
+)
 @json_option
 def plan(base: str, **options: Any) -> None:
     """Reckon parameters and memory of probing and training before anything is loaded; with -a, of serving.
 
     Of adapters: MiB of a slot, how much of it each one fills, how many fit --memory, and which modules make the slots
-    as large as they are. -a takes --dtype, --device and --memory.
+    as large as they are; with the plugin on CPU, MiB of each one's own ranks. -a takes --dtype, --device, --memory and
+    --plugin, which is as for serve.
 
     BASE is a model folder or a hub id, of which only the JSON files are fetched; without weights the shapes follow
     from config.json for Llama, Mistral, Qwen2 and Qwen3. docs/memory.md says what each part is.
@@ -106,14 +112,16 @@ def plan(base: str, **options: Any) -> None:
 def _plan_serving(base: str, options: dict[str, Any], device: Literal["gpu", "cpu"], memory: int) -> None:
     from gora_serve.capacity import capacity
     from gora_serve.cli.render import emit
-    from gora_serve.cli.render_slots import slots_summary
+    from gora_serve.cli.render_slots import capacity_summary
     from gora_serve.integrity.bases import locate_adapter, locate_settings
 
     named = [_named(text) for text in options["adapters"]]
     located = [(name, locate_adapter(folder)) for name, folder in named]
-    found = capacity(Path(locate_settings(base).path), located, device=device, dtype=options["dtype"], memory=memory)
-    summary = slots_summary(base, found.plan, memory, found.weights, found.cache, found.notes)
-    emit(summary, as_json=options["as_json"])
+    found = capacity(
+        Path(locate_settings(base).path), located, device=device, dtype=options["dtype"], memory=memory,
+        plugin=options["plugin"], given=Path(base),
+    )  # fmt: skip
+    emit(capacity_summary(base, found, memory), as_json=options["as_json"])
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -1,8 +1,8 @@
-"""What `plan -a` prints: the slots, one line for each adapter, and what would make them smaller."""
+"""What `plan -a` prints: the slots or the pools, one line for each adapter, and what would make them smaller."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,33 +11,72 @@ from rich.text import Text
 
 from gora_serve.cli.render import Summary
 from gora_serve.errors import printable
+from gora_serve.serving.slots import PoolPlan
 
 if TYPE_CHECKING:
-    from gora_serve.serving.slots import InSlot, SlotPlan
+    from gora_serve.capacity import Capacity
+    from gora_serve.serving.slots import InPools, InSlot, SlotPlan
 
 MIB, GIB = 2**20, 2**30
 _NAMED = 3
 
 
-def slots_summary(base: str, plan: SlotPlan, memory: int, weights: int, cache: int, notes: Sequence[str]) -> Summary:
+def capacity_summary(base: str, found: Capacity, memory: int) -> Summary:
     """Bytes in JSON, MiB and GiB in words."""
+    plan = found.plan
     value: dict[str, Any] = {
-        "base": base, "max_lora_rank": plan.bucket, "slots": plan.slots, "wrapped_layers": plan.wrapped,
-        "slot_bytes": plan.slot_bytes, "slots_bytes": plan.bytes, "weights_bytes": weights, "cache_bytes": cache,
-        "memory": memory, "adapters_that_fit": plan.fits, "adapters": [asdict(one) for one in plan.adapters],
+        "base": base, "plugin": found.plugin, "layout": _layout(plan),
+        "buffers_bytes": plan.bytes,
+        **(_pools_value(plan) if isinstance(plan, PoolPlan) else _slots_value(plan)),
+        "weights_bytes": found.weights, "cache_bytes": found.cache, "engine_bytes": found.engine, "memory": memory,
+        "adapters_that_fit": plan.fits, "adapters": [asdict(one) for one in plan.adapters],
+        "notes": list(found.notes),
+    }  # fmt: skip
+    told, table = _pools(base, plan) if isinstance(plan, PoolPlan) else _slots(base, plan)
+    lines = [told[0], _fits(found, memory), *told[1:], *(f"note: {note}" for note in found.notes)]
+    return Summary(value, lines, [table])
+
+
+def _layout(plan: SlotPlan | PoolPlan) -> str:
+    return "pools" if isinstance(plan, PoolPlan) else "layers" if plan.by_layer else "slots"
+
+
+def _fits(found: Capacity, memory: int) -> str:
+    parts = [f"{found.weights / GIB:.2f} GiB of weights", f"{found.cache / GIB:.2f} GiB of KV cache"]
+    told = f"{found.plan.fits} such adapters fit {memory / GIB:.2f} GiB, beside "
+    if found.engine is None:
+        return f"{told}{' and '.join(parts)}; activations and CUDA graphs are not counted"
+    return f"{told}{', '.join(parts)} and about {found.engine / GIB:.1f} GiB of the engine itself"
+
+
+def _slots_value(plan: SlotPlan) -> dict[str, Any]:
+    return {
+        "max_lora_rank": plan.bucket, "slots": plan.slots, "wrapped_layers": plan.wrapped,
+        "slot_bytes": plan.slot_bytes, "slots_bytes": plan.bytes,
         "lower": None if plan.lower is None else {
             "max_lora_rank": plan.lower, "saved_bytes": plan.saved, "forcing": plan.forcing,
-        }, "notes": list(notes),
+        },
     }  # fmt: skip
-    lines = [
+
+
+def _pools_value(plan: PoolPlan) -> dict[str, Any]:
+    return {"max_lora_rank": plan.rank, "slots": plan.slots, "layers": plan.layers, "lower": None}
+
+
+def _slots(base: str, plan: SlotPlan) -> tuple[list[str], Table]:
+    told = (
         f"{base}: {plan.slots} slots of {_mib(plan.slot_bytes)} MiB at --max-lora-rank {plan.bucket}, "
-        f"{_mib(plan.bytes)} MiB in all ({plan.wrapped} layers)",
-        f"{plan.fits} such adapters fit {memory / GIB:.2f} GiB, beside {weights / GIB:.2f} GiB of weights and "
-        f"{cache / GIB:.2f} GiB of KV cache",
-        *_lower(plan),
-        *(f"note: {note}" for note in notes),
-    ]
-    return Summary(value, lines, [_table(plan)])
+        f"{_mib(plan.bytes)} MiB in all ({plan.wrapped} layers)"
+    )
+    return [told, *_lower(plan)], _slots_table(plan)
+
+
+def _pools(base: str, plan: PoolPlan) -> tuple[list[str], Table]:
+    return [
+        f"{base}: {_mib(plan.bytes)} MiB of LoRA buffers in {plan.layers} layers, by the ranks that each adapter has "
+        "there: the plugin's, which serve uses on a CPU (--no-plugin: vLLM's own)",
+        "no module makes others larger: what counts is the sum of the ranks, which fit --rank and convert --rank set",
+    ], _pools_table(plan)
 
 
 def _lower(plan: SlotPlan) -> list[str]:
@@ -56,19 +95,36 @@ def _lower(plan: SlotPlan) -> list[str]:
     return lines
 
 
-def _table(plan: SlotPlan) -> Table:
+def _slots_table(plan: SlotPlan) -> Table:
     names = ("adapter", "modules", "largest rank", "needs", "slot fill", "file MiB", "as --form padded")
-    table = Table(*names, title="--form padded saves nothing in vLLM: slots are padded anyway", title_justify="left")
+    title = "--form padded saves nothing in vLLM: slots are padded anyway"
+    if plan.by_layer:
+        title = "--form padded takes more: the ranks of all layers become the largest"
+    return _table(names, title, map(_slot_cells, plan.adapters))
+
+
+def _pools_table(plan: PoolPlan) -> Table:
+    names = ("adapter", "modules", "largest rank", "MiB", "as --form padded", "file MiB")
+    return _table(names, "--form padded only takes more: its zeros have rows, too", map(_pool_cells, plan.adapters))
+
+
+def _table(names: Sequence[str], title: str, rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(*names, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in plan.adapters:
-        table.add_row(*(Text(printable(cell)) for cell in _cells(one)))
+    for cells in rows:
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
-def _cells(one: InSlot) -> list[str]:
+def _slot_cells(one: InSlot) -> list[str]:
     sizes = [_mib(one.file_bytes), _mib(one.padded_bytes)]
     return [one.name, str(one.modules), str(one.largest), str(one.bucket), f"{one.fill:.0%}", *sizes]
+
+
+def _pool_cells(one: InPools) -> list[str]:
+    sizes = [_mib(one.bytes), _mib(one.padded_bytes), _mib(one.file_bytes)]
+    return [one.name, str(one.modules), str(one.largest), *sizes]
 
 
 def _mib(size: int) -> str:

@@ -37,7 +37,7 @@ from gora_serve.serving.ledger import Ledger
 from gora_serve.serving.loading import Loaded, RunningEngine
 from gora_serve.serving.plan import ServedAdapter, ServePlan, Watched, check_name
 from gora_serve.serving.preflight import as_fault, refuse
-from gora_serve.serving.room import SWAP, require_room
+from gora_serve.serving.room import SWAP, require_free, require_place, require_room
 from gora_serve.serving.store import Store, hold
 from gora_serve.serving.watch import FileWatch
 
@@ -247,7 +247,7 @@ class LiveAdapters:
 
     def _serve(self, name: str, seen: Seen) -> None:
         """Examine, store, load and publish one adapter; raise why it is not served."""
-        self._require_free(name)
+        require_free(name, [*self._server.models, *(other for other in self._served if other != name)])
         found = examined(name, seen, self._base, strict=self._watched.strict)
         before = self._served.get(name)
         planned = served_from(found, self._store.place(content_in(found)))
@@ -272,22 +272,14 @@ class LiveAdapters:
         what = "a new version is served" if before is not None else "served"
         self._say(f"{what}: {loaded.checked}; version {_version(adapter)}", model=name, root=adapter.root)
 
-    def _require_free(self, name: str) -> None:
-        taken = [*self._server.models, *(other for other in self._served if other != name)]
-        same = next((other for other in taken if other.casefold() == name.casefold()), None)
-        if same is not None:
-            what = "another model has this name" + (", but for case" if same != name else "")
-            raise UsageError(what, code="GS-282", actual=same, hint="rename the folder")
-
     def _require_place(self, adapter: ServedAdapter) -> None:
-        most = self._watched.room.adapters
-        if adapter.name not in self._served and self._fixed + len(self._served) >= most:
+        if adapter.name in self._served:
+            return
+        try:
+            require_place(adapter, self._fixed + len(self._served), self._watched.room)
+        except BindingError:
             self._crowded.add(adapter.name)
-            raise BindingError(
-                "as many adapters are served as the engine has room for", code="GS-4603", file=adapter.source,
-                expected=f"<= {most}", actual=most + 1,
-                hint=f"remove another one, or serve with --max-adapters {most + 1}",
-            )  # fmt: skip
+            raise
 
     def _report(self) -> None:
         """Tell people of what is bad, once it has stood still for long enough."""

@@ -54,8 +54,8 @@ class ServedAdapter:
     the quantized base that it says it was trained on, if it was, and how it is bound to its base, if it is.
 
     source: where it came from, where `path` is its entry in the store. scales: the smallest and the largest effective
-    scale of its modules. canary: its fingerprint. root: of its tensors, once they were read. form: unit, padded, native
-    or plain. verify_seconds: what verifying and copying it took. ranks: of its modules' tensors.
+    scale of its modules. canary: its fingerprint. root: of its tensors, once they were read. form: unit, native,
+    uniform or plain. verify_seconds: what verifying and copying it took. ranks: of its modules' tensors.
     """
 
     name: str
@@ -133,8 +133,11 @@ def check_name(name: str) -> None:
         )  # fmt: skip
 
 
-def read_served_adapters(named: Sequence[tuple[str, Path]]) -> tuple[ServedAdapter, ...]:
-    """Read and check all adapters; the faults of all of them come in one InputError."""
+def read_served_adapters(named: Sequence[tuple[str, Path]], base: Path | None = None) -> tuple[ServedAdapter, ...]:
+    """Read and check all adapters; the faults of all of them come in one InputError.
+
+    `base` only names the base in the commands that are advised.
+    """
     for name, path in named:
         check_name(name)
         require_adapter_files(path)
@@ -146,7 +149,7 @@ def read_served_adapters(named: Sequence[tuple[str, Path]]) -> tuple[ServedAdapt
         except InputError as err:
             faults.append(as_fault(err, path))
     for adapter in read:
-        faults += check_adapter(adapter)
+        faults += check_adapter(adapter, base)
     refuse(faults)
     return tuple(served(adapter) for adapter in read)
 
@@ -190,7 +193,7 @@ def plan_server(
             expected="cpu or cuda",
         )
     options = group_options(extra)
-    served = single(options, "--served-model-name") or config.served_name or base.resolve().name
+    served = name_of_base(base, config, options)
     _check_names(adapters, served)
     live = config.adapters_dir is not None
     lora = lora_flags(adapters, watched if live else None, config, options, architecture(base))
@@ -199,7 +202,7 @@ def plan_server(
     check_lora_options(options, adapters, config, live=live)
     url, guard = listening(config, options, os.environ if environ is None else environ)
     ours = {flag: values for flag, values in flags.items() if flag not in options}
-    plugin = _plugin((*adapters, *watched) if live else adapters, config, architecture(base))
+    plugin = plugin_settings((*adapters, *watched) if live else adapters, config, architecture(base))
     return ServePlan(
         argv=(*_command(base, config.device), *_words(ours), *extra, *MIDDLEWARE),  # the last one is the outermost
         environment=_environment(config, options) | plugin | guard,
@@ -225,6 +228,11 @@ def listening(
     if not 1 <= port <= 65535:
         raise UsageError("not a port", code="GS-288", hint="give another --port", expected="1 to 65535", actual=port)
     return url_of(host, port), guard_environment(host, config.key_file, config.open_routes, environ)
+
+
+def name_of_base(base: Path, config: ServeConfig, options: Mapping[str, Sequence[str]]) -> str:
+    """Return the name that the base is served by."""
+    return single(options, "--served-model-name") or config.served_name or base.resolve().name
 
 
 def _watched(folder: Path | None, room: Room, found: Sequence[ServedAdapter]) -> Watched | None:
@@ -275,7 +283,7 @@ def _words(flags: Flags) -> list[str]:
     return [word for flag, values in flags.items() for word in (flag, *values)]
 
 
-def _plugin(adapters: Sequence[ServedAdapter], config: ServeConfig, architecture: str | None) -> dict[str, str]:
+def plugin_settings(adapters: Sequence[ServedAdapter], config: ServeConfig, architecture: str | None) -> dict[str, str]:
     """Return what turns the plugin on, with the ranks of every layer where their names are the engine's own."""
     live = config.adapters_dir is not None
     if not uses_plugin(config) or not (adapters or live):

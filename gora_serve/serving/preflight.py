@@ -128,12 +128,15 @@ def effective_scales(adapter: AdapterDir) -> dict[str, float]:
 
 
 def form_of(adapter: AdapterDir) -> str:
-    """Return the form of `export` that the configuration has: unit, padded or native; else plain."""
-    patterns = bool(adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"))
+    """Return what the configuration looks like: unit or native as `export` has them; uniform where it has no patterns,
+    and so one rank for all modules, which may be padded ones or not; else plain.
+    """
+    if not (adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern")):
+        return "uniform"
     if adapter.config.get("use_rslora"):
-        return "native" if patterns else "plain"
+        return "native"
     one = all(abs(scale - 1) < 1e-9 for scale in effective_scales(adapter).values())
-    return ("unit" if patterns else "padded") if one else "plain"
+    return "unit" if one else "plain"
 
 
 def _pattern_value(config: Mapping[str, object], name: str, module: str, default: object) -> object:

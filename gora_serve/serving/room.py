@@ -7,7 +7,7 @@ headroom, and what does not fit into it is refused by `require_room`. Pure: name
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -155,6 +155,24 @@ def require_room(adapter: ServedAdapter, room: Room) -> None:
             "it adapts modules that the engine was not started for, and would drop without a message", code="GS-4602",
             file=adapter.source, expected=f"only {', '.join(sorted(room.targets))}", actual=", ".join(sorted(more)),
             hint=f"serve with -- --lora-target-modules {names}{restart}",
+        )  # fmt: skip
+
+
+def require_free(name: str, taken: Iterable[str]) -> None:
+    """Raise UsageError (GS-282) for a name that another model has, or that differs from it in case alone."""
+    same = next((other for other in taken if other.casefold() == name.casefold()), None)
+    if same is not None:
+        what = "another model has this name" + (", but for case" if same != name else "")
+        raise UsageError(what, code="GS-282", actual=same, hint="rename the folder")
+
+
+def require_place(adapter: ServedAdapter, served: int, room: Room) -> None:
+    """Raise BindingError (GS-4603) for one more adapter than there is room for. served: how many there are already."""
+    if served >= room.adapters:
+        raise BindingError(
+            "as many adapters are served as the engine has room for", code="GS-4603", file=adapter.source,
+            expected=f"<= {room.adapters}", actual=room.adapters + 1,
+            hint=f"remove another one, or serve with --max-adapters {room.adapters + 1}",
         )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """What adapters take in vLLM, from shapes alone: the size of a slot, how full each one is, what makes it so large.
 
 vLLM 0.32 makes every slot at its start, for every layer that it wraps, at one rank: A (rank, in) and B (out, rank) of
-each slice of a packed layer (lora/layers). So one module of a high rank sets the size of all. Pure; bytes are of one
+each slice of a packed layer (lora/layers). So one module of a high rank sets the size of all. With the plugin a slot
+has a rank for each layer (GPU), or the ranks of all adapters lie side by side in pools (CPU). Pure; bytes are of one
 device that holds the whole model (under tensor parallelism each holds a part of B).
 """
 
@@ -56,7 +57,7 @@ class SlotPlan:
     """The slots of one server. wrapped: layers that vLLM wraps, each slice of a packed one counted.
 
     lower: the next smaller bucket, None below the smallest; saved: bytes that it would save, over all slots. fits: how
-    many adapters the memory holds beside weights and cache; None where nothing is left for any.
+    many adapters the memory holds beside weights and cache. by_layer: each layer has a rank of its own, not `bucket`.
     """
 
     bucket: int
@@ -67,6 +68,7 @@ class SlotPlan:
     saved: int
     fits: int
     adapters: tuple[InSlot, ...]
+    by_layer: bool = False
 
     @property
     def bytes(self) -> int:
@@ -76,6 +78,34 @@ class SlotPlan:
     def forcing(self) -> dict[str, dict[str, int]]:
         """The modules that set the bucket, by adapter."""
         return {one.name: dict(one.forcing) for one in self.adapters if one.bucket == self.bucket and one.forcing}
+
+
+@dataclass(frozen=True)
+class InPools:
+    """One adapter in the pools. bytes: of its rows there; padded_bytes: of them, were it written by `export --form
+    padded`; file_bytes: of its tensors as they are.
+    """
+
+    name: str
+    largest: int
+    modules: int
+    bytes: int
+    padded_bytes: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """The pools of one server. rank: its --max-lora-rank, which sets no size here. slots: its --max-loras. layers:
+    those of vLLM with a pool, a packed one counted once. fits: how many adapters of their mean size the memory holds.
+    """
+
+    rank: int
+    slots: int
+    layers: int
+    bytes: int
+    fits: int
+    adapters: tuple[InPools, ...]
 
 
 def wrapped_layers(
@@ -92,21 +122,59 @@ def wrapped_layers(
 
 
 def plan_slots(
-    adapters: Sequence[AdapterShapes], wrapped: Mapping[str, Shape], *, slots: int, spare: int, width: int, room: int
+    adapters: Sequence[AdapterShapes],
+    wrapped: Mapping[str, Shape],
+    *,
+    slots: int,
+    spare: int,
+    width: int,
+    room: int,
+    ranks: Mapping[str, int] | None = None,
 ) -> SlotPlan:
     """Reckon the slots for these adapters.
 
     slots: how many the engine makes, with `spare` empty ones. width: bytes of an element in a slot (the served dtype).
-    room: bytes for slots. Raises InputError (GS-387) for a rank above what vLLM serves.
+    room: bytes for slots. ranks: that of a slot by module, where the plugin sets it; else one for all. Raises
+    InputError (GS-387) for a rank above what vLLM serves.
     """
     bucket = rank_bucket(max(adapter.largest for adapter in adapters))
-    total = sum(sum(shape) for shape in wrapped.values())  # elements of a slot, for each rank
-    size = total * bucket * width
+    held = {path: bucket if ranks is None else ranks[path] for path in wrapped}
+    elements = sum(held[path] * sum(shape) for path, shape in wrapped.items())
     lower = _lower(bucket)
-    saved = 0 if lower is None else slots * total * (bucket - lower) * width
-    seen = tuple(_in_slot(adapter, total * bucket) for adapter in adapters)
+    above = {path: 0 if lower is None else max(0, rank - lower) for path, rank in held.items()}
+    saved = slots * width * sum(above[path] * sum(shape) for path, shape in wrapped.items())
+    seen = tuple(_in_slot(adapter, elements) for adapter in adapters)
+    size = elements * width
     fits = max(0, room // size - spare) if size else 0
-    return SlotPlan(bucket, slots, len(wrapped), size, lower, saved, fits, seen)
+    return SlotPlan(bucket, slots, len(wrapped), size, lower, saved, fits, seen, ranks is not None)
+
+
+def plan_pools(
+    adapters: Sequence[AdapterShapes],
+    wrapped: Mapping[str, Shape],
+    rows: Mapping[str, int],
+    *,
+    slots: int,
+    layers: int,
+    width: int,
+    room: int,
+) -> PoolPlan:
+    """Reckon the pools for these adapters. rows: of each module's slice, as the plugin makes them."""
+    total = width * sum(rows[path] * sum(shape) for path, shape in wrapped.items())
+    seen = tuple(_in_pools(adapter, wrapped, width) for adapter in adapters)
+    fits = room * len(adapters) // total if total else 0
+    rank = rank_bucket(max(adapter.largest for adapter in adapters))
+    return PoolPlan(rank, slots, layers, total, fits, seen)
+
+
+def _in_pools(adapter: AdapterShapes, wrapped: Mapping[str, Shape], width: int) -> InPools:
+    own = {path: rank for path, rank in adapter.ranks.items() if path in wrapped}
+    padded = rank_bucket(adapter.largest)
+    sides = {path: sum(wrapped[path]) * width for path in own}
+    return InPools(
+        adapter.name, adapter.largest, len(adapter.ranks), sum(rank * sides[path] for path, rank in own.items()),
+        padded * sum(sides.values()), adapter.elements() * adapter.width,
+    )  # fmt: skip
 
 
 def _in_slot(adapter: AdapterShapes, slot: int) -> InSlot:

@@ -30,6 +30,7 @@ from gora_serve.serving.plan import (
     ServePlan,
     architecture,
     listening,
+    name_of_base,
     plan_server,
     uses_plugin,
     with_device,
@@ -37,6 +38,7 @@ from gora_serve.serving.plan import (
 from gora_serve.serving.plan import check_name as check_adapter_name
 from gora_serve.serving.plugin import why_stock
 from gora_serve.serving.preflight import refuse
+from gora_serve.serving.room import Room, require_free, require_place, require_room
 from gora_serve.serving.store import Store
 
 
@@ -82,14 +84,18 @@ def prepare(
     if located.revision and settled.served_name is None:  # the cache's folder is called after the commit
         settled = replace(settled, served_name=located.name.rpartition("/")[2])
     store = Store(config.store)
-    watched, told = _of_directory(config.adapters_dir, target, store, strict=strict)
-    warnings += told if dry else []
+    taken = [name_of_base(located.path, settled, options), *(name for name, _ in adapters)]
+    watched, told = _of_directory(config.adapters_dir, target, store, taken, strict=strict)
     # refused options come before any copy
     plan_server(located.path, _planned(found, store), settled, extra, watched=watched)
     served = _planned(found, store) if dry else _stored(found, target, store, strict=strict)
     plan = plan_server(located.path, served, settled, extra, watched=watched)
     if plan.watched is not None:
-        plan = replace(plan, watched=replace(plan.watched, base=target, store=config.store, strict=strict))
+        names, more = _that_find_room(watched, len(served), plan.watched.room)
+        told += more
+        directory = replace(plan.watched, base=target, store=config.store, strict=strict, found=names)
+        plan = replace(plan, watched=directory)
+    warnings += told if dry else []
     copies = [] if dry else [file for adapter in served for file in adapter.path.iterdir()]
     return replace(plan, stamps=verified | stamps(copies), beside=beside), warnings
 
@@ -115,19 +121,44 @@ def _served_base(located: Base, served_name: str | None, listen: Listener) -> Se
 
 
 def _of_directory(
-    folder: Path | None, base: ServedBase, store: Store, *, strict: bool
+    folder: Path | None, base: ServedBase, store: Store, taken: Sequence[str], *, strict: bool
 ) -> tuple[list[ServedAdapter], list[str]]:
-    """Return what may be served of a watched directory, and why the others may not. Nothing is copied."""
-    served, told = [], []
+    """Return what may be served of a watched directory, and why the others may not. Nothing is copied.
+
+    taken: the names of what is served beside.
+    """
+    served: list[ServedAdapter] = []
+    told: list[str] = []
     for name, seen in look_at(folder).items() if folder is not None else ():
         try:
+            require_free(name, [*taken, *(one.name for one in served)])
             found = examined(name, seen, base, strict=strict)
             served.append(served_from(found, store.place(content_in(found))))
-        except GoraError as err:
-            told.append(f"{seen.path}: would not be served: [{err.code}] {err.what}")
-        except OSError as err:
-            told.append(f"{seen.path}: would not be served: {err}")
+        except (GoraError, OSError) as err:
+            told.append(_would_not(seen.path, err))
     return served, told
+
+
+def _that_find_room(watched: Sequence[ServedAdapter], fixed: int, room: Room) -> tuple[tuple[str, ...], list[str]]:
+    """Return the names of those of a watched directory that the engine has room for, and why it has none for others.
+
+    fixed: how many adapters are served beside.
+    """
+    names: list[str] = []
+    told: list[str] = []
+    for adapter in watched:
+        try:
+            require_room(adapter, room)
+            require_place(adapter, fixed + len(names), room)
+            names.append(adapter.name)
+        except GoraError as err:
+            told.append(_would_not(adapter.source, err))
+    return tuple(names), told
+
+
+def _would_not(path: Path | None, err: Exception) -> str:
+    why = f"[{err.code}] {err.what}" if isinstance(err, GoraError) else str(err)
+    return f"{path}: would not be served: {why}"
 
 
 def _planned(found: Sequence[Examined], store: Store) -> tuple[ServedAdapter, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from functools import cache
 
 from gora_serve.serving.plugin import RANKS, Declared, load_declared
@@ -14,8 +15,12 @@ WARM_UP = 8  # rank of the adapters that vLLM warms up with: every slot must hol
 
 @cache
 def declared() -> Declared | None:
-    """Return what the environment declares, None where it is silent."""
-    text = os.environ.get(RANKS)
+    """Return what this process's environment declares, None where it is silent."""
+    return declared_in(os.environ)
+
+
+def declared_in(environ: Mapping[str, str]) -> Declared | None:
+    text = environ.get(RANKS)
     return load_declared(text) if text else None
 
 
@@ -24,6 +29,21 @@ def parts_of(name: str, slices: int) -> tuple[str, ...]:
     above, _, leaf = name.rpartition(".")
     packed = tuple(f"{above}.{part}" if above else part for part in PACKED.get(leaf, ()))
     return packed if len(packed) == slices else (name,) * slices
+
+
+def layer_of(module: str) -> tuple[str, int]:
+    """Return the layer that a projection is a slice of, as vLLM names it, and how many slices that has."""
+    above, dot, leaf = module.rpartition(".")
+    for packed, parts in PACKED.items():
+        if leaf in parts:
+            return f"{above}{dot}{packed}", len(parts)
+    return module, 1
+
+
+def pool_rows(known: Declared | None, module: str, slots: int, max_rank: int) -> int:
+    """Return the rows that a projection has in its layer's pool."""
+    name, slices = layer_of(module)
+    return pool_room(known, name, slices, slots, max_rank)[parts_of(name, slices).index(module)]
 
 
 def pool_room(known: Declared | None, name: str, slices: int, slots: int, max_rank: int) -> tuple[int, ...]:

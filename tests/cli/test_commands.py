@@ -398,6 +398,28 @@ def test_dry_run_prints_command_and_environment(work: Path, exports: dict[str, A
 
 
 @needs_engine
+def test_a_dry_run_counts_what_the_start_would_serve(work: Path, exports: dict[str, Answer], tmp_path: Path) -> None:
+    """Names that are taken, but for case, and what the engine has no room for, are told and not counted."""
+    live = tmp_path / "live"
+    for name in ("a", "b", "B", "c", "FIXED", "Served"):
+        shutil.copytree(work / "[b]unit", live / name)
+    words = ("serve", BASE, "--served-name", "served", "-a", "fixed=[b]unit", "--adapters", live, "--dry-run")
+
+    def told(*more: str) -> tuple[list[str], dict[str, str]]:
+        value = json.loads(done(work, *words, "--json", *more).out)
+        lines = [warning.split(": would not be served: ") for warning in value["warnings"] if str(live) in warning]
+        return value["watched"]["found"], {Path(path).name: why[1:].split("]")[0] for path, why in lines}
+
+    taken = {"b": "GS-282", "FIXED": "GS-282", "Served": "GS-282"}
+    assert told() == (["B", "a", "c"], taken)
+    # five slots: one stays empty, one is for a new version, one is for the adapter beside the directory
+    assert told("--", "--max-loras", "5") == (["B", "a"], {**taken, "c": "GS-4603"})
+    answer = done(work, *words)
+    assert f"# watched: {live}, 3 to be served now" in answer.out
+    assert f"{live / 'Served'}: would not be served: [GS-282]" in answer.err
+
+
+@needs_engine
 def test_serve_never_shows_the_key(work: Path, exports: dict[str, Answer]) -> None:
     words = ("serve", BASE, "-a", "a=[b]unit", "--host", "0.0.0.0", "--dry-run", "--json")
     refused = gora(*words, cwd=work, env=environment(VLLM_API_KEY=""))

@@ -135,7 +135,7 @@ NAMES = {  # of an option -> of the field, where they differ
 SOURCES: dict[str, tuple[tuple[str, ...], list[object]]] = {
     "fit": (("base", "--data", "d", "--output", "o"), [FIT.model, FIT.data, FIT.probe, FIT.ranks, FIT.init, FIT.train]),
     "probe": (("base", "--data", "d", "--output", "o"), [FIT.model, FIT.data, FIT.probe, TrainConfig()]),
-    "plan": (("base",), [ModelConfig(), RankConfig(), PlanConfig()]),
+    "plan": (("base",), [ServeConfig(), ModelConfig(), RankConfig(), PlanConfig()]),
     "ranks": (("probe",), [RankConfig()]),
     "export": (("run", "--output", "o"), [ExportConfig()]),
     "serve": (("base",), [ServeConfig()]),

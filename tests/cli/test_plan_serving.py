@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 from shell import TIMEOUT, environment, gora_here, snapshot
 
+REPOSITORY = Path(__file__).parents[2]
 MIB, GIB = 2**20, 2**30
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -112,9 +113,12 @@ def test_how_many_fit(base: Path, tmp_path: Path) -> None:
     assert value["weights_bytes"] == weights
     assert value["adapters_that_fit"] == (80 * GIB - weights - GIB) // (320 * MIB)
     assert planned(base, *words, "--memory", "15")["adapters_that_fit"] == 0
-    cpu = planned(base, *words, "--device", "cpu")
+    assert value["engine_bytes"] is None
+    cpu = planned(base, *words, "--device", "cpu", "--no-plugin")
     assert cpu["slots"] == 2, "one stays empty"
-    assert cpu["adapters_that_fit"] == value["adapters_that_fit"] - 1
+    assert cpu["slot_bytes"] == value["slot_bytes"]
+    room = 80 * GIB - weights - GIB - cpu["engine_bytes"]
+    assert cpu["adapters_that_fit"] == room // (320 * MIB) - 1
     assert "do not fit" in planned(base, *words, "--memory", "15")["notes"][0]
 
 
@@ -124,6 +128,73 @@ def test_only_packed_layers_that_are_touched_are_wrapped(base: Path, tmp_path: P
     sides = sum(sum(SHAPES[leaf]) for leaf in ("q_proj", "k_proj", "v_proj"))
     assert value["wrapped_layers"] == 3 * 32
     assert value["slot_bytes"] == 32 * sides * 16 * 2
+
+
+def two(tmp_path: Path) -> tuple[tuple[Path, Path], int, int]:
+    """Two adapters, and the elements of each."""
+    first = {**dict.fromkeys(SHAPES, 5), "3:down_proj": 33}
+    second = {"q_proj": 16, "3:down_proj": 2}
+    folders = adapter(tmp_path, "first", first), adapter(tmp_path, "second", second)
+    sides = {leaf: sum(SHAPES[leaf.rpartition(":")[2]]) for leaf in first}
+    a, b = (sum(rank * sides[leaf] for leaf, rank in ranks.items()) for ranks in (first, second))
+    return folders, a, b
+
+
+def test_on_a_cpu_it_is_what_the_plugin_makes(base: Path, tmp_path: Path) -> None:
+    """Each adapter has the rows of its own ranks; no module sets the size of another, and no slot is empty."""
+    (first, second), a, b = two(tmp_path)
+    words = ("-a", first, "-a", second, "--device", "cpu", "--dtype", "float32")
+    value = planned(base, *words)
+    assert (value["plugin"], value["layout"], value["lower"]) == (True, "pools", None)
+    assert value["buffers_bytes"] == 4 * (a + b)
+    assert value["layers"] == 4 * 32, "q, k and v are one, gate and up are one"
+    assert [one["bytes"] for one in value["adapters"]] == [4 * a, 4 * b]
+    padded = [one["padded_bytes"] for one in value["adapters"]]
+    sides = sum(map(sum, SHAPES.values())) + sum(SHAPES["down_proj"])
+    assert padded == [4 * 64 * sides, 4 * 16 * (sum(SHAPES["q_proj"]) + sum(SHAPES["down_proj"]))]
+    room = 80 * GIB - value["weights_bytes"] - GIB - value["engine_bytes"]
+    assert value["adapters_that_fit"] == 2 * room // (4 * (a + b))
+    told = gora_here("plan", base, *words, "--memory", "80")
+    assert f"{4 * (a + b) / MIB:.1f} MiB of LoRA buffers in 128 layers" in told.out
+    assert "GiB of KV cache and about 2.0 GiB of the engine itself" in told.out
+    assert "--form padded only takes more" in told.out
+    assert "--max-lora-rank" not in told.out
+    assert "--rank-max" not in told.out
+
+
+def test_vllms_own_layers_and_the_plugin_where_they_are_asked_for(base: Path, tmp_path: Path) -> None:
+    (first, second), _, _ = two(tmp_path)
+    words = ("-a", first, "-a", second)
+    stock = planned(base, *words, "--device", "cpu", "--no-plugin")
+    assert (stock["layout"], stock["slots_bytes"]) == ("slots", 3 * 320 * MIB)
+    assert any("one slot stays empty" in note for note in stock["notes"])
+    gpu = planned(base, *words)
+    assert (gpu["plugin"], gpu["layout"], gpu["slots_bytes"]) == (False, "slots", 2 * 320 * MIB)
+    sized = planned(base, *words, "--plugin")
+    qkv = sum(sum(SHAPES[leaf]) for leaf in ("q_proj", "k_proj", "v_proj"))
+    extra = 8 * qkv + (64 - 8) * sum(SHAPES["down_proj"])  # 16 in layer 0, 64 in layer 3, and what vLLM warms up with
+    assert (sized["layout"], sized["slot_bytes"]) == ("layers", 40 * MIB + 2 * extra)
+    assert sized["lower"]["saved_bytes"] == 2 * 2 * 32 * sum(SHAPES["down_proj"])
+
+
+def test_where_the_plugin_is_not_told_the_ranks(base: Path, tmp_path: Path) -> None:
+    """Other names: room for every slot, the empty one included, at the largest rank in all layers."""
+    words = ("-a", adapter(tmp_path, "a", {"q_proj": 16}), "--device", "cpu")
+    (base / "config.json").write_text(json.dumps(LLAMA_8B | {"architectures": ["OtherForCausalLM"]}))
+    value = planned(base, *words)
+    assert (value["plugin"], value["layout"], value["slots_bytes"]) == (True, "slots", 2 * 80 * MIB)
+    assert any("not told the ranks" in note for note in value["notes"])
+    assert not any("grows with --max-lora-rank" in note for note in value["notes"])
+
+
+def test_the_engines_own_memory_is_what_was_measured() -> None:
+    """All processes of a server, less weights and cache; the servers of `a base for each` share pages."""
+    from gora_serve.capacity import CACHE, ENGINE
+
+    result = json.loads((REPOSITORY / "benchmarks" / "results" / "deployment.json").read_text())
+    weights = 134_515_008 * 2  # SmolLM2-135M in bfloat16
+    for row in result["tasks"].values():
+        assert row["one base"]["GB"] * 1e9 == pytest.approx(weights + CACHE + ENGINE, rel=0.03)
 
 
 SMOLLM2 = {
@@ -164,6 +235,7 @@ def test_what_serve_refuses_is_refused(base: Path, tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
     answer = gora_here("plan", base, "-a", folder, "--memory", "80")
     assert (answer.code, answer.gs) == (3, "GS-383")
+    assert f"gora-serve convert {folder} --base {base} --output {folder}-plain" in answer.err
     answer = gora_here("plan", base, "-a", tmp_path / "none", "--memory", "80")
     assert answer.code == 5
     good = whole(tmp_path, "good", 8)

@@ -24,7 +24,16 @@ from gora_serve.serving.plan import (
     with_device,
 )
 from gora_serve.serving.plugin import Declared, load_declared
-from gora_serve.serving.room import PROJECTIONS, RANK_BUCKETS, Room, rank_bucket, require_room, target_modules
+from gora_serve.serving.room import (
+    PROJECTIONS,
+    RANK_BUCKETS,
+    Room,
+    rank_bucket,
+    require_free,
+    require_place,
+    require_room,
+    target_modules,
+)
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 CPU = ServeConfig(device="cpu")
@@ -166,6 +175,15 @@ def test_what_a_running_engine_has_room_for() -> None:
     with pytest.raises(BindingError, match="GS-4602") as caught:
         require_room(adapter(rank=1), room)
     assert "--lora-target-modules down_proj q_proj" in str(caught.value)
+
+
+def test_names_and_places_that_are_free() -> None:
+    require_free("b", ["base", "a"])
+    with pytest.raises(UsageError, match="GS-282"):
+        require_free("BASE", ["base", "a"])
+    require_place(adapter(), 1, Room(2, 16, None))
+    with pytest.raises(BindingError, match="GS-4603"):
+        require_place(adapter(), 2, Room(2, 16, None))
 
 
 def test_environment(base: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from gora_serve.errors import InputError, MachineError
 from gora_serve.serving.adapter_dir import read_adapter_dir
 from gora_serve.serving.plan import read_served_adapters
-from gora_serve.serving.preflight import check_adapter
+from gora_serve.serving.preflight import check_adapter, form_of
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 WriteAdapter = Callable[..., Path]
@@ -109,6 +109,24 @@ def test_rank_patterns_follow_peft(write_adapter: WriteAdapter) -> None:
     config = {"r": 3, "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 5, "q_proj": 7}}
     ranks = {Q: 5, "model.layers.10.self_attn.q_proj": 7, K: 3}
     assert faults(write_adapter("a", ranks, config=config)) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [
+        ({}, "plain"),
+        ({"lora_alpha": 3}, "unit"),
+        ({"use_rslora": True}, "native"),
+        ({"rank_pattern": {}, "r": 3, "lora_alpha": 3}, "uniform"),
+        ({"rank_pattern": {}, "r": 3, "lora_alpha": 6}, "uniform"),
+        ({"rank_pattern": {}, "r": 3, "use_rslora": True}, "uniform"),
+    ],
+)
+def test_the_form_is_what_the_configuration_says(
+    write_adapter: WriteAdapter, config: dict[str, object], form: str
+) -> None:
+    """Padded ranks cannot be told from ranks that are alike."""
+    assert form_of(read_adapter_dir("a", write_adapter("a", {Q: 3, K: 3}, config=config))) == form
 
 
 def test_all_faults_of_all_adapters_come_at_once(write_adapter: WriteAdapter) -> None:

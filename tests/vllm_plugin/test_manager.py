@@ -261,6 +261,29 @@ def test_values_that_are_not_finite_change_nothing(plugin: None, tmp_path: Path,
     assert torch.equal(down[0], good[DOWN][0].half())
 
 
+def test_plan_counts_what_is_allocated(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plan -a` has the bytes of the pools that are made for the same adapters."""
+    from gora_serve.serving.plugin import declare, dump_declared
+    from gora_serve.serving.slots import AdapterShapes, plan_pools
+    from gora_serve.vllm_plugin.hooks import pool_of
+    from gora_serve.vllm_plugin.sizes import declared, layer_of, pool_rows
+
+    ranks = [{GATE: 3, DOWN: 8, HEAD: 2}, {UP: 5, DOWN: 1, EMBED: 4}]
+    known = declare(ranks, 0)
+    monkeypatch.setenv(RANKS, dump_declared(known))
+    declared.cache_clear()
+    layers = make_worker()._adapter_manager.modules.values()
+    declared.cache_clear()
+    pools = [pool for layer in layers if (pool := pool_of(layer)) is not None]
+    planned = plan_pools(
+        [AdapterShapes(str(index), one, SHAPES, 4) for index, one in enumerate(ranks)], SHAPES,
+        {path: pool_rows(known, path, SLOTS, 8) for path in SHAPES},
+        slots=SLOTS, layers=len({layer_of(path) for path in SHAPES}), width=4, room=0,
+    )  # fmt: skip
+    assert (planned.bytes, planned.layers) == (sum(pool.nbytes for pool in pools), len(pools))
+    assert planned.bytes == sum(one.bytes for one in planned.adapters)
+
+
 class Runner:
     """Of vLLM's runner what computes the log probabilities of prompts, which takes the rows of each request."""
 

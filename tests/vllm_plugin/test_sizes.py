@@ -21,7 +21,7 @@ from gora_serve.serving.plugin import (
     plugin_environment,
     why_stock,
 )
-from gora_serve.vllm_plugin.sizes import headroom_for, parts_of, pool_room, slot_rank
+from gora_serve.vllm_plugin.sizes import headroom_for, layer_of, parts_of, pool_room, pool_rows, slot_rank
 
 Q, K, V = (f"model.layers.3.self_attn.{name}_proj" for name in "qkv")
 DOWN = "model.layers.3.mlp.down_proj"
@@ -71,6 +71,16 @@ def test_a_layer_that_is_not_split_is_known_by_its_own_name() -> None:
     assert parts_of("a.qkv_proj", 3) == ("a.q_proj", "a.k_proj", "a.v_proj")
     assert parts_of("a.qkv_proj", 1) == ("a.qkv_proj",)
     assert parts_of("gate_up_proj", 2) == ("gate_proj", "up_proj")
+
+
+def test_a_projection_is_a_slice_of_its_layer() -> None:
+    assert layer_of(Q) == ("model.layers.3.self_attn.qkv_proj", 3)
+    assert layer_of("up_proj") == ("gate_up_proj", 2)
+    assert layer_of(DOWN) == (DOWN, 1)
+    for module in (Q, K, V, DOWN, "lm_head"):
+        assert module in parts_of(*layer_of(module))
+    assert [pool_rows(KNOWN, module, 3, 32) for module in (Q, K, V, DOWN)] == [14, 0, 10, 32]
+    assert pool_rows(None, K, 3, 32) == 96
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"adapters":1,"headroom":0,"modules":{"a":{"":[1]}}}', '{"adapters":-1}'])
