@@ -18,6 +18,7 @@ import time
 import openai
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, most: int) -> tuple[str, str, float]:
@@ -30,7 +31,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: str, most: int) ->
 
 
 async def ask_all(url: str, prompt: str, most: int) -> list[tuple[str, str, float]]:
-    key = os.environ.get("VLLM_API_KEY", "none")
+    key = os.environ.get("VLLM_API_KEY") or "none"
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=300) as client:
         models = [model.id async for model in client.models.list()]
         return await asyncio.gather(*(ask(client, model, prompt, most) for model in models))
@@ -49,7 +50,7 @@ def main() -> None:
         sys.exit(1)
     table = Table("model", "answer", "seconds")
     for model, answer, seconds in answers:
-        table.add_row(model, answer.strip(), f"{seconds:.1f}")
+        table.add_row(Text(model), Text(answer.strip()), f"{seconds:.1f}")
     Console().print(table)
 
 

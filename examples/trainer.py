@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gamma", type=float, default=0.1, help="size of the first step")
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--trl", action="store_true", help="train with TRL's SFTTrainer; needs pip install trl")
+    options = parser.parse_args(arguments)
+    if options.trl and find_spec("trl") is None:
+        parser.error("--trl needs TRL: pip install trl")
     try:
-        run(parser.parse_args(arguments))
+        run(options)
     except GoraError as err:  # its text says what to do
         print(err, file=sys.stderr)
         sys.exit(err.exit_code)

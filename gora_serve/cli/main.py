@@ -101,7 +101,8 @@ def _answer(argv: list[str], *, as_json: bool, debug: bool) -> int:
         return _interrupted(signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still buffered
-        return 0
+        number = came()
+        return 128 + number if number else 0
     except Exception as err:  # the last line of defence: exit 70 says that this is our bug
         if number := came():
             return _interrupted(number)

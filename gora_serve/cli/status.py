@@ -30,10 +30,10 @@ def status(url: str, key_file: Path | None, as_json: bool) -> int:
     """
     from gora_serve.cli.render import answer
     from gora_serve.cli.render_status import not_ready, status_summary
-    from gora_serve.serving.keys import read_keys
+    from gora_serve.serving.keys import KEY_VARIABLE, read_keys
     from gora_serve.serving.status import read_status, server_address
 
     address = server_address(url)
-    keys = read_keys({} if key_file else os.environ, key_file)
-    found = read_status(address, next(iter(keys), None))
+    key = read_keys({}, key_file)[0] if key_file else os.environ.get(KEY_VARIABLE)
+    found = read_status(address, key or None)
     return answer(status_summary(found), not_ready(found), as_json=as_json)

@@ -20,6 +20,7 @@ from gora_serve.errors import MachineError, OutputError
 from gora_serve.integrity.cache import Digests, QuickCache, now
 from gora_serve.integrity.reading import open_regular, pieces
 from gora_serve.integrity.staging import file_in_the_way, publish, staged_folder, sync_published
+from gora_serve.signals import leave_if_asked
 
 __all__ = [
     "json_text", "list_files", "make_parents", "refuse_existing", "sha256_file", "staged_folder", "write_bytes",
@@ -106,6 +107,7 @@ def write_stream(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(fd)
+        leave_if_asked()
         if overwrite:
             temporary.replace(path)
         else:

@@ -157,8 +157,9 @@ def serve_forever(
                     watch.started()
                     announce(server)
                 _look_after(child, watch, companion, stop)
-            watch.tell(stopping=True)
-            stopping(plan.shutdown_timeout)
+                with contextlib.suppress(OSError):  # a full disk keeps nobody from stopping
+                    watch.tell(stopping=True)
+                stopping(plan.shutdown_timeout)
     return 128 + (stop.number or 0)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from gora_serve.serving import inside
 from gora_serve.serving.asgi import App, Receive, Scope, Send, answer_json
-from gora_serve.serving.keys import KEY_FILE, KEY_VARIABLE, read_keys
+from gora_serve.serving.keys import INNER_KEY, KEY_FILE, KEY_VARIABLE, read_keys
 
 MODE, OPEN_ROUTES, STATE_FILE = "GORA_SERVE_GUARD", "GORA_SERVE_OPEN_ROUTES", "GORA_SERVE_STATE"
 TOKEN, TOKEN_HEADER = "GORA_SERVE_TOKEN", "x-gora-serve-token"  # of our parent, which asks before others may
@@ -50,7 +50,8 @@ class Guard:
         self._token = token_digest(told.get(TOKEN))
         self._ready = self._state is None
         self._residents = inside.Residents()
-        keys = read_keys(told, Path(told[KEY_FILE]) if told.get(KEY_FILE) else None)
+        own = {KEY_VARIABLE: told.get(KEY_VARIABLE) or told.get(INNER_KEY, "")}
+        keys = read_keys(own, Path(told[KEY_FILE]) if told.get(KEY_FILE) else None)
         self._keys = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
         if self._mode != KEYLESS and not self._keys:
             raise RuntimeError(f"the guard needs a key: set {KEY_VARIABLE} or {KEY_FILE}")
@@ -71,7 +72,7 @@ class Guard:
         if not self._ready and not self._is_ready() and not is_parent(scope.get("headers", ()), self._token):
             return await _refuse(scope, send, 503, "not ready: the adapters are being checked")
         told = read_state(self._state) if self._state is not None else {}
-        if told.get("stopping") and path not in WHILE_STOPPING:
+        if told.get("stopping") and path not in WHILE_STOPPING and not is_parent(scope.get("headers", ()), self._token):
             return await _refuse(scope, send, 503, "stopping: what had begun is still answered")
         if path in ("/health", "/ping") and (reason := told.get("degraded")):
             return await _refuse(scope, send, 503, f"degraded: {reason}")

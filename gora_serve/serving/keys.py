@@ -24,7 +24,7 @@ def read_keys(environ: Mapping[str, str], file: Path | None) -> tuple[str, ...]:
     Raises UsageError (GS-289) for a key that is too short or has spaces, and for a file without one, MachineError for
     a file that cannot be read (GS-5353) or that others can read (GS-5354). No message has a key in it.
     """
-    own = environ.get(KEY_VARIABLE) or environ.get(INNER_KEY)
+    own = environ.get(KEY_VARIABLE)
     if own and not _usable(own):
         raise UsageError(
             f"{KEY_VARIABLE} is no usable key", code="GS-289",
@@ -39,7 +39,7 @@ def _usable(key: str) -> bool:
 
 def inner(environment: Mapping[str, str], file: Path | None) -> dict[str, str]:
     """Return the engine's environment with all keys for the guard: vLLM's own check knows those of no file."""
-    found = dict(environment)
+    found = {name: value for name, value in environment.items() if name not in (INNER_KEY, KEY_FILE)}
     if file is not None and KEY_VARIABLE in found:
         found[INNER_KEY] = found.pop(KEY_VARIABLE)
     return found

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 LEDGER = "GORA_SERVE_LEDGER"
 log = logging.getLogger(__name__)
 _LONGEST = 500  # characters of an error
-_MOST = 100  # refused folders that are named
 
 
 class Ledger:
@@ -65,9 +64,7 @@ class Ledger:
             told["failures"][name] = told["failures"].get(name, 0) + 1
             why = printable(f"[{err.code}] {err.what}")[:_LONGEST]
             told["refused"] = {**told["refused"], name: why}
-            while len(told["refused"]) > _MOST:
-                del told["refused"][next(iter(told["refused"]))]
-            if older and name in told["models"]:
+            if older:
                 told["models"][name]["error"] = why
 
     def mended(self, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _COUNTS = {
     "prompt_tokens_total": "prompt_tokens", "completion_tokens_total": "completion_tokens",
     "requests_without_usage_total": "requests_without_usage", "last_server_error_time_seconds": "last_server_error",
 }  # fmt: skip
+_MOST = 100  # refused folders that are named
 _KNOWN = ("kind", "since", "root", "form", "rank", "verify_seconds", "load_seconds", "error")
 
 
@@ -95,7 +97,7 @@ def status(
     return {
         "schema": SCHEMA, "state": "degraded" if degraded else "ready", "degraded": degraded or None, "models": models,
         "start_seconds": ledger.get("start_seconds"), "failures": ledger.get("failures", {}),
-        "refused": ledger.get("refused", {}),
+        "refused": dict(islice(ledger.get("refused", {}).items(), _MOST)),
         "others": {name: count for name, count in counts.items() if name not in served},  # unknown, and former ones
     }  # fmt: skip
 

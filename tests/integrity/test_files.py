@@ -11,16 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from gora_serve.cli.stopping import stopping
 from gora_serve.errors import GoraError, MachineError, OutputError, UsageError
 from gora_serve.integrity import publishing
-from gora_serve.integrity.files import sha256_file, staged_folder, write_bytes, write_json, write_stream
+from gora_serve.integrity.files import sha256_file, staged_folder, write_bytes, write_json, write_stream, write_text
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.targets import SEAL_SCHEMA
-from gora_serve.signals import leaving_on_signals
+from gora_serve.signals import came, leave, leaving_on_signals
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -559,6 +561,31 @@ def test_nothing_is_published_after_a_signal_that_a_library_swallowed(
         signal.signal(signal.SIGINT, before)
     assert content(old) == OLD
     assert names(old.parent) == ["out"]
-    with staged_folder(old, overwrite=True) as stage:  # a later one is not told to leave
+    write_text(old.parent / "after", "a later one is not told to leave")
+    with staged_folder(old, overwrite=True) as stage:
         fill(stage, "new")
     assert content(old) != OLD
+
+
+def test_no_file_is_published_after_a_signal_that_a_library_swallowed(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with leaving_on_signals():
+            with stopping(), suppress(SystemExit):
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)  # the second one raises
+            assert came() == signal.SIGTERM
+            with pytest.raises(SystemExit):
+                write_text(tmp_path / "out", "made of less")
+            assert names(tmp_path) == []
+            try:
+                leave(signal.SIGTERM)
+            except SystemExit:
+                write_text(tmp_path / "run.json", "stopped")  # clean-up on the way out
+            assert names(tmp_path) == ["run.json"]
+        assert came() is None
+        with pytest.raises(KeyboardInterrupt):  # outside nothing is noted, and nobody is kept from going on
+            leave(signal.SIGINT)
+        write_text(tmp_path / "out", "new")
+    finally:
+        signal.signal(signal.SIGINT, before)

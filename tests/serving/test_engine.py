@@ -24,6 +24,7 @@ from gora_serve.serving.client import ChatRequest, ask_all, chat, complete, run_
 from gora_serve.serving.engine import check_port_free, child_environment, find_engine, free_port, running_server
 from gora_serve.serving.plan import ServePlan
 from gora_serve.serving.process import session_members
+from gora_serve.serving.watch import FileWatch
 
 MODELS = ("base", "a", "b")
 # The stand-in: argv is port, manners, models. It has a child of its own, as vLLM has.
@@ -305,6 +306,29 @@ def test_a_server_is_ready_when_what_works_beside_it_has_caught_up(log: Path) ->
     assert looks == 2
     assert server.models == (*MODELS, "live")
     assert session_members(server.pid) == ()
+
+
+def test_the_guard_is_told_before_running_requests_are_waited_for(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what works beside the server has ended, too."""
+    order: list[str] = []
+    tell = FileWatch.tell
+
+    def noting(watch: FileWatch, **more: object) -> None:
+        tell(watch, **more)
+        order.extend(more)
+
+    class Slow(Beside):
+        def __exit__(self, *_: object) -> None:
+            order.append("left")
+
+    monkeypatch.setattr(FileWatch, "tell", noting)
+    beside = Slow()
+    code = engine.serve_forever(
+        make_plan(), log=log, announce=lambda _: signal.raise_signal(signal.SIGTERM),
+        stopping=lambda seconds: order.append(f"{seconds:g} s"), beside=lambda server, watch: beside,
+    )  # fmt: skip
+    assert code == 143
+    assert order == ["ready", "stopping", "5 s", "left"]
 
 
 @pytest.mark.parametrize("manners", ["polite", "stubborn"])

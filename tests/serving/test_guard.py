@@ -116,7 +116,9 @@ def test_the_key_of_the_environment_beside_a_file(tmp_path: Path) -> None:
     """vLLM's own check of /v1 knows VLLM_API_KEY alone, so beside a file it must not see it."""
     third = "third-key-0123456789"
     file = key_file(tmp_path)
-    told = inner_environment({"VLLM_API_KEY": third} | guard_environment("0.0.0.0", file, (), {}), file)
+    stray = {"GORA_SERVE_API_KEY": "fourth-key-0123456789", "GORA_SERVE_API_KEY_FILE": "/no/such/file"}
+    assert inner_environment(stray, file) == inner_environment(stray, None) == {}
+    told = inner_environment({"VLLM_API_KEY": third} | stray, file) | guard_environment("0.0.0.0", file, (), {})
     assert "VLLM_API_KEY" not in told
     for key in (KEY, OTHER, third):
         assert ask(told, "/v1/models", f"Bearer {key}") == 200

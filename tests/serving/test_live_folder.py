@@ -477,9 +477,7 @@ def test_it_looks_from_a_thread_of_its_own(tmp_path: Path, served_base: ServedBa
         said.append(text)
 
     watched = Watched(folder, ROOM, served_base, tmp_path / "store")
-    live = LiveAdapters(
-        watched, Server("", 0, ("base",)), engine, say=lambda text, **_: said.append(text), pace=Pace(0.02, 0.05, 0.1)
-    )
+    live = LiveAdapters(watched, Server("", 0, ("base",)), engine, say=say, pace=Pace(0.02, 0.05, 0.1))
     with live:
         shutil.copytree(make("a"), folder / "a")
         eventually(lambda: engine.names == {"a": 1})

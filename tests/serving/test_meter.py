@@ -137,8 +137,8 @@ def test_what_is_looked_up(bench: Bench) -> None:
     assert found["degraded",] == 0
     bench.watch.ledger.added(adapter("b"), 1.5)
     bench.watch.ledger.refused("b", InputError("values", code="GS-339"), older=True)
-    bench.watch.ledger.refused("new-one", InputError("values", code="GS-339"), older=True)
-    bench.watch.ledger.refused("another", InputError("values", code="GS-339"), older=True)
+    bench.watch.ledger.refused("new-one", InputError("values", code="GS-339"), older=False)
+    bench.watch.ledger.refused("another", InputError("values", code="GS-339"), older=False)
     bench.app.loaded = {1, 2, 3}
     found = bench.scrape()
     assert found["adapter_load_seconds", "b"] == 1.5
