@@ -24,6 +24,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from gora_serve.vllm_plugin.fit import check_finite, check_fit
+from gora_serve.vllm_plugin.packed import can_pack
 from gora_serve.vllm_plugin.pool import PooledStack, RankPool
 from gora_serve.vllm_plugin.sizes import declared, pool_room, slot_rank
 
@@ -90,12 +91,13 @@ def _create_pool(stock: Any) -> Any:
         stock(self, 1, _with_rank(lora_config, 1), model_config)
         self.lora_config = lora_config
         a, b = _listed(self.lora_a_stacked), _listed(self.lora_b_stacked)
-        wide = a[0].shape[1] if isinstance(self, VocabParallelEmbeddingWithLoRA) else a[0].shape[-1]
+        picked = isinstance(self, VocabParallelEmbeddingWithLoRA)  # columns of A, by token
+        wide, outs = a[0].shape[1] if picked else a[0].shape[-1], [part.shape[-2] for part in b]
         name = name_of(self)
         stack = PooledStack(a)
         stack.pool = RankPool(
-            pool_room(declared(), name, len(b), max_loras, lora_config.max_lora_rank), wide,
-            [part.shape[-2] for part in b], a[0].dtype, device=a[0].device, name=name,
+            pool_room(declared(), name, len(b), max_loras, lora_config.max_lora_rank), wide, outs, a[0].dtype,
+            device=a[0].device, packed=not picked and can_pack(wide, outs, a[0].dtype, a[0].device), name=name,
         )  # fmt: skip
         self.lora_a_stacked, self.lora_b_stacked = stack, tuple(b)
 

@@ -24,12 +24,12 @@ class Batch:
     x: torch.Tensor
     y: torch.Tensor
 
-    def pool(self, *, spare: int = 0) -> RankPool:
+    def pool(self, *, spare: int = 0, packed: bool = False) -> RankPool:
         room = [
             spare + sum(0 if pairs[index] is None else pairs[index][0].shape[0] for pairs in self.adapters.values())
             for index in range(len(self.outs))
         ]
-        pool = RankPool(room, WIDE, self.outs, self.x.dtype)
+        pool = RankPool(room, WIDE, self.outs, self.x.dtype, packed=packed)
         for slot, pairs in self.adapters.items():
             pool.put(slot, pairs)
         return pool
@@ -52,11 +52,16 @@ def right_sum(batch: Batch, scale: float = 1.0) -> tuple[torch.Tensor, torch.Ten
 
 
 @st.composite
-def batches(draw: st.DrawFn, dtype: torch.dtype) -> Batch:
-    """Up to 4 adapters in slots 0 to 5, ranks 0 to 9 in 1 to 3 slices, and up to 70 tokens, some without an adapter."""
-    outs = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)))
+def batches(draw: st.DrawFn, dtype: torch.dtype, step: int = 1) -> Batch:
+    """Up to 4 adapters in slots 0 to 5, ranks 0 to 9 (40 with steps) in 1 to 3 slices, and up to 70 tokens, some of
+    them without an adapter.
+
+    step: what every number of outputs is a multiple of.
+    """
+    outs = tuple(step * number for number in draw(st.lists(st.integers(1, 12 // min(step, 4)), min_size=1, max_size=3)))
     taken = draw(st.lists(st.integers(0, 5), max_size=4, unique=True))
-    ranks = {slot: [draw(st.integers(0, 9)) for _ in outs] for slot in taken}
+    most = 9 if step == 1 else 40
+    ranks = {slot: [draw(st.integers(0, most)) for _ in outs] for slot in taken}
     runs = draw(st.lists(st.tuples(st.sampled_from([-1, *taken]), st.integers(1, 14)), min_size=1, max_size=5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 

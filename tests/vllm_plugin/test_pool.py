@@ -9,34 +9,42 @@ from hypothesis import strategies as st
 from layers import WIDE
 
 from gora_serve.errors import BindingError
+from gora_serve.vllm_plugin.dense import DenseStore
+from gora_serve.vllm_plugin.packed import has_kernel, pack_outputs, unpack_outputs
 from gora_serve.vllm_plugin.pool import RankPool
 
 OUTS = (5, 3)
+BLOCKS = (64, 32)  # outputs that can be packed
 
 
-def pairs(seed: int, ranks: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+def pairs(
+    seed: int, ranks: tuple[int, int], outs: tuple[int, int] = OUTS, dtype: torch.dtype = torch.float32
+) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(rank, WIDE, generator=generator), torch.randn(out, rank, generator=generator)) if rank else None
-        for rank, out in zip(ranks, OUTS, strict=True)
-    ]
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return [(values(rank, WIDE), values(out, rank)) if rank else None for rank, out in zip(ranks, outs, strict=True)]
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 3), st.one_of(st.none(), st.tuples(st.integers(0, 4), st.integers(0, 4)))),
+        st.tuples(st.integers(0, 3), st.one_of(st.none(), st.tuples(st.integers(0, 20), st.integers(0, 20)))),
         max_size=12,
     )
 )
-def test_a_pool_holds_what_it_was_given(steps: list[tuple[int, tuple[int, int] | None]]) -> None:
-    pool, held = RankPool([16, 16], WIDE, OUTS, torch.float32), {}
+def test_a_pool_holds_what_it_was_given(packed: bool, steps: list[tuple[int, tuple[int, int] | None]]) -> None:
+    outs, dtype = (BLOCKS, torch.bfloat16) if packed else (OUTS, torch.float32)
+    pool, held = RankPool([80, 80], WIDE, outs, dtype, packed=packed), {}
     for seed, (slot, ranks) in enumerate(steps):
         if ranks is None:
             pool.remove(slot)
             held.pop(slot, None)
         else:
-            held[slot] = pairs(seed, ranks)
+            held[slot] = pairs(seed, ranks, outs, dtype)
             pool.put(slot, held[slot])
     for slot in range(4):
         for index in range(len(OUTS)):
@@ -48,7 +56,8 @@ def test_a_pool_holds_what_it_was_given(steps: list[tuple[int, tuple[int, int] |
     for index in range(len(OUTS)):
         ranks_held = sum(pair[index][0].shape[0] for pair in held.values() if pair[index] is not None)
         assert pool.used(index) == ranks_held
-        assert not pool.B[index][ranks_held:].any()
+        if isinstance(pool.store, DenseStore):
+            assert not pool.store.B[index][ranks_held:].any()
 
 
 def test_ranks_of_zeros_take_no_room() -> None:
@@ -90,4 +99,28 @@ def test_values_that_are_not_finite_are_refused(where: int) -> None:
 
 def test_bytes_are_those_of_the_ranks() -> None:
     pool = RankPool([7, 2], WIDE, OUTS, torch.bfloat16)
-    assert pool.nbytes == 2 * (7 * (WIDE + 5) + 2 * (WIDE + 3))
+    assert pool.nbytes == pool.store.held_bytes == 2 * (7 * (WIDE + 5) + 2 * (WIDE + 3))
+
+
+def test_packed_bytes_are_those_of_the_ranks_filled_up() -> None:
+    """A to 16 rows in all, each adapter's B to an even number."""
+    pool = RankPool([7, 2], WIDE, BLOCKS, torch.bfloat16, packed=True)
+    assert pool.store.held_bytes == 0
+    pool.put(0, pairs(0, (3, 2), BLOCKS, torch.bfloat16))
+    pool.put(1, pairs(1, (4, 0), BLOCKS, torch.bfloat16))
+    assert pool.store.held_bytes == 2 * (16 * WIDE + (4 + 4) * 64 + 2 * 32)
+    pool.remove(0)
+    assert pool.store.held_bytes == 2 * (16 * WIDE + 4 * 64)
+
+
+def test_the_layout_is_that_of_vllm() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not has_kernel():
+        pytest.skip("no kernel for packed bfloat16 on this processor")
+    for rows in (16, 32, 48, 80):
+        weight = torch.randn(rows, 64).bfloat16()
+        assert torch.equal(pack_outputs(weight), torch.ops._C.convert_weight_packed(weight).view(-1))
+        assert torch.equal(unpack_outputs(pack_outputs(weight), 64), weight)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import WIDE, Batch, batches, right_sum
 
-from gora_serve.vllm_plugin import product
+from gora_serve.vllm_plugin import dense, packed, product
 from gora_serve.vllm_plugin.pool import RankPool
 from gora_serve.vllm_plugin.product import add_embedding, add_linear
 from gora_serve.vllm_plugin.route import make_route
@@ -24,9 +24,9 @@ EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 @contextmanager
 def scheme(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for many in ("MANY", "MANY_16_BIT"):
+        for many in ("MANY", "MANY_16_BIT", "MANY_PACKED"):
             patch.setattr(product, many, SCHEMES[name][0])
-        patch.setattr(product, "FEW", SCHEMES[name][1])
+        patch.setattr(dense, "FEW", SCHEMES[name][1])
         yield
 
 
@@ -45,8 +45,36 @@ def test_each_token_gets_its_own_adapter(name: str, dtype: torch.dtype, data: st
     scale = data.draw(st.sampled_from([1.0, 0.25]))
     with scheme(name):
         found = added(batch, batch.pool(spare=data.draw(st.integers(0, 3))), scale)
+    check(batch, found, scale)
+
+
+@pytest.mark.parametrize("name", ["side by side", "by adapter"])
+@pytest.mark.parametrize("chunk", [16, 256])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_each_token_gets_its_own_adapter_from_packed_weights(name: str, chunk: int, data: st.DataObject) -> None:
+    kernel()
+    batch = data.draw(batches(torch.bfloat16, step=packed.BLOCK))
+    scale = data.draw(st.sampled_from([1.0, 0.25]))
+    with scheme(name), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "CHUNK", chunk)
+        found = added(batch, batch.pool(packed=True), scale)
+    check(batch, found, scale)
+
+
+def kernel() -> None:
+    """Bring in vLLM's kernels, or skip the test where this processor has none for packed bfloat16."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not packed.has_kernel():
+        pytest.skip("no kernel for packed bfloat16 on this processor")
+
+
+def check(batch: Batch, found: torch.Tensor, scale: float) -> None:
     expected, size = right_sum(batch, scale)
-    assert bool(((found.double() - expected).abs() <= 4 * EPSILON[dtype] * size + 1e-30).all())
+    assert bool(((found.double() - expected).abs() <= 4 * EPSILON[batch.y.dtype] * size + 1e-30).all())
     bare = torch.tensor([slot not in batch.adapters for slot in batch.slots])
     assert torch.equal(found[bare], batch.y[bare])
 
@@ -70,10 +98,22 @@ def test_a_token_of_infinities_stays_alone() -> None:
     adapters = {slot: [(torch.randn(3, WIDE), torch.randn(6, 3))] for slot in (0, 1)}
     x = torch.randn(3, WIDE)
     x[0] = float("inf")
-    batch = Batch(adapters, (0, 1, -1), (6,), x, torch.randn(3, 6))
+    alone(Batch(adapters, (0, 1, -1), (6,), x, torch.randn(3, 6)), packed=False)
+
+
+def test_a_token_of_infinities_stays_alone_with_packed_weights() -> None:
+    kernel()
+    torch.manual_seed(0)
+    adapters = {slot: [(torch.randn(3, WIDE).bfloat16(), torch.randn(32, 3).bfloat16())] for slot in (0, 1)}
+    x = torch.randn(3, WIDE).bfloat16()
+    x[0] = float("inf")
+    alone(Batch(adapters, (0, 1, -1), (32,), x, torch.randn(3, 32).bfloat16()), packed=True)
+
+
+def alone(batch: Batch, *, packed: bool) -> None:
     for name in SCHEMES:
         with scheme(name):
-            found = added(batch, batch.pool())
+            found = added(batch, batch.pool(packed=packed))
         assert not found[0].isfinite().any()
         assert found[1:].isfinite().all()
         assert torch.equal(found[2], batch.y[2])
@@ -84,7 +124,8 @@ def test_adapters_that_are_not_in_the_batch_are_not_read(monkeypatch: pytest.Mon
     pool = RankPool([6], WIDE, [5], torch.float32)
     for slot in (0, 1, 2):
         pool.put(slot, [(torch.randn(2, WIDE), torch.randn(5, 2))])
-    pool.A[2:4], pool.B[0][2:4] = float("nan"), float("nan")  # those of slot 1
+    for part in pool.store.part(1, 0):
+        part[:] = float("nan")
     for name in SCHEMES:
         with scheme(name):
             y = torch.zeros(4, 5)
