@@ -178,11 +178,13 @@ def can_pack(wide: int, outs: Sequence[int], dtype: torch.dtype, device: torch.d
     return fits and dtype == torch.bfloat16 and torch.device(device).type == "cpu" and has_kernel()
 
 
-@cache
 def has_kernel() -> bool:
     """Whether vLLM's kernel is there, this processor multiplies bfloat16, and a small product comes out right."""
-    if not (hasattr(torch.ops._C, "weight_packed_linear") and torch.cpu._is_avx512_bf16_supported()):
-        return False
+    return hasattr(torch.ops._C, "weight_packed_linear") and torch.cpu._is_avx512_bf16_supported() and _multiplies()
+
+
+@cache
+def _multiplies() -> bool:
     numbers = torch.arange(3 * 6 + TILE * 6).to(torch.bfloat16) % 7 - 3  # small whole numbers: exact in bfloat16
     x, weight = numbers[: 3 * 6].view(3, 6), numbers[3 * 6 :].view(TILE, 6)
     found = torch.empty(3, TILE, dtype=torch.bfloat16)

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 
 from gora_serve.errors import BindingError
 from gora_serve.serving.plugin import RANKS
+from gora_serve.vllm_plugin.packed import PackedStore, has_kernel
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.filterwarnings("ignore"),  # of vLLM and what it imports
 ]
-WIDE, INNER, VOCABULARY = 16, 12, 70  # the vocabulary's padding is 58
+WIDE, INNER, VOCABULARY = 32, 64, 96  # sizes that can be packed; the vocabulary's padding is 32
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
 GATE_UP = "model.layers.0.mlp.gate_up_proj"
@@ -55,11 +56,12 @@ def plugin(vllm_layers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: WRAPPER))
 
 
-def make_model() -> Any:
+def make_model(dtype: torch.dtype) -> Any:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
     from vllm.model_executor.models.interfaces import SupportsLoRA
+    from vllm.utils.torch_utils import set_default_torch_dtype
 
     class Model(torch.nn.Module, SupportsLoRA):  # type: ignore[misc]
         embedding_modules: ClassVar = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
@@ -81,7 +83,8 @@ def make_model() -> Any:
         def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return self.logits_processor(self.lm_head, hidden_states)
 
-    model = Model()
+    with set_default_torch_dtype(dtype):
+        model = Model()
     torch.manual_seed(0)
     model.weights = {}  # in float64; vLLM may pack its own
     for module in (*model.model.layers[0].mlp.children(), model.model.embed_tokens, model.lm_head):
@@ -97,7 +100,7 @@ def make_worker(*, sharded: bool = False, dtype: torch.dtype = torch.float32) ->
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-    model = make_model()
+    model = make_model(torch.float32 if dtype == torch.float16 else dtype)
     worker = LRUCacheWorkerLoRAManager.__new__(LRUCacheWorkerLoRAManager)
     worker.lora_config = LoRAConfig(
         max_lora_rank=8, max_loras=SLOTS, max_cpu_loras=LOADED, lora_dtype=dtype, fully_sharded_loras=sharded
@@ -109,13 +112,19 @@ def make_worker(*, sharded: bool = False, dtype: torch.dtype = torch.float32) ->
     return worker
 
 
-def draw(chance: random.Random, *, full: bool = False) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def draw(
+    chance: random.Random, *, full: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Ranks 0 to 8 in each module, at least one of them in one; all 8 where it is full."""
     ranks = {module: 8 if full else chance.choice([0, 0, 1, 3, 5, 8]) for module in SHAPES}
     ranks[chance.choice([*SHAPES])] = 8
     generator = torch.Generator().manual_seed(chance.randrange(2**31))
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
     return {
-        module: (torch.randn(rank, wide, generator=generator), torch.randn(out, rank, generator=generator))
+        module: (values(rank, wide), values(out, rank))
         for module, (out, wide) in SHAPES.items()
         if (rank := ranks[module])
     }
@@ -146,13 +155,13 @@ def request(folder: Path, number: int, adapter: Adapter, *, inplace: bool = Fals
 class Step:
     """A batch: some tokens for each of several requests, each with an adapter's number or 0."""
 
-    def __init__(self, chance: random.Random, numbers: list[int]) -> None:
+    def __init__(self, chance: random.Random, numbers: list[int], dtype: torch.dtype = torch.float32) -> None:
         self.counts = [chance.randint(1, 9) for _ in numbers]
         self.numbers = [number for number, count in zip(numbers, self.counts, strict=True) for _ in range(count)]
         self.sampled = numbers
         total = len(self.numbers)
         self.tokens = torch.tensor([chance.randrange(VOCABULARY) for _ in range(total)], dtype=torch.int32)
-        self.x, self.h = torch.randn(total, WIDE), torch.randn(total, INNER)
+        self.x, self.h = torch.randn(total, WIDE).to(dtype), torch.randn(total, INNER).to(dtype)
         self.last = torch.tensor(self.counts).cumsum(0) - 1
 
     def mapping(self) -> Any:
@@ -197,19 +206,25 @@ def _of(name: str, told: str) -> str:
 def check(worker: Any, step: Step, adapters: Mapping[int, Adapter]) -> None:
     served, right = step.served(worker._adapter_manager), step.right(worker._adapter_manager, adapters)
     for name, expected in right.items():
-        torch.testing.assert_close(served[name].double(), expected, rtol=1e-4, atol=1e-4, msg=partial(_of, name))
+        # bfloat16 has 8 bits, and sums of up to 64 products; another adapter's share is as large as the largest value
+        atol = 1e-4 if step.x.dtype == torch.float32 else 0.02 * float(expected.abs().max())
+        torch.testing.assert_close(served[name].double(), expected, rtol=1e-4, atol=atol, msg=partial(_of, name))
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["", "fully sharded"])
+@pytest.mark.parametrize(
+    ("dtype", "sharded"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+    ids=["float32", "fully sharded", "bfloat16"],
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_adapters_that_come_and_go_are_each_their_own_tokens(
-    plugin: None, tmp_path: Path, seed: int, sharded: bool
+    plugin: None, tmp_path: Path, seed: int, dtype: torch.dtype, sharded: bool
 ) -> None:
     """More adapters than slots and than memory; some are removed, some loaded again in their place with other ranks."""
     chance = random.Random(seed)
     torch.manual_seed(seed)
-    worker = make_worker(sharded=sharded)
-    adapters: dict[int, Adapter] = {number: draw(chance) for number in range(1, 7)}
+    worker = make_worker(sharded=sharded, dtype=dtype)
+    adapters: dict[int, Adapter] = {number: draw(chance, dtype=dtype) for number in range(1, 7)}
     requests = {number: request(tmp_path, number, adapter) for number, adapter in adapters.items()}
     for _ in range(40):
         number = chance.choice([*adapters])
@@ -217,13 +232,22 @@ def test_adapters_that_come_and_go_are_each_their_own_tokens(
             case "remove":
                 worker.remove_adapter(number)
             case "replace":
-                adapters[number] = draw(chance)
+                adapters[number] = draw(chance, dtype=dtype)
                 worker.add_adapter(request(tmp_path, number, adapters[number], inplace=True))
                 requests[number] = request(tmp_path, number, adapters[number])
         active = chance.sample([*adapters], chance.randint(0, SLOTS))
-        step = Step(chance, [chance.choice([0, *active]) for _ in range(chance.randint(1, 6))])
+        step = Step(chance, [chance.choice([0, *active]) for _ in range(chance.randint(1, 6))], dtype)
         worker.set_active_adapters({requests[one] for one in active}, step.mapping())
         check(worker, step, adapters)
+    packed = {name for name, layer in worker._adapter_manager.modules.items() if is_packed(layer)}
+    assert packed == ({GATE_UP, DOWN, HEAD} if dtype == torch.bfloat16 and has_kernel() else set())
+
+
+def is_packed(layer: Any) -> bool:
+    from gora_serve.vllm_plugin.hooks import pool_of
+
+    pool = pool_of(layer)
+    return pool is not None and isinstance(pool.store, PackedStore)
 
 
 def test_as_many_adapters_as_vllm_holds_may_have_the_largest_rank(plugin: None, tmp_path: Path) -> None:
