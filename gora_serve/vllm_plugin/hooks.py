@@ -93,15 +93,21 @@ def _create_pool(stock: Any) -> Any:
         a, b = _listed(self.lora_a_stacked), _listed(self.lora_b_stacked)
         picked = isinstance(self, VocabParallelEmbeddingWithLoRA)  # columns of A, by token
         wide, outs = a[0].shape[1] if picked else a[0].shape[-1], [part.shape[-2] for part in b]
-        name = name_of(self)
+        dtype, device, name = a[0].dtype, a[0].device, name_of(self)
+        packed = not picked and _ends(self) == {dtype} and can_pack(wide, outs, dtype, device)
+        room = pool_room(declared(), name, len(b), max_loras, lora_config.max_lora_rank)
         stack = PooledStack(a)
-        stack.pool = RankPool(
-            pool_room(declared(), name, len(b), max_loras, lora_config.max_lora_rank), wide, outs, a[0].dtype,
-            device=a[0].device, packed=not picked and can_pack(wide, outs, a[0].dtype, a[0].device), name=name,
-        )  # fmt: skip
+        stack.pool = RankPool(room, wide, outs, dtype, device=device, packed=packed, name=name)
         self.lora_a_stacked, self.lora_b_stacked = stack, tuple(b)
 
     return create_lora_weights
+
+
+def _ends(layer: Any) -> set[torch.dtype]:
+    """Return the dtypes of what a linear layer or the head takes and gives."""
+    if isinstance(layer, LogitsProcessorWithLoRA):
+        return {layer.dtype, layer.base_layer.head_dtype or layer.dtype}
+    return {layer.base_layer.params_dtype}
 
 
 def _create_sized(stock: Any) -> Any:
@@ -180,8 +186,9 @@ def _tell(stock: Any) -> Any:
     def create_lora_modules(self: Any) -> None:
         stock(self)
         pools = [pool for layer in self.modules.values() if (pool := pool_of(layer)) is not None]
-        size = sum(pool.nbytes for pool in pools)
-        logger.info("LoRA buffers: %d bytes in %d layers, by the ranks of each layer.", size, len(pools))
+        size, packed = sum(pool.nbytes for pool in pools), sum(pool.packed for pool in pools)
+        told = "LoRA buffers: %d bytes in %d layers, by the ranks of each layer; %d of the layers are packed."
+        logger.info(told, size, len(pools), packed)
 
     return create_lora_modules
 

@@ -1,9 +1,12 @@
 """A layer's adapters in the layout of vLLM's own CPU kernel for small products of bfloat16 (`weight_packed_linear`).
 
-PyTorch's products of bfloat16 make a kernel for each new shape (a quarter of a millisecond), and those of float32 need
-converted weights; this kernel does neither. It takes a weight (n, k) in blocks of 32 outputs, the last of 16 or 32; in
-a block, pairs of inputs lie together: (k / 2, 32, 2). So A is filled up with zeros to a number of rows that 16 divides,
-and an adapter's B to an even number of ranks.
+PyTorch's products of bfloat16 take 15 microseconds to begin, and a quarter of a millisecond for a new shape; those of
+float32 need converted weights. This one begins in 5, takes a tenth of one for a new shape of more than 4 tokens, and
+reads weights as they lie. What it computes is rounded to bfloat16: h, and the sum for y.
+
+It takes a weight (n, k) in blocks of 32 outputs, the last of 16 or 32; in a block, pairs of inputs lie together:
+(k / 2, 32, 2). So A is filled up with zeros to a number of rows that 16 divides, and an adapter's B to an even number
+of ranks.
 """
 
 from __future__ import annotations
@@ -40,12 +43,13 @@ class Share:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The rows of some adapters. a: the blocks of A that have them, each flat. owners: (1, columns), the slot of each
-    column of h, or NOBODY. whole: whether the shares are all of y.
+    """The rows of some adapters. a: the blocks of A that have them, flat, in one piece or several. wide: in. out: of
+    all slices. owners: (1, columns), the slot of each column of h, or NOBODY. whole: whether the shares are all of y.
     """
 
     a: tuple[torch.Tensor, ...]
     wide: int
+    out: int
     owners: torch.Tensor
     shares: tuple[Share, ...]
     whole: bool
@@ -58,13 +62,23 @@ class PackedRows:
         return h
 
     def grow(self, y: torch.Tensor, h: torch.Tensor, scale: float) -> None:
-        """Add scale times h (tokens, columns) times B to y (tokens, out) in place."""
+        """Add scale times h (tokens, columns) times B to y (tokens, out). Raises ValueError for another out."""
+        if y.shape[1] != self.out:  # the kernel does not look
+            raise ValueError(f"y has {y.shape[1]} columns, the layer {self.out}")
         weights = [share.take() for share in self.shares]
         for some, own in zip(torch.split(y, CHUNK), torch.split(h, CHUNK), strict=True):
             added = torch.empty(some.shape, dtype=h.dtype) if self.whole else torch.zeros(some.shape, dtype=h.dtype)
             for share, weight in zip(self.shares, weights, strict=True):
                 _product(added[:, share.start : share.stop], own.index_select(1, share.columns), weight)
             some.add_(added, alpha=scale)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter lies: the rows of A and the pairs of B, by slice."""
+
+    rows: Mapping[int, range]
+    pairs: Mapping[int, range]
 
 
 class PackedStore:
@@ -75,7 +89,6 @@ class PackedStore:
 
     def __init__(self, wide: int, outs: Sequence[int]) -> None:
         self._wide, self._outs = wide, tuple(outs)
-        self._ranks: dict[int, dict[int, int]] = {}  # slot -> slice -> rank
         self._pack({})
 
     @property
@@ -84,39 +97,35 @@ class PackedStore:
 
     def put(self, slot: int, factors: Factors) -> None:
         """Take in an adapter. factors: A (r, <= in) and B (r, <= out) of the slices that it has."""
-        held = {number: self._read(number) for number in self._ranks}
-        wide = {index: (_to_width(a, self._wide), _to_width(b, self._outs[index])) for index, (a, b) in factors.items()}
-        self._ranks[slot] = {index: a.shape[0] for index, (a, _) in wide.items()}
-        self._pack(held | {slot: wide})
+        new = {index: (_to_width(a, self._wide), _to_width(b, self._outs[index])) for index, (a, b) in factors.items()}
+        self._pack(self._held() | {slot: new})
 
     def remove(self, slot: int) -> None:
-        held = {number: self._read(number) for number in self._ranks if number != slot}
-        self._ranks.pop(slot, None)
-        self._pack(held)
+        self._pack({number: factors for number, factors in self._held().items() if number != slot})
 
     def part(self, slot: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of one adapter's A (r, in) and B (r, out) of a slice that it has."""
-        return self._read(slot)[index]
+        return self._held()[slot][index]
 
     def select(self, slots: Sequence[int]) -> PackedRows | None:
         """Return what has the ranks of these adapters; None for none at all."""
-        rows = {slot: self._rows(slot) for slot in slots if self._ranks.get(slot)}  # of A, by slice
-        if not rows:
+        chosen = {slot: self._places[slot] for slot in slots if slot in self._places}
+        owner = {row: slot for slot, place in chosen.items() for rows in place.rows.values() for row in rows}
+        if not owner:
             return None
-        blocks = sorted({row // BLOCK for own in rows.values() for part in own.values() for row in part})
+        blocks = sorted({row // BLOCK for row in owner})
         covered = [row for block in blocks for row in range(BLOCK * block, min(BLOCK * (block + 1), self._height))]
         column = {row: number for number, row in enumerate(covered)}
-        owner = {row: slot for slot, own in rows.items() for part in own.values() for row in part}
         shares = []
         for index in range(len(self._outs)):
-            own = [slot for slot in rows if index in rows[slot]]
-            if own:
-                columns = [column[row] for slot in own for row in _evened(rows[slot][index])]
-                pairs = [pair for slot in own for pair in self._pairs(slot, index)]
-                shares.append(self._share(index, columns, pairs))
-        owners = torch.tensor([[owner.get(row, NOBODY) for row in covered]])
+            places = [place for place in chosen.values() if index in place.rows]
+            if places:
+                columns = [column[row] for place in places for row in _evened(place.rows[index])]
+                shares.append(self._share(index, columns, [pair for place in places for pair in place.pairs[index]]))
         return PackedRows(
-            self._blocks(blocks), self._wide, owners, tuple(shares), len(shares) == len(self._outs)
+            self._blocks(blocks), self._wide, sum(self._outs),
+            torch.tensor([[owner.get(row, NOBODY) for row in covered]]), tuple(shares),
+            whole=len(shares) == len(self._outs),
         )  # fmt: skip
 
     def _share(self, index: int, columns: list[int], pairs: list[int]) -> Share:
@@ -124,52 +133,48 @@ class PackedStore:
         taken = None if pairs == list(range(b.shape[1])) else torch.tensor(pairs)
         return Share(torch.tensor(columns), b, taken, start, start + self._outs[index])
 
-    def _rows(self, slot: int) -> dict[int, range]:
-        """Return which rows of A an adapter has, by slice."""
-        start = 0
-        for number, ranks in self._ranks.items():
-            if number == slot:
-                break
-            start += sum(ranks.values())
-        found = {}
-        for index, rank in self._ranks[slot].items():
-            found[index] = range(start, start + rank)
-            start += rank
-        return found
-
-    def _pairs(self, slot: int, index: int) -> range:
-        """Return which pairs of a slice's B an adapter has."""
-        start = 0
-        for number, ranks in self._ranks.items():
-            count = -(-ranks.get(index, 0) // 2)
-            if number == slot:
-                return range(start, start + count)
-            start += count
-        return range(0)
-
     def _blocks(self, numbers: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """Return blocks of A, each flat; those that lie together as one view."""
         ends = [(number * BLOCK * self._wide, (number + 1) * BLOCK * self._wide) for number in numbers]
         joined = numbers[-1] - numbers[0] + 1 == len(numbers)
         return tuple(self._a[start:stop] for start, stop in ([(ends[0][0], ends[-1][1])] if joined else ends))
 
+    def _held(self) -> dict[int, Factors]:
+        """Return every adapter's factors, unpacked."""
+        a = unpack_outputs(self._a, self._wide)
+        b = [_unpack_inputs(packed) for packed in self._b]
+        return {
+            slot: {
+                index: (a[rows.start : rows.stop], b[index][2 * place.pairs[index].start :][: len(rows)])
+                for index, rows in place.rows.items()
+            }
+            for slot, place in self._places.items()
+        }
+
     def _pack(self, held: Mapping[int, Factors]) -> None:
-        a = [part[0] for factors in held.values() for part in factors.values()]
-        self._height = -(-sum(rows.shape[0] for rows in a) // TILE) * TILE
-        self._a = pack_outputs(_to_height(a, self._height, self._wide))
-        self._b = tuple(
+        a = [rows for factors in held.values() for rows, _ in factors.values()]
+        height = -(-sum(rows.shape[0] for rows in a) // TILE) * TILE
+        packed_a = pack_outputs(_to_height(a, height, self._wide))
+        packed_b = tuple(
             pack_inputs([factors[index][1] for factors in held.values() if index in factors], out)
             for index, out in enumerate(self._outs)
         )
+        ranks = {slot: {index: rows.shape[0] for index, (rows, _) in one.items()} for slot, one in held.items()}
+        self._a, self._b, self._height, self._places = packed_a, packed_b, height, _places(ranks)
 
-    def _read(self, slot: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        a = unpack_outputs(self._a, self._wide)
-        found = {}
-        for index, rows in self._rows(slot).items():
-            pairs = self._pairs(slot, index)
-            b = self._b[index][:, pairs.start : pairs.stop].permute(1, 3, 0, 2).reshape(2 * len(pairs), -1)
-            found[index] = a[rows.start : rows.stop], b[: len(rows)]
-        return found
+
+def _places(ranks: Mapping[int, Mapping[int, int]]) -> dict[int, Place]:
+    """Return where each adapter lies. ranks: by slot and slice, in the order of A."""
+    found: dict[int, Place] = {}
+    row, pair = 0, dict.fromkeys({index for own in ranks.values() for index in own}, 0)
+    for slot, own in ranks.items():
+        rows, pairs = {}, {}
+        for index, rank in own.items():
+            rows[index] = range(row, row + rank)
+            pairs[index] = range(pair[index], pair[index] + -(-rank // 2))
+            row, pair[index] = rows[index].stop, pairs[index].stop
+        found[slot] = Place(rows, pairs)
+    return found
 
 
 def can_pack(wide: int, outs: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> bool:
@@ -179,17 +184,25 @@ def can_pack(wide: int, outs: Sequence[int], dtype: torch.dtype, device: torch.d
 
 
 def has_kernel() -> bool:
-    """Whether vLLM's kernel is there, this processor multiplies bfloat16, and a small product comes out right."""
+    """Whether vLLM's kernel is there, this processor multiplies bfloat16, and small products come out right."""
     return hasattr(torch.ops._C, "weight_packed_linear") and torch.cpu._is_avx512_bf16_supported() and _multiplies()
 
 
 @cache
 def _multiplies() -> bool:
-    numbers = torch.arange(3 * 6 + TILE * 6).to(torch.bfloat16) % 7 - 3  # small whole numbers: exact in bfloat16
-    x, weight = numbers[: 3 * 6].view(3, 6), numbers[3 * 6 :].view(TILE, 6)
-    found = torch.empty(3, TILE, dtype=torch.bfloat16)
-    _product(found, x, pack_outputs(weight).view(TILE, 6))
-    return torch.equal(found.float(), x.float() @ weight.float().t())
+    """Try what the kernel has ways of its own for: few and many tokens, blocks of 16 and 32, odd numbers of pairs."""
+    for tokens, n, k in ((3, TILE, 6), (3, BLOCK + TILE, 34), (40, TILE, 2), (40, BLOCK + TILE, 34)):
+        x = (torch.arange(tokens * k) % 7 - 3).to(torch.bfloat16).view(tokens, k)  # whole numbers: exact in bfloat16
+        weight = (torch.arange(n * k) % 5 - 2).to(torch.bfloat16).view(n, k)
+        y = torch.zeros(tokens, n + 3, dtype=torch.bfloat16)
+        try:
+            _product(y[:, 1 : n + 1], x, pack_outputs(weight).view(n, k))
+        except RuntimeError:
+            return False
+        right = (x.float() @ weight.float().t()).to(torch.bfloat16)
+        if not torch.equal(y, torch.nn.functional.pad(right, (1, 2))):
+            return False
+    return True
 
 
 def pack_outputs(weight: torch.Tensor) -> torch.Tensor:
@@ -213,6 +226,11 @@ def pack_inputs(ranks: Sequence[torch.Tensor], out: int) -> torch.Tensor:
     even = [_to_height([b], b.shape[0] + b.shape[0] % 2, out) for b in ranks]
     joined = _to_height(even, sum(b.shape[0] for b in even), out)
     return joined.view(-1, 2, out // BLOCK, BLOCK).permute(2, 0, 3, 1).contiguous()
+
+
+def _unpack_inputs(packed: torch.Tensor) -> torch.Tensor:
+    """Return B (2 * pairs, out) of what `pack_inputs` made."""
+    return packed.permute(1, 3, 0, 2).reshape(2 * packed.shape[1], packed.shape[0] * packed.shape[2])
 
 
 def _pack_blocks(weight: torch.Tensor, count: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ class RankPool:
         packed: bool = False,
         name: str | None = None,
     ) -> None:
-        self.name, self.dtype, self.wide = name, dtype, wide
+        self.name, self.dtype, self.wide, self.packed = name, dtype, wide, packed
         self.room, self.outs = tuple(room), tuple(outs)
         self.store = PackedStore(wide, outs) if packed else DenseStore(room, wide, outs, dtype, device)
         self._ranks: dict[int, tuple[int, ...]] = {}  # slot -> rank of each slice
@@ -41,7 +41,7 @@ class RankPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the ranks that there is room for."""
+        """Bytes of all the ranks that there is room for, without what packing fills up."""
         return self.dtype.itemsize * sum(
             rows * (self.wide + out) for rows, out in zip(self.room, self.outs, strict=True)
         )
@@ -73,6 +73,12 @@ class RankPool:
             )
 
     def _check(self, index: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        if a.shape[1] > self.wide or b.shape[0] > self.outs[index]:
+            raise BindingError(
+                "the adapter is of another base: its sizes are larger than this layer's", code="GS-4801",
+                tensor=self.name, expected=f"A (r, {self.wide}), B ({self.outs[index]}, r)",
+                actual=f"A {tuple(a.shape)}, B {tuple(b.shape)}", hint="serve it on the base that it was trained on",
+            )  # fmt: skip
         free = self.room[index] - self.used(index)
         if a.shape[0] > free:
             raise BindingError(

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from gora_serve.vllm_plugin.dense import DenseRows
-from gora_serve.vllm_plugin.packed import PackedStore
+from gora_serve.vllm_plugin.packed import PackedRows, PackedStore
 from gora_serve.vllm_plugin.pool import RankPool, Selected
 from gora_serve.vllm_plugin.route import Route, Tokens
 
@@ -37,9 +36,11 @@ def add_linear(y: torch.Tensor, x: torch.Tensor, pool: RankPool, route: Route, s
 
 
 def add_embedding(y: torch.Tensor, tokens: torch.Tensor, pool: RankPool, route: Route) -> None:
-    """Add to y (tokens, out) in place. tokens: (tokens,), numbers of columns of A, in a dense pool."""
+    """Add to y (tokens, out) in place. tokens: (tokens,), numbers of columns of A. Raises TypeError for packed rows."""
     found = pool.select(route.active) if route.groups else None
-    if isinstance(found, DenseRows):
+    if isinstance(found, PackedRows):
+        raise TypeError("columns of packed rows cannot be picked")
+    if found is not None:
         found.grow(y, _masked(found.pick(tokens, y.dtype), found, route), 1.0)
 
 
@@ -57,7 +58,7 @@ def _by_adapter(route: Route, many: int) -> bool:
 
 
 def _masked(h: torch.Tensor, found: Selected, route: Route) -> torch.Tensor:
-    """Set to zero what is not of a token's own adapter in h (tokens, ranks)."""
+    """Set to zero what is not of a token's own adapter in h (tokens, ranks or the columns of blocks)."""
     if not route.alone:
         h.masked_fill_(route.slots != found.owners, 0)
     return h
@@ -71,6 +72,6 @@ def _add_one(y: torch.Tensor, x: torch.Tensor, pool: RankPool, slot: int, tokens
     if isinstance(tokens, slice):
         found.grow(y[tokens], h, scale)
     else:
-        share = torch.zeros(h.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
-        found.grow(share, h, scale)
-        y.index_add_(0, tokens, share)
+        added = torch.zeros(h.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
+        found.grow(added, h, scale)
+        y.index_add_(0, tokens, added)

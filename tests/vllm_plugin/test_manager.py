@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from gora_serve.errors import BindingError
 from gora_serve.serving.plugin import RANKS
-from gora_serve.vllm_plugin.packed import PackedStore, has_kernel
+from gora_serve.vllm_plugin.packed import has_kernel
 
 pytestmark = [
     pytest.mark.e2e,
@@ -247,7 +247,7 @@ def is_packed(layer: Any) -> bool:
     from gora_serve.vllm_plugin.hooks import pool_of
 
     pool = pool_of(layer)
-    return pool is not None and isinstance(pool.store, PackedStore)
+    return pool is not None and pool.packed
 
 
 def test_as_many_adapters_as_vllm_holds_may_have_the_largest_rank(plugin: None, tmp_path: Path) -> None:
