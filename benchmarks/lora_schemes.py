@@ -12,15 +12,18 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import machine
 import torch
 from serving import RANK_MAX, draw_rank
+from vllm.platforms import current_platform
 
-from gora_serve.vllm_plugin import product
+from gora_serve.vllm_plugin import dense, product
+from gora_serve.vllm_plugin.packed import has_kernel
 from gora_serve.vllm_plugin.pool import RankPool
 from gora_serve.vllm_plugin.route import Route, make_route
 
@@ -28,30 +31,37 @@ LAYERS = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (57
 BLOCKS = 8
 TOKENS = (1, 8, 32, 128, 512, 2048)
 NEVER = 10**9
-# (MANY, FEW) of gora_serve/vllm_plugin/product.py
+# Thresholds of gora_serve/vllm_plugin: tokens from which each adapter is multiplied alone, and up to which 16-bit
+# weights are converted; and whether the layers are packed.
 SCHEMES = {
-    "side by side": (NEVER, 0), "side by side, in float32": (NEVER, NEVER),
-    "by adapter": (0, 0), "by adapter, in float32": (0, NEVER), "as it is": None,
+    "side by side": (NEVER, 0, False), "side by side, in float32": (NEVER, NEVER, False),
+    "by adapter": (0, 0, False), "by adapter, in float32": (0, NEVER, False),
+    "packed, side by side": (NEVER, 0, True), "packed, by adapter": (0, 0, True),
 }  # fmt: skip
 
 
 @contextmanager
-def scheme(numbers: tuple[int, int] | None) -> Iterator[None]:
-    kept = product.MANY, product.MANY_16_BIT, product.FEW
-    if numbers:
-        product.MANY, product.MANY_16_BIT, product.FEW = numbers[0], *numbers
+def scheme(many: int, few: int) -> Iterator[None]:
+    names = ("MANY", "MANY_16_BIT", "MANY_PACKED")
+    kept = [getattr(product, name) for name in names], dense.FEW
+    for name in names:
+        setattr(product, name, many)
+    dense.FEW = few
     try:
         yield
     finally:
-        product.MANY, product.MANY_16_BIT, product.FEW = kept
+        for name, value in zip(names, kept[0], strict=True):
+            setattr(product, name, value)
+        dense.FEW = kept[1]
 
 
-def pools(adapters: int, dtype: torch.dtype) -> list[RankPool]:
+def pools(adapters: int, dtype: torch.dtype, *, packed: bool) -> list[RankPool]:
     chance = random.Random(0)
     made = []
     for wide, outs in LAYERS * BLOCKS:
         ranks = [[draw_rank(chance) for _ in outs] for _ in range(adapters)]
-        pool = RankPool([sum(column) for column in zip(*ranks, strict=True)], wide, outs, dtype)
+        room = [sum(column) for column in zip(*ranks, strict=True)]
+        pool = RankPool(room, wide, outs, dtype, packed=packed)
         for slot, slices in enumerate(ranks):
             pool.put(slot, [(torch.randn(r, wide), torch.randn(out, r)) for r, out in zip(slices, outs, strict=True)])
         made.append(pool)
@@ -74,7 +84,7 @@ def padded(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m
     y.addmm_(torch.mm(x, a.t()).mul_(mask), b)
 
 
-def case(adapters: int, tokens: int, dtype: torch.dtype, held: list[RankPool]) -> dict[str, float]:
+def case(adapters: int, tokens: int, dtype: torch.dtype, held: Mapping[bool, list[RankPool]]) -> dict[str, float]:
     torch.manual_seed(0)
     xs = {wide: torch.randn(tokens, wide).to(dtype) for wide, _ in LAYERS}
     ys = [torch.zeros(tokens, sum(outs), dtype=dtype) for _, outs in LAYERS]
@@ -86,8 +96,8 @@ def case(adapters: int, tokens: int, dtype: torch.dtype, held: list[RankPool]) -
         for number, weight in enumerate(weights):
             torch.nn.functional.linear(xs[LAYERS[number % 4][0]], weight)
 
-    def ours() -> None:
-        for number, pool in enumerate(held):
+    def ours(packed: bool) -> None:
+        for number, pool in enumerate(held[packed]):
             product.add_linear(ys[number % 4], xs[LAYERS[number % 4][0]], pool, route)
 
     wide_slots = [
@@ -97,7 +107,7 @@ def case(adapters: int, tokens: int, dtype: torch.dtype, held: list[RankPool]) -
     mask = (torch.arange((adapters + 1) * RANK_MAX) // RANK_MAX == slots[:, None]).to(dtype)
 
     def all_slots() -> None:
-        for number in range(len(held)):
+        for number in range(len(weights)):
             wide, outs = LAYERS[number % 4]
             a, b = wide_slots[number % 4]
             start = 0
@@ -107,10 +117,11 @@ def case(adapters: int, tokens: int, dtype: torch.dtype, held: list[RankPool]) -
 
     reference = seconds(base)
     found = {"padded": seconds(all_slots)}
-    for name, numbers in SCHEMES.items():
-        if dtype != torch.float32 or "float32" not in name:
-            with scheme(numbers):
-                found[name] = seconds(ours)
+    for name, (many, few, packed) in SCHEMES.items():
+        if packed in held and (dtype != torch.float32 or "float32" not in name):
+            with scheme(many, few):
+                found[name] = seconds(partial(ours, packed))
+    found["as it is"] = seconds(partial(ours, True in held))
     return {name: round(value / reference, 3) for name, value in found.items()}
 
 
@@ -118,11 +129,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    current_platform.import_kernels()
     torch.set_num_threads(arguments.threads)
     found: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float32):
         for adapters in (1, 2, 8):
-            held = pools(adapters, dtype)
+            kinds = [False, True] if dtype == torch.bfloat16 and has_kernel() else [False]
+            held = {packed: pools(adapters, dtype, packed=packed) for packed in kinds}
             for tokens in TOKENS:
                 if tokens >= adapters:
                     name = f"{str(dtype).removeprefix('torch.')}, {adapters} adapters, {tokens} tokens"
@@ -130,8 +143,8 @@ def main() -> None:
                     print(name, found[name], flush=True)
     result = {
         "threads": arguments.threads,
-        "many": [product.MANY, product.MANY_16_BIT],
-        "few": product.FEW,
+        "many": [product.MANY, product.MANY_16_BIT, product.MANY_PACKED],
+        "few": dense.FEW,
         "part of the base's time": found,
     }
     machine.write("lora_schemes", machine.facts("python benchmarks/lora_schemes.py") | result)

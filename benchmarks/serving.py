@@ -36,6 +36,9 @@ from gora_serve.serving.engine import free_port, running_server
 from gora_serve.serving.plan import ServePlan
 from gora_serve.serving.room import slots
 from gora_serve.serving.start import prepare
+from gora_serve.vllm_plugin.packed import can_pack
+from gora_serve.vllm_plugin.pool import RankPool
+from gora_serve.vllm_plugin.sizes import layer_of
 
 COUNTS = (1, 2, 8)
 AT_ONCE = 8
@@ -161,17 +164,42 @@ def measure(
 def memory(
     base: Path, adapters: Sequence[tuple[str, Path]], plan: ServePlan, dtype: str, plugin: int
 ) -> dict[str, Any]:
-    """Return bytes: of the ranks that exist, of the plugin's buffers, and of vLLM's, padded in every slot."""
+    """Return bytes: of the ranks that exist, of the plugin's buffers, and of vLLM's, padded in every slot.
+
+    plugin: what the engine told, of the ranks that there is room for; as they lie, packed layers are filled up.
+    """
     size = torch.finfo(getattr(torch, dtype)).bits // 8
     wide = {path: sum(shape) for path, shape in shapes(base).items()}
     ranks = sum(rank * wide[path] for adapter in plan.adapters for path, rank in adapter.ranks.items()) * size
     largest = int(plan.argv[plan.argv.index("--max-lora-rank") + 1])
+    lying = as_they_lie(base, plan, getattr(torch, dtype))
     stock = slots(len(plan.adapters), "cpu", live=False) * largest * sum(wide.values()) * size
     return {
-        "sum of ranks": ranks, "plugin": plugin, "stock": stock, "plugin to sum of ranks": round(plugin / ranks, 3),
+        "sum of ranks": ranks, "plugin": plugin, "plugin, as they lie": lying, "stock": stock,
+        "plugin to sum of ranks": round(plugin / ranks, 3), "as they lie, to sum of ranks": round(lying / ranks, 3),
         "stock to sum of ranks": round(stock / ranks, 2), "mean rank": round(
             sum(sum(one.ranks.values()) for one in plan.adapters) / sum(len(one.ranks) for one in plan.adapters), 2),
     }  # fmt: skip
+
+
+def as_they_lie(base: Path, plan: ServePlan, dtype: torch.dtype) -> int:
+    """Return the bytes of the layers' pools with the adapters in them, made here as the engine makes them."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    layers: dict[str, list[str]] = {}
+    for path in shapes(base):
+        layers.setdefault(layer_of(path)[0], []).append(path)
+    total = 0
+    for paths in layers.values():
+        outs, wide = [shapes(base)[path][0] for path in paths], shapes(base)[paths[0]][1]
+        room = [sum(adapter.ranks.get(path, 0) for adapter in plan.adapters) for path in paths]
+        pool = RankPool(room, wide, outs, dtype, packed=can_pack(wide, outs, dtype, "cpu"))
+        for slot, adapter in enumerate(plan.adapters):
+            ranks = [adapter.ranks.get(path, 0) for path in paths]
+            pool.put(slot, [(torch.ones(r, wide), torch.ones(out, r)) for r, out in zip(ranks, outs, strict=True)])
+        total += pool.store.held_bytes
+    return total
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from gora_serve.errors import BindingError
 
 GROUP, PLUGIN = "vllm.general_plugins", "gora_serve"  # the entry point
 SWITCH, RANKS = "GORA_SERVE_PLUGIN", "GORA_SERVE_LORA_RANKS"
+TO_COPY = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # what vLLM hands on to workers that Ray starts
 ON = "1"
 TESTED = ((0, 32),)  # versions of vLLM whose LoRA layers are those that the plugin was tested with
 # Linux takes no variable of more than 128 KiB; ranks that do not fit are left out, and buffers have vLLM's size.
@@ -48,7 +49,8 @@ def declare(ranks: Sequence[Mapping[str, int]], headroom: int) -> Declared:
 def plugin_environment(declared: Declared | None) -> dict[str, str]:
     """Return the variables that turn the plugin on. Without `declared`, buffers have the size that vLLM gives them."""
     text = dump_declared(declared) if declared else ""
-    return {SWITCH: ON, "VLLM_PLUGINS": PLUGIN} | ({RANKS: text} if 0 < len(text) <= LONGEST else {})
+    always = {SWITCH: ON, "VLLM_PLUGINS": PLUGIN, TO_COPY: f"{SWITCH},{RANKS}"}
+    return always | ({RANKS: text} if 0 < len(text) <= LONGEST else {})
 
 
 def dump_declared(declared: Declared) -> str:

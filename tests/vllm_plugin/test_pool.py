@@ -113,6 +113,8 @@ def test_packed_bytes_are_those_of_the_ranks_filled_up() -> None:
     assert pool.store.held_bytes == 2 * (16 * WIDE + 4 * 64)
 
 
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
 def test_the_layout_is_that_of_vllm() -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from vllm.platforms import current_platform
@@ -124,3 +126,15 @@ def test_the_layout_is_that_of_vllm() -> None:
         weight = torch.randn(rows, 64).bfloat16()
         assert torch.equal(pack_outputs(weight), torch.ops._C.convert_weight_packed(weight).view(-1))
         assert torch.equal(unpack_outputs(pack_outputs(weight), 64), weight)
+
+
+def test_factors_of_another_base_are_refused() -> None:
+    """Not cut to size: vLLM gives those of the head to the pool without a look at their shapes."""
+    for packed in (False, True):
+        pool = RankPool([4], WIDE, [32], torch.bfloat16, packed=packed, name="lm_head")
+        for a, b in ((torch.randn(2, WIDE + 2), torch.randn(32, 2)), (torch.randn(2, WIDE), torch.randn(64, 2))):
+            with pytest.raises(BindingError, match="another base") as caught:
+                pool.put(0, [(a, b)])
+            assert caught.value.code == "GS-4801"
+            assert caught.value.fields["tensor"] == "lm_head"
+        assert pool.rank(0) == (0,)

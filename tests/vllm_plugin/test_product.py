@@ -48,6 +48,8 @@ def test_each_token_gets_its_own_adapter(name: str, dtype: torch.dtype, data: st
     check(batch, found, scale)
 
 
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
 @pytest.mark.parametrize("name", ["side by side", "by adapter"])
 @pytest.mark.parametrize("chunk", [16, 256])
 @settings(max_examples=60, deadline=None)
@@ -101,6 +103,8 @@ def test_a_token_of_infinities_stays_alone() -> None:
     alone(Batch(adapters, (0, 1, -1), (6,), x, torch.randn(3, 6)), packed=False)
 
 
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
 def test_a_token_of_infinities_stays_alone_with_packed_weights() -> None:
     kernel()
     torch.manual_seed(0)
@@ -157,3 +161,16 @@ def test_routes_group_every_token_once(slots: list[int]) -> None:
         slot: [token for token, one in enumerate(slots) if one == slot] for slot in sorted({*slots} - {-1})
     }
     assert route.alone == (len(set(slots)) == 1 and slots[0] >= 0)
+
+
+def test_packed_rows_look_at_what_they_are_given() -> None:
+    """The kernel would write beyond a narrower y; and columns of packed rows cannot be picked by token."""
+    pool = RankPool([2], WIDE, [32], torch.bfloat16, packed=True)
+    pool.put(0, [(torch.randn(2, WIDE), torch.randn(32, 2))])
+    found = pool.select((0,))
+    assert found is not None
+    for out in (16, 64):
+        with pytest.raises(ValueError, match="columns"):
+            found.grow(torch.zeros(3, out).bfloat16(), torch.zeros(3, 16).bfloat16(), 1.0)
+    with pytest.raises(TypeError, match="packed"):
+        add_embedding(torch.zeros(1, 32).bfloat16(), torch.tensor([0]), pool, make_route(torch.tensor([0])))

@@ -94,7 +94,8 @@ def test_ranks_that_no_variable_can_hold_are_left_out() -> None:
     many = Declared(1, 0, {f"{'x' * 100}{name}": (1, 1) for name in "abcdefgh" for _ in range(1)})
     assert plugin.RANKS in plugin_environment(many)
     long = Declared(1, 0, {f"{'x' * 100}{'y' * number}": (1, 1) for number in range(1000)})
-    assert plugin_environment(long) == {plugin.SWITCH: "1", "VLLM_PLUGINS": PLUGIN}
+    assert plugin.RANKS not in plugin_environment(long)
+    assert plugin_environment(long)[plugin.SWITCH] == "1"
 
 
 @pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "1.0"])
@@ -107,3 +108,13 @@ def test_an_installation_without_the_entry_point_is_told(monkeypatch: pytest.Mon
     points = [SimpleNamespace(name=PLUGIN)] if registered else []
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == GROUP else [])
     assert (why_stock("0.32.1+cpu") is None) == registered
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
+def test_workers_of_ray_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM copies its own variables to them, and those that it is asked to."""
+    ray_env = pytest.importorskip("vllm.ray.ray_env", reason="vLLM is not installed")
+    for name, value in plugin_environment(KNOWN).items():
+        monkeypatch.setenv(name, value)
+    assert {plugin.SWITCH, plugin.RANKS, "VLLM_PLUGINS"} <= ray_env.get_env_vars_to_copy()
