@@ -8,7 +8,10 @@ from typing import Any
 
 from gora_serve.errors import BindingError
 from gora_serve.vllm_plugin.pool import PooledStack
-from gora_serve.vllm_plugin.sizes import declared, headroom_for
+from gora_serve.vllm_plugin.sizes import declared, headroom_for, later_slots
+
+HEADROOM = "start again with --rank-headroom {}"
+MORE_SLOTS = "start again with this adapter among the others, or with one slot more (-- --max-loras)"
 
 
 def check_fit(manager: Any, lora: Any, name: str) -> None:
@@ -19,7 +22,8 @@ def check_fit(manager: Any, lora: Any, name: str) -> None:
     asks for fits.
     """
     others = _staying(manager, lora.id)
-    lacking: list[tuple[int, str, int, int]] = []  # headroom that is enough, layer, rank, rank that fits
+    known, slots = declared(), manager.lora_slots
+    lacking: list[tuple[int, str, int, int, str]] = []  # headroom that is enough, layer, rank, rank that fits, advice
     for where, layer in manager.modules.items():
         ranks = ranks_in(manager, lora, where)
         if not any(ranks):
@@ -28,17 +32,19 @@ def check_fit(manager: Any, lora: Any, name: str) -> None:
         if isinstance(stack, PooledStack):
             taken = [ranks_in(manager, other, where) for other in others]
             for index, room in enumerate(stack.pool.room):
-                beside = nlargest(manager.lora_slots - 1, (_at(one, index) for one in taken))
+                beside = nlargest(slots - 1, (_at(one, index) for one in taken))
                 rank, free = _at(ranks, index), room - sum(beside)
                 if rank > free:
-                    lacking.append((headroom_for(declared(), rank - free, manager.lora_slots), where, rank, free))
+                    headroom = headroom_for(known, rank - free, slots)
+                    advice = MORE_SLOTS if known and not later_slots(known, slots) else HEADROOM.format(headroom)
+                    lacking.append((headroom, where, rank, free, advice))
         elif hasattr(layer, "slot_rank") and max(ranks) > layer.slot_rank:
-            lacking.append((max(ranks), where, max(ranks), layer.slot_rank))
+            lacking.append((max(ranks), where, max(ranks), layer.slot_rank, HEADROOM.format(max(ranks))))
     if lacking:
-        headroom, where, rank, free = max(lacking)
+        _, where, rank, free, advice = max(lacking)
         raise BindingError(
             f"the adapter {name} does not fit into the buffers of the engine", code="GS-4801", tensor=where,
-            expected=f"rank <= {free}", actual=rank, hint=f"start again with --rank-headroom {headroom}",
+            expected=f"rank <= {free}", actual=rank, hint=advice,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +50,7 @@ def install_pools() -> None:
         _replace(LoRAModelManager, "_create_lora_modules", _tell)
         _replace(LoRAModelManager, "_deactivate_adapter", _deactivate)
         _replace(LoRAModelManager, "remove_all_adapters", _remove_all)
-        for make in (_load, _load_finite):
-            _replace(WorkerLoRAManager, "_load_adapter", make)
+        _replace(WorkerLoRAManager, "_load_adapter", partial(_load, finite=True))
         _replace(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)  # the runner of CPUs inherits it
 
 
@@ -128,7 +128,8 @@ def _set_linear(stock: Any) -> Any:
         if pool is None:
             stock(self, index, lora_a, lora_b)
             return
-        with _one_slot(self, max(part.shape[0] for part in _listed(lora_a) if part is not None)) as written:
+        ranks = [part.shape[0] for part in _listed(lora_a) if part is not None]
+        with _one_slot(self, max(ranks, default=0)) as written:
             stock(self, 0, lora_a, lora_b)  # cuts for tensor parallelism, and splits what is packed
         pool.put(index, written)
 
@@ -217,19 +218,12 @@ def _free(manager: Any, slots: Any) -> None:
                 pool.remove(slot)
 
 
-def _load(stock: Any) -> Any:
+def _load(stock: Any, *, finite: bool = False) -> Any:
     def load_adapter(self: Any, lora_request: Any) -> Any:
         lora = stock(self, lora_request)
+        if finite:
+            check_finite(lora, lora_request.lora_name)
         check_fit(self._adapter_manager, lora, lora_request.lora_name)
-        return lora
-
-    return load_adapter
-
-
-def _load_finite(stock: Any) -> Any:
-    def load_adapter(self: Any, lora_request: Any) -> Any:
-        lora = stock(self, lora_request)
-        check_finite(lora, lora_request.lora_name)
         return lora
 
     return load_adapter

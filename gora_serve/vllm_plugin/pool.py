@@ -1,4 +1,4 @@
-"""The LoRA weights of one layer on CPU: the ranks of all its adapters side by side, without padding.
+"""The LoRA weights of one layer on CPU: the ranks of all its adapters side by side, none padded to another's.
 
 A packed layer (qkv, gate and up) has one slice for each of its projections, each with room for a fixed number of ranks.
 How they lie in memory is a store's matter (`dense`, `packed`). No vLLM here.
@@ -12,14 +12,15 @@ import torch
 
 from gora_serve.errors import BindingError
 from gora_serve.vllm_plugin.dense import DenseRows, DenseStore
-from gora_serve.vllm_plugin.packed import PackedRows, PackedStore
+from gora_serve.vllm_plugin.packed import PackedRows, PackedStore, fits_layout
 
 Selected = DenseRows | PackedRows
 
 
 class RankPool:
-    """Room for A (room, in) and, for each slice, B (its room, its out). room: ranks of each slice. outs: each slice's
-    out features. packed: in the layout of vLLM's kernel (see `packed.can_pack`). name: of the layer, for messages.
+    """A and B of several adapters. room: how many ranks each slice may have. wide: in features. outs: each slice's out
+    features. packed: in the layout of vLLM's kernel (see `packed.can_pack`). name: of the layer, for messages. Raises
+    ValueError for what cannot be packed.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class RankPool:
     ) -> None:
         self.name, self.dtype, self.wide, self.packed = name, dtype, wide, packed
         self.room, self.outs = tuple(room), tuple(outs)
+        if packed and not fits_layout(wide, outs, dtype, device):
+            raise ValueError(f"a layer of {wide} to {tuple(outs)} in {dtype} on {device} cannot be packed")
         self.store = PackedStore(wide, outs) if packed else DenseStore(room, wide, outs, dtype, device)
         self._ranks: dict[int, tuple[int, ...]] = {}  # slot -> rank of each slice
         self._selected: dict[tuple[int, ...], Selected | None] = {}
@@ -57,38 +60,38 @@ class RankPool:
     def put(self, slot: int, factors: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
         """Replace what a slot holds. factors: for each slice A (r, <= in) and B (<= out, r), or None.
 
-        Ranks whose row of A or column of B is all zero add nothing and are left out. Raises BindingError: GS-4801 where
-        there is no room, GS-4802 for values that are not finite in the engine's dtype; then the slot is empty.
+        They are finite (`fit.check_finite`): beside others, a NaN in B would spread to their tokens. Ranks whose row of
+        A or column of B is all zero add nothing and are left out. Raises BindingError: GS-4801 where there is no room,
+        GS-4804 for sizes of another base; then the slot is empty.
         """
         self.remove(slot)
-        given = {index: _without_zeros(*pair) for index, pair in enumerate(factors) if pair is not None}
-        for index, pair in given.items():
-            self._check(index, *pair)
-        held = {index: (a, b.t()) for index, (a, b) in given.items() if a.shape[0]}
+        given = {index: pair for index, pair in enumerate(factors) if pair is not None}
+        for index, (a, b) in given.items():
+            self._check_sizes(index, a, b)
+        used = {index: _without_zeros(*pair) for index, pair in given.items()}
+        held = {index: (a, b.t()) for index, (a, b) in used.items() if a.shape[0]}
+        ranks = tuple(held[index][0].shape[0] if index in held else 0 for index in range(len(self.room)))
+        for index, rank in enumerate(ranks):
+            self._check_room(index, rank)
         if held:
             self._selected.clear()
             self.store.put(slot, held)
-            self._ranks[slot] = tuple(
-                held[index][0].shape[0] if index in held else 0 for index in range(len(self.room))
-            )
+            self._ranks[slot] = ranks
 
-    def _check(self, index: int, a: torch.Tensor, b: torch.Tensor) -> None:
-        if a.shape[1] > self.wide or b.shape[0] > self.outs[index]:
+    def _check_sizes(self, index: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        if a.shape[1] > self.wide or b.shape[0] > self.outs[index] or a.shape[0] != b.shape[1]:
             raise BindingError(
-                "the adapter is of another base: its sizes are larger than this layer's", code="GS-4801",
-                tensor=self.name, expected=f"A (r, {self.wide}), B ({self.outs[index]}, r)",
+                "the adapter's factors do not fit together, or are of another base", code="GS-4804", tensor=self.name,
+                expected=f"A (r, {self.wide}), B ({self.outs[index]}, r)",
                 actual=f"A {tuple(a.shape)}, B {tuple(b.shape)}", hint="serve it on the base that it was trained on",
             )  # fmt: skip
+
+    def _check_room(self, index: int, rank: int) -> None:
         free = self.room[index] - self.used(index)
-        if a.shape[0] > free:
+        if rank > free:
             raise BindingError(
                 "the adapter's rank does not fit into this layer", code="GS-4801", tensor=self.name,
-                expected=f"rank <= {free}", actual=a.shape[0], hint="start again with a larger --rank-headroom",
-            )  # fmt: skip
-        if not (a.to(self.dtype).isfinite().all() and b.to(self.dtype).isfinite().all()):
-            raise BindingError(
-                f"the adapter has values that are not finite in {self.dtype}", code="GS-4802",
-                tensor=self.name, hint="train or convert the adapter again, or serve with --dtype float32",
+                expected=f"rank <= {free}", actual=rank, hint="start again with a larger --rank-headroom",
             )  # fmt: skip
 
     def remove(self, slot: int) -> None:
@@ -104,8 +107,8 @@ class RankPool:
     def select(self, slots: tuple[int, ...]) -> Selected | None:
         """Return the ranks of several adapters at once, None where none of them has any in this layer."""
         if slots not in self._selected:
-            if len(self._selected) > 64:
-                self._selected.clear()
+            if len(self._selected) >= 64:
+                del self._selected[next(iter(self._selected))]  # the oldest
             self._selected[slots] = self.store.select(slots)
         return self._selected[slots]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from gora_serve.vllm_plugin.packed import PackedRows, PackedStore
+from gora_serve.vllm_plugin.packed import PackedRows
 from gora_serve.vllm_plugin.pool import RankPool, Selected
 from gora_serve.vllm_plugin.route import Route, Tokens
 
@@ -45,7 +45,7 @@ def add_embedding(y: torch.Tensor, tokens: torch.Tensor, pool: RankPool, route: 
 
 
 def _many(pool: RankPool, x: torch.Tensor) -> int:
-    if isinstance(pool.store, PackedStore):
+    if pool.packed:
         return MANY_PACKED
     return MANY if x.dtype == torch.float32 else MANY_16_BIT
 

@@ -52,11 +52,11 @@ def right_sum(batch: Batch, scale: float = 1.0) -> tuple[torch.Tensor, torch.Ten
 
 
 @st.composite
-def batches(draw: st.DrawFn, dtype: torch.dtype, step: int = 1) -> Batch:
+def batches(draw: st.DrawFn, dtype: torch.dtype, step: int = 1, *, whole: bool = False) -> Batch:
     """Up to 4 adapters in slots 0 to 5, ranks 0 to 9 (40 with steps) in 1 to 3 slices, and up to 70 tokens, some of
     them without an adapter.
 
-    step: what every number of outputs is a multiple of.
+    step: what every number of outputs is a multiple of. whole: values are -1, 0 and 1, and y is 0.
     """
     outs = tuple(step * number for number in draw(st.lists(st.integers(1, 12 // min(step, 4)), min_size=1, max_size=3)))
     taken = draw(st.lists(st.integers(0, 5), max_size=4, unique=True))
@@ -66,6 +66,8 @@ def batches(draw: st.DrawFn, dtype: torch.dtype, step: int = 1) -> Batch:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def values(*shape: int) -> torch.Tensor:
+        if whole:
+            return torch.randint(-1, 2, shape, generator=generator).to(dtype)
         return torch.randn(*shape, generator=generator).to(dtype)
 
     adapters = {
@@ -74,4 +76,5 @@ def batches(draw: st.DrawFn, dtype: torch.dtype, step: int = 1) -> Batch:
         for slot in taken
     }  # fmt: skip
     slots = tuple(slot for slot, count in runs for _ in range(count))
-    return Batch(adapters, slots, outs, values(len(slots), WIDE), values(len(slots), sum(outs)))
+    y = values(len(slots), sum(outs))
+    return Batch(adapters, slots, outs, values(len(slots), WIDE), y * 0 if whole else y)

@@ -10,7 +10,7 @@ from layers import WIDE
 
 from gora_serve.errors import BindingError
 from gora_serve.vllm_plugin.dense import DenseStore
-from gora_serve.vllm_plugin.packed import has_kernel, pack_outputs, unpack_outputs
+from gora_serve.vllm_plugin.packed import can_pack, has_kernel, pack_outputs, unpack_outputs
 from gora_serve.vllm_plugin.pool import RankPool
 
 OUTS = (5, 3)
@@ -85,18 +85,6 @@ def test_an_adapter_that_does_not_fit_is_refused_whole() -> None:
     assert pool.rank(0) == (1, 2)
 
 
-@pytest.mark.parametrize("where", [0, 1])
-def test_values_that_are_not_finite_are_refused(where: int) -> None:
-    """Beside others, a NaN in B would spread to their tokens; 1e6 is one in float16."""
-    pool = RankPool([4], WIDE, [5], torch.float16)
-    pair = [torch.randn(2, WIDE), torch.randn(5, 2)]
-    pair[where][0, 0] = 1e6
-    with pytest.raises(BindingError, match="not finite") as caught:
-        pool.put(0, [(pair[0], pair[1])])
-    assert caught.value.code == "GS-4802"
-    assert pool.rank(0) == (0,)
-
-
 def test_bytes_are_those_of_the_ranks() -> None:
     pool = RankPool([7, 2], WIDE, OUTS, torch.bfloat16)
     assert pool.nbytes == pool.store.held_bytes == 2 * (7 * (WIDE + 5) + 2 * (WIDE + 3))
@@ -132,9 +120,22 @@ def test_factors_of_another_base_are_refused() -> None:
     """Not cut to size: vLLM gives those of the head to the pool without a look at their shapes."""
     for packed in (False, True):
         pool = RankPool([4], WIDE, [32], torch.bfloat16, packed=packed, name="lm_head")
-        for a, b in ((torch.randn(2, WIDE + 2), torch.randn(32, 2)), (torch.randn(2, WIDE), torch.randn(64, 2))):
+        pool.put(1, [(torch.randn(2, WIDE), torch.randn(32, 2))])
+        kept = [part.clone() for part in pool.store.part(1, 0)]
+        for a, b in (((2, WIDE + 2), (32, 2)), ((2, WIDE), (64, 2)), ((1, WIDE), (32, 2))):
             with pytest.raises(BindingError, match="another base") as caught:
-                pool.put(0, [(a, b)])
-            assert caught.value.code == "GS-4801"
+                pool.put(0, [(torch.randn(a), torch.randn(b))])
+            assert caught.value.code == "GS-4804"
             assert caught.value.fields["tensor"] == "lm_head"
         assert pool.rank(0) == (0,)
+        assert all(torch.equal(*pair) for pair in zip(pool.store.part(1, 0), kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("wide", "outs", "dtype"),
+    [(WIDE + 1, [32], torch.bfloat16), (WIDE, [32, 40], torch.bfloat16), (WIDE, [32], torch.float16)],
+)
+def test_what_the_layout_does_not_fit_is_not_packed(wide: int, outs: list[int], dtype: torch.dtype) -> None:
+    assert not can_pack(wide, outs, dtype, "cpu")
+    with pytest.raises(ValueError, match="cannot be packed"):
+        RankPool([4] * len(outs), wide, outs, dtype, packed=True)

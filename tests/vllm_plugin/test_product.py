@@ -64,6 +64,40 @@ def test_each_token_gets_its_own_adapter_from_packed_weights(name: str, chunk: i
     check(batch, found, scale)
 
 
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
+@pytest.mark.parametrize("name", ["side by side", "by adapter"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_packed_sums_of_whole_numbers_are_exact(name: str, data: st.DataObject) -> None:
+    """h is at most 24, and sums of such numbers are exact in float32: one wrong rank would show."""
+    kernel()
+    batch = data.draw(batches(torch.bfloat16, step=packed.BLOCK, whole=True))
+    with scheme(name):
+        found = added(batch, batch.pool(packed=True))
+    expected, _ = right_sum(batch)
+    assert torch.equal(found, expected.to(torch.bfloat16))
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
+@pytest.mark.parametrize("fault", ["wrong", "raised"])
+def test_a_kernel_that_is_not_right_is_not_taken(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel()
+
+    def product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        if fault == "raised":
+            raise RuntimeError("not implemented")
+        out.fill_(1)
+
+    packed._multiplies.cache_clear()
+    monkeypatch.setattr(packed, "_product", product)
+    try:
+        assert not packed.can_pack(WIDE, [32], torch.bfloat16, "cpu")
+    finally:
+        packed._multiplies.cache_clear()
+
+
 def kernel() -> None:
     """Bring in vLLM's kernels, or skip the test where this processor has none for packed bfloat16."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
