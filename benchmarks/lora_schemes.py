@@ -22,8 +22,8 @@ import torch
 from serving import RANK_MAX, draw_rank
 from vllm.platforms import current_platform
 
-from gora_serve.vllm_plugin import dense, product
-from gora_serve.vllm_plugin.packed import has_kernel
+from gora_serve.vllm_plugin import dense, prepared, product
+from gora_serve.vllm_plugin.kernel import has_kernel
 from gora_serve.vllm_plugin.pool import RankPool
 from gora_serve.vllm_plugin.route import Route, make_route
 
@@ -32,27 +32,28 @@ BLOCKS = 8
 TOKENS = (1, 8, 32, 128, 512, 2048)
 NEVER = 10**9
 # Thresholds of gora_serve/vllm_plugin: tokens from which each adapter is multiplied alone, and up to which 16-bit
-# weights are converted; and whether the layers are packed.
+# weights are converted; whether the layers are packed; and up to which number of tokens their sums are prepared.
 SCHEMES = {
-    "side by side": (NEVER, 0, False), "side by side, in float32": (NEVER, NEVER, False),
-    "by adapter": (0, 0, False), "by adapter, in float32": (0, NEVER, False),
-    "packed, side by side": (NEVER, 0, True), "packed, by adapter": (0, 0, True),
+    "side by side": (NEVER, 0, False, 0), "side by side, in float32": (NEVER, NEVER, False, 0),
+    "by adapter": (0, 0, False, 0), "by adapter, in float32": (0, NEVER, False, 0),
+    "packed, side by side": (NEVER, 0, True, 0), "packed, by adapter": (0, 0, True, 0),
+    "packed, prepared": (NEVER, 0, True, prepared.FEW),
 }  # fmt: skip
 
 
 @contextmanager
-def scheme(many: int, few: int) -> Iterator[None]:
+def scheme(many: int, few: int, prepare: int) -> Iterator[None]:
     names = ("MANY", "MANY_16_BIT", "MANY_PACKED")
-    kept = [getattr(product, name) for name in names], dense.FEW
+    kept = [getattr(product, name) for name in names], dense.FEW, product.FEW
     for name in names:
         setattr(product, name, many)
-    dense.FEW = few
+    dense.FEW, product.FEW = few, prepare
     try:
         yield
     finally:
         for name, value in zip(names, kept[0], strict=True):
             setattr(product, name, value)
-        dense.FEW = kept[1]
+        dense.FEW, product.FEW = kept[1:]
 
 
 def pools(adapters: int, dtype: torch.dtype, *, packed: bool) -> list[RankPool]:
@@ -117,9 +118,9 @@ def case(adapters: int, tokens: int, dtype: torch.dtype, held: Mapping[bool, lis
 
     reference = seconds(base)
     found = {"padded": seconds(all_slots)}
-    for name, (many, few, packed) in SCHEMES.items():
-        if packed in held and (dtype != torch.float32 or "float32" not in name):
-            with scheme(many, few):
+    for name, (many, few, packed, prepare) in SCHEMES.items():
+        if packed in held and tokens <= (prepare or NEVER) and (dtype != torch.float32 or "float32" not in name):
+            with scheme(many, few, prepare):
                 found[name] = seconds(partial(ours, packed))
     found["as it is"] = seconds(partial(ours, True in held))
     return {name: round(value / reference, 3) for name, value in found.items()}

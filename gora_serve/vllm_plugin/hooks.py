@@ -25,7 +25,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from gora_serve.vllm_plugin.fit import check_finite, check_fit
-from gora_serve.vllm_plugin.packed import can_pack
+from gora_serve.vllm_plugin.kernel import can_pack
 from gora_serve.vllm_plugin.pool import PooledStack, RankPool
 from gora_serve.vllm_plugin.sizes import declared, pool_room, slot_rank
 
@@ -46,6 +46,7 @@ def install_pools() -> None:
             _replace(kind, "set_lora", _set_end)
         for kind in (BaseLinearLayerWithLoRA, *ENDS):
             _replace(kind, "reset_lora", _reset)
+        _replace(BaseLinearLayerWithLoRA, "apply", _apply)
         _replace(VocabParallelEmbeddingWithLoRA, "forward", _embed)
         _replace(LoRAModelManager, "_create_lora_modules", _tell)
         _replace(LoRAModelManager, "_deactivate_adapter", _deactivate)
@@ -169,6 +170,21 @@ def _reset(stock: Any) -> Any:
         pool.remove(index)
 
     return reset_lora
+
+
+def _apply(stock: Any) -> Any:
+    """vLLM's own, without its choices between devices and shapes: a decoding step asks once a layer."""
+
+    def apply(self: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        pool = pool_of(self)
+        if pool is None or x.dim() != 2:
+            return stock(self, x, bias)  # type: ignore[no-any-return]
+        base = self.base_layer
+        y: torch.Tensor = base.quant_method.apply(base, x, bias)
+        self.punica_wrapper.add_pooled_linear(y, x, pool)
+        return y
+
+    return apply
 
 
 def _embed(stock: Any) -> Any:

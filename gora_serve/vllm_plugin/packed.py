@@ -1,23 +1,27 @@
-"""A layer's adapters in the layout of vLLM's own CPU kernel for small products of bfloat16 (`weight_packed_linear`).
+"""A layer's adapters in the layout of vLLM's kernel for small products (`kernel`).
 
-PyTorch's products of bfloat16 take 15 microseconds to begin, and a quarter of a millisecond for a new shape; those of
-float32 need converted weights. This one begins in 5, takes 0.1 ms for a new shape of more than 4 tokens, and reads
-weights as they lie. What it computes is rounded to bfloat16: h, and the sum for y.
-
-It takes a weight (n, k) in blocks of 32 outputs, the last of 16 or 32; in a block, pairs of inputs lie together:
-(k / 2, 32, 2). So A is filled up with zeros to a number of rows that 16 divides, and an adapter's B to an even number
-of ranks.
+A is filled up with zeros to a number of rows that 16 divides, and an adapter's B to an even number of ranks. What is
+computed is rounded to bfloat16: h, and the sum for y.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
-BLOCK, TILE = 32, 16  # outputs of a block, and of the smallest one
+from gora_serve.vllm_plugin.kernel import (
+    BLOCK,
+    TILE,
+    multiply,
+    pack_inputs,
+    pack_outputs,
+    to_height,
+    unpack_inputs,
+    unpack_outputs,
+)  # fmt: skip
+
 CHUNK = 256  # tokens that are added at once: the sum of a linear layer then stays in the processor's cache
 NOBODY = -2  # owner of a row that is read and not asked for; no token has this slot
 Factors = Mapping[int, tuple[torch.Tensor, torch.Tensor]]  # slice -> A (r, in), B (r, out)
@@ -36,7 +40,7 @@ class Share:
     stop: int
 
     def take(self) -> torch.Tensor:
-        """Return the weight (out, ranks), in the kernel's layout."""
+        """Return the weight (out, ranks), in the kernel's layout: a view of all pairs, or a copy of some."""
         b = self.b if self.pairs is None else self.b.index_select(1, self.pairs)
         return b.view(self.stop - self.start, -1)
 
@@ -44,7 +48,7 @@ class Share:
 @dataclass(frozen=True)
 class PackedRows:
     """The rows of some adapters. a: the blocks of A that have them, flat, in one piece or several. wide: in. out: of
-    all slices. owners: (1, columns), the slot of each column of h, or NOBODY. whole: whether the shares are all of y.
+    all slices. owners: (1, columns), the slot of each column of h, or NOBODY.
     """
 
     a: tuple[torch.Tensor, ...]
@@ -52,26 +56,38 @@ class PackedRows:
     out: int
     owners: torch.Tensor
     shares: tuple[Share, ...]
-    whole: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether the shares are all of y."""
+        return sum(share.stop - share.start for share in self.shares) == self.out
+
+    def take(self) -> torch.Tensor:
+        """Return A (columns of h, in), in the kernel's layout: a view of one piece, or a copy of several."""
+        return (self.a[0] if len(self.a) == 1 else torch.cat(self.a)).view(-1, self.wide)
 
     def shrink(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (tokens, in) times Aᵀ: (tokens, columns)."""
-        a = (self.a[0] if len(self.a) == 1 else torch.cat(self.a)).view(-1, self.wide)
+        a = self.take()
         h = torch.empty(x.shape[0], a.shape[0], dtype=a.dtype)
-        _product(h, x.to(a.dtype).contiguous(), a)
+        multiply(h, ready(x), a)
         return h
 
     def grow(self, y: torch.Tensor, h: torch.Tensor, scale: float) -> None:
         """Add scale times h (tokens, columns) times B to y (tokens, out). Raises ValueError for another out."""
-        if y.shape[1] != self.out:  # the kernel does not look
-            raise ValueError(f"y has {y.shape[1]} columns, the layer {self.out}")
+        self.check(y)
         weights = [share.take() for share in self.shares]
         make = torch.empty if self.whole else torch.zeros
         for y_rows, h_rows in zip(_chunks(y), _chunks(h), strict=True):
             added = make(y_rows.shape, dtype=h.dtype)
             for share, weight in zip(self.shares, weights, strict=True):
-                _product(added[:, share.start : share.stop], h_rows.index_select(1, share.columns), weight)
+                multiply(added[:, share.start : share.stop], h_rows.index_select(1, share.columns), weight)
             y_rows.add_(added, alpha=scale)
+
+    def check(self, y: torch.Tensor) -> None:
+        """Raise ValueError for y of another width: the kernel does not look, and writes beyond it."""
+        if y.shape[1] != self.out:
+            raise ValueError(f"y has {y.shape[1]} columns, the layer {self.out}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,6 @@ class PackedStore:
         return PackedRows(
             self._blocks(blocks), self._wide, sum(self._outs),
             torch.tensor([[owner.get(row, NOBODY) for row in covered]]), tuple(shares),
-            whole=len(shares) == len(self._outs),
         )  # fmt: skip
 
     def _share(self, index: int, columns: list[int], pairs: list[int]) -> Share:
@@ -143,7 +158,7 @@ class PackedStore:
     def _held(self) -> dict[int, Factors]:
         """Return every adapter's factors, unpacked."""
         a = unpack_outputs(self._a, self._wide)
-        b = [_unpack_inputs(packed) for packed in self._b]
+        b = [unpack_inputs(packed) for packed in self._b]
         return {
             slot: {
                 index: (a[rows.start : rows.stop], b[index][2 * place.pairs[index].start :][: len(rows)])
@@ -155,7 +170,7 @@ class PackedStore:
     def _pack(self, held: Mapping[int, Factors]) -> None:
         a = [rows for factors in held.values() for rows, _ in factors.values()]
         height = -(-sum(rows.shape[0] for rows in a) // TILE) * TILE
-        packed_a = pack_outputs(_to_height(a, height, self._wide))
+        packed_a = pack_outputs(to_height(a, height, self._wide))
         packed_b = tuple(
             pack_inputs([factors[index][1] for factors in held.values() if index in factors], out)
             for index, out in enumerate(self._outs)
@@ -178,68 +193,9 @@ def _places(ranks: Mapping[int, Mapping[int, int]]) -> dict[int, Place]:
     return found
 
 
-def can_pack(wide: int, outs: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether a layer of these sizes can be packed, and this processor's vLLM has the kernel."""
-    return fits_layout(wide, outs, dtype, device) and has_kernel()
-
-
-def fits_layout(wide: int, outs: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> bool:
-    sizes = wide % 2 == 0 and all(out % BLOCK == 0 for out in outs)
-    return sizes and dtype == torch.bfloat16 and torch.device(device).type == "cpu"
-
-
-def has_kernel() -> bool:
-    """Whether vLLM's kernel is there, this processor multiplies bfloat16, and small products come out right."""
-    return hasattr(torch.ops._C, "weight_packed_linear") and torch.cpu._is_avx512_bf16_supported() and _multiplies()
-
-
-@cache
-def _multiplies() -> bool:
-    """Try what the kernel has ways of its own for: few and many tokens, blocks of 16 and 32, odd numbers of pairs."""
-    for tokens, n, k in ((3, TILE, 6), (3, BLOCK + TILE, 34), (40, TILE, 2), (40, BLOCK + TILE, 34)):
-        x = (torch.arange(tokens * k) % 7 - 3).to(torch.bfloat16).view(tokens, k)  # whole numbers: exact in bfloat16
-        weight = (torch.arange(n * k) % 5 - 2).to(torch.bfloat16).view(n, k)
-        y = torch.zeros(tokens, n + 3, dtype=torch.bfloat16)
-        try:
-            _product(y[:, 1 : n + 1], x, pack_outputs(weight).view(n, k))
-        except RuntimeError:
-            return False
-        right = (x.float() @ weight.float().t()).to(torch.bfloat16)
-        if not torch.equal(y, torch.nn.functional.pad(right, (1, 2))):
-            return False
-    return True
-
-
-def pack_outputs(weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight (n, k), n divided by 16 and k even, in the kernel's layout, flat."""
-    full = weight.shape[0] // BLOCK * BLOCK
-    return torch.cat([_pack_blocks(weight[:full], BLOCK), _pack_blocks(weight[full:], TILE)])
-
-
-def unpack_outputs(packed: torch.Tensor, wide: int) -> torch.Tensor:
-    """Return the weight (n, k) that `pack_outputs` was given. wide: k."""
-    full = packed.numel() // (BLOCK * wide) * BLOCK * wide
-    parts = [
-        part.view(-1, wide // 2, count, 2).transpose(1, 2).reshape(-1, wide)
-        for part, count in ((packed[:full], BLOCK), (packed[full:], TILE))
-    ]
-    return torch.cat(parts)
-
-
-def pack_inputs(ranks: Sequence[torch.Tensor], out: int) -> torch.Tensor:
-    """Return the B of some adapters, each (r, out), as (out / 32, pairs, 32, 2)."""
-    even = [_to_height([b], b.shape[0] + b.shape[0] % 2, out) for b in ranks]
-    joined = _to_height(even, sum(b.shape[0] for b in even), out)
-    return joined.view(-1, 2, out // BLOCK, BLOCK).permute(2, 0, 3, 1).contiguous()
-
-
-def _unpack_inputs(packed: torch.Tensor) -> torch.Tensor:
-    """Return B (2 * pairs, out) of what `pack_inputs` made."""
-    return packed.permute(1, 3, 0, 2).reshape(2 * packed.shape[1], packed.shape[0] * packed.shape[2])
-
-
-def _pack_blocks(weight: torch.Tensor, count: int) -> torch.Tensor:
-    return weight.reshape(-1, count, weight.shape[1] // 2, 2).transpose(1, 2).reshape(-1)
+def ready(x: torch.Tensor) -> torch.Tensor:
+    """Return x as the kernel takes it."""
+    return x if x.dtype == torch.bfloat16 and x.is_contiguous() else x.to(torch.bfloat16).contiguous()
 
 
 def _chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -254,14 +210,3 @@ def _evened(rows: range) -> list[int]:
 def _to_width(rows: torch.Tensor, wide: int) -> torch.Tensor:
     """Return rows in bfloat16, with zeros up to a width."""
     return torch.nn.functional.pad(rows.to(torch.bfloat16), (0, wide - rows.shape[1]))
-
-
-def _to_height(rows: Sequence[torch.Tensor], height: int, wide: int) -> torch.Tensor:
-    """Return rows one after the other, with zeros up to a height."""
-    missing = height - sum(part.shape[0] for part in rows)
-    return torch.cat([*rows, torch.zeros(missing, wide, dtype=torch.bfloat16)])
-
-
-def _product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Write x (tokens, k), contiguous, times a packed weight (n, k) into out (tokens, n), whose rows may be apart."""
-    torch.ops._C.weight_packed_linear.default(out, x, weight, None, True)

@@ -7,19 +7,24 @@ How they lie in memory is a store's matter (`dense`, `packed`). No vLLM here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from gora_serve.errors import BindingError
 from gora_serve.vllm_plugin.dense import DenseRows, DenseStore
-from gora_serve.vllm_plugin.packed import PackedRows, PackedStore, fits_layout
+from gora_serve.vllm_plugin.kernel import fits_layout
+from gora_serve.vllm_plugin.packed import PackedRows, PackedStore
+from gora_serve.vllm_plugin.prepared import Prepared
 
 Selected = DenseRows | PackedRows
+KEPT = 64  # choices of adapters, and of numbers of tokens, that are remembered
+SPARE = 4  # times the ranks asked for: where a pool has no more, all are multiplied
 
 
 class RankPool:
     """A and B of several adapters. room: how many ranks each slice may have. wide: in features. outs: each slice's out
-    features. packed: in the layout of vLLM's kernel (see `packed.can_pack`). name: of the layer, for messages. Raises
+    features. packed: in the layout of vLLM's kernel (see `kernel.can_pack`). name: of the layer, for messages. Raises
     ValueError for what cannot be packed.
     """
 
@@ -41,6 +46,7 @@ class RankPool:
         self.store = PackedStore(wide, outs) if packed else DenseStore(room, wide, outs, dtype, device)
         self._ranks: dict[int, tuple[int, ...]] = {}  # slot -> rank of each slice
         self._selected: dict[tuple[int, ...], Selected | None] = {}
+        self._prepared: dict[tuple[int, tuple[int, ...]], Prepared | None] = {}
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +80,7 @@ class RankPool:
         for index, rank in enumerate(ranks):
             self._check_room(index, rank)
         if held:
-            self._selected.clear()
+            self._forget()
             self.store.put(slot, held)
             self._ranks[slot] = ranks
 
@@ -97,7 +103,7 @@ class RankPool:
     def remove(self, slot: int) -> None:
         """Forget what a slot holds."""
         if self._ranks.pop(slot, None) is not None:
-            self._selected.clear()
+            self._forget()
             self.store.remove(slot)
 
     def part(self, slot: int, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -107,10 +113,34 @@ class RankPool:
     def select(self, slots: tuple[int, ...]) -> Selected | None:
         """Return the ranks of several adapters at once, None where none of them has any in this layer."""
         if slots not in self._selected:
-            if len(self._selected) >= 64:
-                del self._selected[next(iter(self._selected))]  # the oldest
             self._selected[slots] = self.store.select(slots)
+            _drop_oldest(self._selected)
         return self._selected[slots]
+
+    def prepared(self, tokens: int, slots: tuple[int, ...]) -> Prepared | None:
+        """Return the sum of so few tokens, of a packed pool; None where none of the adapters has any rank here.
+
+        All ranks lie together. Where they are at most SPARE times those of the adapters, all are multiplied, and what
+        is not asked for is dropped: that costs less than to copy some.
+        """
+        if (tokens, slots) not in self._prepared:
+            own, every = sum(sum(self.rank(slot)) for slot in slots), sum(map(sum, self._ranks.values()))
+            chosen = tuple(self._ranks) if every <= SPARE * own else slots
+            rows = self.select(chosen) if own else None
+            exact = set(chosen) <= set(slots)
+            found = Prepared(rows, tokens, exact=exact) if isinstance(rows, PackedRows) else None
+            self._prepared[tokens, slots] = found
+            _drop_oldest(self._prepared)
+        return self._prepared[tokens, slots]
+
+    def _forget(self) -> None:
+        self._selected.clear()
+        self._prepared.clear()
+
+
+def _drop_oldest(kept: dict[Any, Any]) -> None:
+    if len(kept) > KEPT:
+        del kept[next(iter(kept))]
 
 
 class PooledStack(tuple):  # type: ignore[type-arg]

@@ -1,9 +1,10 @@
 """y += x Aᵀ B of every token's own adapter, on CPU, over the weights of `pool`. No vLLM here.
 
-Two schemes, of which the cheaper one by number of tokens is taken (measured by `benchmarks/lora_schemes.py`):
+Schemes, of which the cheapest one by number of tokens is taken (measured by `benchmarks/lora_schemes.py`):
 
 - side by side: one product with the rows of all adapters in the batch, a mask that leaves each token those of its own
   adapter, and one product with their B. A handful of operations whatever the number of adapters: for few tokens.
+- prepared: side by side over packed weights, for few tokens (`prepared`).
 - by adapter: each adapter's tokens with its own rows. No wasted product: for many tokens.
 
 Tokens without an adapter get nothing added, or zeros.
@@ -15,16 +16,22 @@ import torch
 
 from gora_serve.vllm_plugin.packed import PackedRows
 from gora_serve.vllm_plugin.pool import RankPool, Selected
+from gora_serve.vllm_plugin.prepared import FEW
 from gora_serve.vllm_plugin.route import Route, Tokens
 
 # Tokens not its own that an adapter's rows would meet side by side, from which the second scheme is faster: below, its
 # many small operations, and the copies of tokens that lie apart, cost more.
-MANY, MANY_16_BIT, MANY_PACKED = 150, 500, 1500
+MANY, MANY_16_BIT, MANY_PACKED = 150, 500, 150
 
 
 def add_linear(y: torch.Tensor, x: torch.Tensor, pool: RankPool, route: Route, scale: float = 1.0) -> None:
     """Add to y (tokens, out) in place. x: (tokens, in). out holds the slices of the pool one after the other."""
     if not route.groups:
+        return
+    if pool.packed and route.tokens <= FEW:
+        prepared = pool.prepared(route.tokens, route.active)
+        if prepared is not None:
+            prepared.add(y, x, route, scale)
         return
     if _by_adapter(route, _many(pool, x)):
         for slot, tokens in route.groups.items():

@@ -40,7 +40,11 @@ class PooledPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
             return
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        add_linear(y, x, lora_a_stacked.pool, self._of_tokens(x.shape[0]), scale)
+        self.add_pooled_linear(y, x, lora_a_stacked.pool, scale)
+
+    def add_pooled_linear(self, y: torch.Tensor, x: torch.Tensor, pool: RankPool, scale: float = 1.0) -> None:
+        """Add to y (tokens, out) in place, for x (tokens, in)."""
+        add_linear(y, x, pool, self._of_tokens(x.shape[0]), scale)
 
     def add_lora_logits(
         self,

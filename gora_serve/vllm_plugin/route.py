@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,11 +21,11 @@ class Route:
     groups: Mapping[int, Tokens]
     alone: bool
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.slots.shape[0]
 
-    @property
+    @cached_property
     def active(self) -> tuple[int, ...]:
         return tuple(self.groups)
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from gora_serve.errors import BindingError
 from gora_serve.serving.plugin import RANKS
-from gora_serve.vllm_plugin.packed import has_kernel
+from gora_serve.vllm_plugin.kernel import has_kernel
 
 pytestmark = [
     pytest.mark.e2e,

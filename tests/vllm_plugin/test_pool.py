@@ -10,7 +10,7 @@ from layers import WIDE
 
 from gora_serve.errors import BindingError
 from gora_serve.vllm_plugin.dense import DenseStore
-from gora_serve.vllm_plugin.packed import can_pack, has_kernel, pack_outputs, unpack_outputs
+from gora_serve.vllm_plugin.kernel import can_pack, has_kernel, pack_outputs, unpack_outputs
 from gora_serve.vllm_plugin.pool import RankPool
 
 OUTS = (5, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,22 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import WIDE, Batch, batches, right_sum
 
-from gora_serve.vllm_plugin import dense, packed, product
+from gora_serve.vllm_plugin import dense, packed, prepared, product
+from gora_serve.vllm_plugin import kernel as layout
 from gora_serve.vllm_plugin.pool import RankPool
 from gora_serve.vllm_plugin.product import add_embedding, add_linear
 from gora_serve.vllm_plugin.route import make_route
 
 # (MANY, FEW): side by side or by adapter; 16-bit products as they are, or in float32
 SCHEMES = {"side by side": (10**6, 0), "converted": (10**6, 10**6), "by adapter": (0, 0), "as it is": (150, 32)}
+PACKED = ("side by side", "by adapter", "prepared")
 EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 
 
 @contextmanager
 def scheme(name: str) -> Iterator[None]:
+    most, few = SCHEMES.get(name, SCHEMES["as it is"])
     with pytest.MonkeyPatch.context() as patch:
         for many in ("MANY", "MANY_16_BIT", "MANY_PACKED"):
-            patch.setattr(product, many, SCHEMES[name][0])
-        patch.setattr(dense, "FEW", SCHEMES[name][1])
+            patch.setattr(product, many, most)
+        patch.setattr(dense, "FEW", few)
+        patch.setattr(product, "FEW", prepared.FEW if name == "prepared" else 0)
         yield
 
 
@@ -50,13 +55,13 @@ def test_each_token_gets_its_own_adapter(name: str, dtype: torch.dtype, data: st
 
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
-@pytest.mark.parametrize("name", ["side by side", "by adapter"])
+@pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("chunk", [16, 256])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_each_token_gets_its_own_adapter_from_packed_weights(name: str, chunk: int, data: st.DataObject) -> None:
     kernel()
-    batch = data.draw(batches(torch.bfloat16, step=packed.BLOCK))
+    batch = data.draw(batches(torch.bfloat16, step=layout.BLOCK))
     scale = data.draw(st.sampled_from([1.0, 0.25]))
     with scheme(name), pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed, "CHUNK", chunk)
@@ -66,17 +71,40 @@ def test_each_token_gets_its_own_adapter_from_packed_weights(name: str, chunk: i
 
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
-@pytest.mark.parametrize("name", ["side by side", "by adapter"])
+@pytest.mark.parametrize("name", PACKED)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_packed_sums_of_whole_numbers_are_exact(name: str, data: st.DataObject) -> None:
     """h is at most 24, and sums of such numbers are exact in float32: one wrong rank would show."""
     kernel()
-    batch = data.draw(batches(torch.bfloat16, step=packed.BLOCK, whole=True))
+    batch = data.draw(batches(torch.bfloat16, step=layout.BLOCK, whole=True))
     with scheme(name):
         found = added(batch, batch.pool(packed=True))
     expected, _ = right_sum(batch)
     assert torch.equal(found, expected.to(torch.bfloat16))
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_prepared_sums_are_those_of_the_step_at_hand(data: st.DataObject) -> None:
+    """Two layers of the same sizes take turns; tokens change places, adapters go and others take their slots."""
+    kernel()
+    batch = data.draw(batches(torch.bfloat16, step=layout.BLOCK, whole=True))
+    held = [dict(batch.adapters), {slot: pairs for slot, pairs in batch.adapters.items() if slot % 2}]
+    pools = [replace(batch, adapters=adapters).pool(packed=True) for adapters in held]
+    slots = batch.slots[: prepared.FEW]
+    for number in range(8):
+        which, tokens = number % 2, data.draw(st.permutations(slots))
+        if number > 3 and held[which] and data.draw(st.booleans()):
+            pools[which].remove(gone := data.draw(st.sampled_from(sorted(held[which]))))
+            del held[which][gone]
+        x = torch.randint(-1, 2, (len(tokens), WIDE)).bfloat16()
+        step = Batch(held[which], tuple(tokens), batch.outs, x, torch.zeros(len(tokens), sum(batch.outs)).bfloat16())
+        with torch.inference_mode(mode=data.draw(st.booleans())):
+            found = added(step, pools[which])
+        assert torch.equal(found, right_sum(step)[0].to(torch.bfloat16))
 
 
 @pytest.mark.e2e
@@ -90,12 +118,12 @@ def test_a_kernel_that_is_not_right_is_not_taken(fault: str, monkeypatch: pytest
             raise RuntimeError("not implemented")
         out.fill_(1)
 
-    packed._multiplies.cache_clear()
-    monkeypatch.setattr(packed, "_product", product)
+    layout._multiplies.cache_clear()
+    monkeypatch.setattr(layout, "multiply", product)
     try:
-        assert not packed.can_pack(WIDE, [32], torch.bfloat16, "cpu")
+        assert not layout.can_pack(WIDE, [32], torch.bfloat16, "cpu")
     finally:
-        packed._multiplies.cache_clear()
+        layout._multiplies.cache_clear()
 
 
 def kernel() -> None:
@@ -104,7 +132,7 @@ def kernel() -> None:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    if not packed.has_kernel():
+    if not layout.has_kernel():
         pytest.skip("no kernel for packed bfloat16 on this processor")
 
 
@@ -149,7 +177,7 @@ def test_a_token_of_infinities_stays_alone_with_packed_weights() -> None:
 
 
 def alone(batch: Batch, *, packed: bool) -> None:
-    for name in SCHEMES:
+    for name in PACKED if packed else SCHEMES:
         with scheme(name):
             found = added(batch, batch.pool(packed=packed))
         assert not found[0].isfinite().any()
@@ -206,5 +234,9 @@ def test_packed_rows_look_at_what_they_are_given() -> None:
     for out in (16, 64):
         with pytest.raises(ValueError, match="columns"):
             found.grow(torch.zeros(3, out).bfloat16(), torch.zeros(3, 16).bfloat16(), 1.0)
+    right = torch.zeros(3, 32).bfloat16()
+    for x, y in ((2, right), (4, right), (3, torch.zeros(3, 64).bfloat16())):
+        with pytest.raises(ValueError, match=r"prepared|columns"):
+            add_linear(y, torch.zeros(x, WIDE).bfloat16(), pool, make_route(torch.tensor([0, 0, -1])))
     with pytest.raises(TypeError, match="packed"):
         add_embedding(torch.zeros(1, 32).bfloat16(), torch.tensor([0]), pool, make_route(torch.tensor([0])))
