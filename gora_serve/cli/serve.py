@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--rank-headroom",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 512),
     default=ServeConfig.rank_headroom,
     help="With the plugin: up to which rank in any module later adapters fit.  [default: --max-rank with --adapters]",
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import time
 import urllib.error
@@ -22,6 +23,11 @@ from gora_serve.serving.engine import check_served
 from gora_serve.serving.keys import read_keys
 from gora_serve.serving.plan import ServedAdapter, ServePlan
 from gora_serve.serving.room import SWAP
+
+ERROR = re.compile(
+    r"error\[(?P<code>GS-\d+)\] (?P<what>.*)\n?(?P<fields>(?:  [a-z]+: .*\n?)*)"
+)  # as `GoraError` prints
+FIELD = re.compile(r"^  ([a-z]+): (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,24 @@ class RunningEngine:
         except RunError as err:
             if do != "try" or not isinstance(err.__cause__, urllib.error.HTTPError):
                 raise
-            raise RunError(
-                "the engine refused the adapter", code="GS-7600", actual=err.fields.get("actual"),
-                hint="see the engine's log; an adapter that passed the checks should load",
-            ) from err  # fmt: skip
+            raise refused(str(err.fields.get("actual"))) from err
         return dict(told)
+
+
+def refused(told: str) -> RunError:
+    """Return what the engine told of an adapter that it does not load, in the words of the error that it raised.
+
+    vLLM passes that on as text: "... 'error[GS-nnnn] what\\n  tensor: ...\\n  try: ...', please check the stack ...".
+    """
+    found = ERROR.search(told.replace("\\n", "\n").partition("', please check")[0])
+    if found is None:
+        return RunError(
+            "the engine refused the adapter", code="GS-7600", actual=told,
+            hint="see the engine's log; an adapter that passed the checks should load",
+        )  # fmt: skip
+    fields = dict(FIELD.findall(found["fields"]))
+    return RunError(
+        f"the engine refused the adapter: {found['code']}, {found['what']}", code="GS-7600",
+        tensor=fields.get("tensor"), expected=fields.get("expected"), actual=fields.get("actual"),
+        hint=fields.get("try", "see the engine's log"),
+    )  # fmt: skip
