@@ -8,7 +8,7 @@ from typing import Any
 
 from gora_serve.errors import BindingError
 from gora_serve.vllm_plugin.pool import PooledStack
-from gora_serve.vllm_plugin.sizes import declared, headroom_for, kept_back
+from gora_serve.vllm_plugin.sizes import declared, headroom_for, later_slots
 
 HEADROOM = "start again with --rank-headroom {}"
 MORE_SLOTS = "start again with this adapter among the others, or with one slot more (-- --max-loras)"
@@ -19,12 +19,10 @@ def check_fit(manager: Any, lora: Any, name: str) -> None:
 
     manager: vLLM's LoRA manager. lora: the adapter as it was read. All that are loaded count, also those that have no
     slot at the moment, but no more of them than there are slots beside this one's, the largest: then whatever a batch
-    asks for fits. The headroom of slots that are free is left to those that come later.
+    asks for fits.
     """
     others = _staying(manager, lora.id)
     known, slots = declared(), manager.lora_slots
-    later = sum(one.id > known.adapters for one in (lora, *others)) if known else 0  # vLLM numbers from 1 as they come
-    back = kept_back(known, later, slots)
     lacking: list[tuple[int, str, int, int, str]] = []  # headroom that is enough, layer, rank, rank that fits, advice
     for where, layer in manager.modules.items():
         ranks = ranks_in(manager, lora, where)
@@ -35,11 +33,11 @@ def check_fit(manager: Any, lora: Any, name: str) -> None:
             taken = [ranks_in(manager, other, where) for other in others]
             for index, room in enumerate(stack.pool.room):
                 beside = nlargest(slots - 1, (_at(one, index) for one in taken))
-                rank, free = _at(ranks, index), room - sum(beside) - back
+                rank, free = _at(ranks, index), room - sum(beside)
                 if rank > free:
-                    enough = headroom_for(known, rank - free, later, slots) if known else rank
-                    advice = MORE_SLOTS if enough is None else HEADROOM.format(enough)
-                    lacking.append((enough or rank, where, rank, free, advice))
+                    headroom = headroom_for(known, rank - free, slots)
+                    advice = MORE_SLOTS if known and not later_slots(known, slots) else HEADROOM.format(headroom)
+                    lacking.append((headroom, where, rank, free, advice))
         elif hasattr(layer, "slot_rank") and max(ranks) > layer.slot_rank:
             lacking.append((max(ranks), where, max(ranks), layer.slot_rank, HEADROOM.format(max(ranks))))
     if lacking:

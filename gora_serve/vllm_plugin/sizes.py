@@ -66,17 +66,8 @@ def later_slots(known: Declared, slots: int) -> int:
     return max(slots - known.adapters, 0)
 
 
-def kept_back(known: Declared | None, later: int, slots: int) -> int:
-    """Return the rows of a pool that an adapter leaves alone: the headroom of the slots that are still there for later
-    ones, so that what they were promised does not go to a large one. later: how many are loaded, with this one.
-    """
-    return 0 if known is None else known.headroom * max(later_slots(known, slots) - later, 0)
-
-
-def headroom_for(known: Declared, missing: int, later: int, slots: int) -> int | None:
-    """Return the headroom with which an adapter fits that lacks `missing` rows in a pool; None where none is enough.
-
-    later: as for `kept_back`.
-    """
-    raised = min(later, later_slots(known, slots))  # slots whose headroom is in use
-    return known.headroom + math.ceil(missing / raised) if raised else None
+def headroom_for(known: Declared | None, missing: int, slots: int) -> int:
+    """Return the headroom with which an adapter fits that now lacks `missing` rows in a pool."""
+    if known is None:
+        return missing
+    return known.headroom + math.ceil(missing / max(later_slots(known, slots), 1))

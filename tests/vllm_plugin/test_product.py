@@ -109,6 +109,20 @@ def test_prepared_sums_are_those_of_the_step_at_hand(data: st.DataObject) -> Non
 
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
+@pytest.mark.parametrize(("rows", "out"), [(2, 32), (4, 32), (3, 64)])
+def test_prepared_sums_look_at_what_they_are_given(rows: int, out: int) -> None:
+    """The kernel would read and write beyond what is prepared."""
+    kernel()
+    pool = RankPool([2], WIDE, [32], torch.bfloat16, packed=True)
+    pool.put(0, [(torch.randn(2, WIDE), torch.randn(32, 2))])
+    y, route = torch.zeros(3, out).bfloat16(), make_route(torch.tensor([0, 0, -1]))
+    with pytest.raises(ValueError, match=r"prepared|columns"):
+        add_linear(y, torch.zeros(rows, WIDE).bfloat16(), pool, route)
+    assert not y.any()
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
 @pytest.mark.parametrize("fault", ["wrong", "raised"])
 def test_a_kernel_that_is_not_right_is_not_taken(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel()
@@ -234,9 +248,5 @@ def test_packed_rows_look_at_what_they_are_given() -> None:
     for out in (16, 64):
         with pytest.raises(ValueError, match="columns"):
             found.grow(torch.zeros(3, out).bfloat16(), torch.zeros(3, 16).bfloat16(), 1.0)
-    right = torch.zeros(3, 32).bfloat16()
-    for x, y in ((2, right), (4, right), (3, torch.zeros(3, 64).bfloat16())):
-        with pytest.raises(ValueError, match=r"prepared|columns"):
-            add_linear(y, torch.zeros(x, WIDE).bfloat16(), pool, make_route(torch.tensor([0, 0, -1])))
     with pytest.raises(TypeError, match="packed"):
         add_embedding(torch.zeros(1, 32).bfloat16(), torch.tensor([0]), pool, make_route(torch.tensor([0])))
