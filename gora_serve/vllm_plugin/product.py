@@ -19,7 +19,7 @@ from gora_serve.vllm_plugin.pool import RankPool, Selected
 from gora_serve.vllm_plugin.prepared import FEW
 from gora_serve.vllm_plugin.route import Route, Tokens
 
-# Tokens not its own that an adapter's rows would meet side by side, from which the second scheme is faster: below, its
+# Tokens not its own that an adapter's rows would meet side by side, from which "by adapter" is faster: below, its
 # many small operations, and the copies of tokens that lie apart, cost more.
 MANY, MANY_16_BIT, MANY_PACKED = 150, 500, 150
 
