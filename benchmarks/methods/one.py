@@ -4,7 +4,7 @@
 
 Reads what is asked for, one JSON object a line, and answers each with a line of JSON: the row, or {"error": ...}.
 Every method sees the same rows in the same order, with the same steps, warm-up, schedule, weight decay and batch size,
-in float32 (on CUDA with TF32 products); only what `methods.py` names is its own.
+in float32 with faster products (on CUDA in TF32, else in bfloat16); only what `methods.py` names is its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,8 @@ def train(
         if method.adapts:
             model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
 
-    kind = train_recorded if session.accelerator.device.type == "cuda" else train_by_step
+    on_cuda = session.accelerator.device.type == "cuda"
+    kind = train_recorded if on_cuda else partial(train_by_step, autocast=session.accelerator.autocast)
     clock = time.perf_counter()
     losses = kind(model, batches, optimizer, rates, extra=extra, after_step=after_step)
     last = losses[-max(1, len(losses) // 10) :]
@@ -132,13 +135,16 @@ def train_by_step(
     *,
     extra: Callable[[], torch.Tensor | None],
     after_step: Callable[[int], None],
+    autocast: Callable[[], AbstractContextManager[None]],
 ) -> list[float]:
     """`train_recorded` on any device."""
     losses = []
     for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        loss, term = mean_loss(model, batch()), extra()
+        with autocast():
+            loss = mean_loss(model, batch())
+        term = extra()
         (loss if term is None else loss + term).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         after_step(step)
