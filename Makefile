@@ -12,7 +12,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8
-	$(BIN)/python -m pytest -m "e2e and not slow"
+	$(BIN)/python -m pytest -m "e2e and not slow" -n 2 --dist loadfile
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8

@@ -73,6 +73,7 @@ def prepare(
     beside = refuse_other_weights(located.path, single(options, "--load-format"))
     warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)
     warnings += [f"{name} is set, and taken away from the engine" for name in scrubbed(os.environ, SCRUBBED)]
+    warnings += _without_effect(config)
     verified = stamps(_base_files(located.path))
     target = _served_base(located, single(options, "--served-model-name") or config.served_name, listen)
     found = [examine(name, locate_adapter(folder), target, strict=strict) for name, folder in adapters]
@@ -98,6 +99,13 @@ def prepare(
     warnings += told if dry else []
     copies = [] if dry else [file for adapter in served for file in adapter.path.iterdir()]
     return replace(plan, stamps=verified | stamps(copies), beside=beside), warnings
+
+
+def _without_effect(config: ServeConfig) -> list[str]:
+    """Return what is to be said of settings of a watched directory where none is watched."""
+    given = [name for name in ("max_adapters", "max_rank") if getattr(config, name) != getattr(ServeConfig, name)]
+    options = [f"--{name.replace('_', '-')}" for name in given]
+    return [] if config.adapters_dir else [f"{option} has no effect without --adapters" for option in options]
 
 
 def _with_plugin(config: ServeConfig, engine: Engine) -> tuple[ServeConfig, str | None]:

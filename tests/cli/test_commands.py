@@ -398,6 +398,17 @@ def test_dry_run_prints_command_and_environment(work: Path, exports: dict[str, A
 
 
 @needs_engine
+def test_settings_of_a_directory_that_is_not_watched_are_told_of(
+    work: Path, exports: dict[str, Answer], tmp_path: Path
+) -> None:
+    words = ("serve", BASE, "-a", "a=[b]unit", "--max-rank", "64", "--dry-run")
+    what = "--max-rank has no effect without --adapters"
+    assert what in done(work, *words).err
+    (tmp_path / "live").mkdir()
+    assert what not in done(work, *words, "--adapters", tmp_path / "live").err
+
+
+@needs_engine
 def test_a_dry_run_counts_what_the_start_would_serve(work: Path, exports: dict[str, Answer], tmp_path: Path) -> None:
     """Names that are taken, but for case, and what the engine has no room for, are told and not counted."""
     live = tmp_path / "live"

@@ -1,4 +1,4 @@
-"""The demo, run once for the session by the command line; its base and adapters serve all end-to-end tests."""
+"""The real base, and the demo, which the command line runs once for all workers of pytest-xdist."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder of `gora-serve demo`, and what it printed with --json."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    printed = shared / "demo.json"
+    with FileLock(shared / "demo.lock"):
+        if not printed.exists():
+            printed.write_text(_run_demo(shared / "demo"), encoding="utf-8")
+    return shared / "demo", json.loads(printed.read_text(encoding="utf-8"))
+
+
+def _run_demo(folder: Path) -> str:
     command = [sys.executable, "-m", "gora_serve", "demo", "--output", str(folder), "--json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=1500, check=False)
     assert done.returncode == 0
-    return folder, json.loads(done.stdout)
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +39,8 @@ def demo(demo_run: tuple[Path, dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(demo: Path) -> Path:
-    """SmolLM2-135M-Instruct, as the demo made it."""
-    return demo / "base"
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, byte for byte the demo's base."""
+    from gora_serve.training.demo_base import make_smollm2
+
+    return make_smollm2(tmp_path_factory.mktemp("base") / "smollm2")
