@@ -1,4 +1,4 @@
-"""The tables of the rows that are there: results/methods.json, and Markdown on standard output.
+"""The tables of the rows that are there: results/methods.json, and Markdown in docs/methods.md.
 
 python benchmarks/methods/tables.py
 """
@@ -19,6 +19,9 @@ from machine import facts, write
 from methods.methods import methods
 from methods.run import best_rate, rows
 from methods.tasks import TASKS
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+BEGIN = "<!-- made by benchmarks/methods/tables.py -->"
 
 Rows = Sequence[dict[str, Any]]
 
@@ -90,25 +93,59 @@ def served(own: Rows) -> dict[str, Any]:
     }
 
 
-def markdown(value: dict[str, Any]) -> str:
+def swept(found: Rows) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the losses on validation rows, by task, method and learning rate."""
+    losses: dict[str, dict[str, dict[str, float]]] = {}
+    for row in sorted(found, key=lambda row: row["lr"]):
+        if row["split"] == "valid":
+            of_task = losses.setdefault(row["task"], {})
+            of_task.setdefault(row["method"], {})[f"{row['lr']:g}"] = round(row["eval_loss"], 4)
+    return losses
+
+
+def sweep_markdown(losses: dict[str, dict[str, dict[str, float]]]) -> str:
+    """One table a task: methods by their lowest loss, with all rates that were tried, the lowest in bold."""
+    parts = []
+    for task, of_task in losses.items():
+        lines = [f"**{task}**\n", "| method | lowest loss | tried: rate, loss |", "| --- | --- | --- |"]
+        for name, tried in sorted(of_task.items(), key=lambda one: min(one[1].values())):
+            least = min(tried.values())
+            shown = [f"**{lr}** {loss:.4f}" if loss == least else f"{lr} {loss:.4f}" for lr, loss in tried.items()]
+            lines.append(f"| {name} | {least:.4f} | {', '.join(shown)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def test_markdown(value: dict[str, Any]) -> str:
+    """Methods by tasks: score and loss on test rows, means over seeds, and how many seeds there are."""
     tasks = [task for task in TASKS if any(task in one["tasks"] for one in value.values())]
-    lines = ["| method | parameters | " + " | ".join(tasks) + " | mean | loss, mean |"]
-    lines.append("| --- " * (len(tasks) + 4) + "|")
+    lines = ["| method | parameters | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 2) + "|"]
     for name, one in value.items():
-        cells = [one["tasks"].get(task) for task in tasks]
-        scores = [f"{cell['score']['mean']:.3f}" if cell else "" for cell in cells]
-        full = [cell for cell in cells if cell]
-        means = [statistics.fmean(cell[what]["mean"] for cell in full) for what in ("score", "eval_loss")]
-        shown = [f"{mean:.3f}" if len(full) == len(tasks) else "" for mean in means]
-        lines.append(f"| {name} | {one['parameters'] / 1e6:.2f} M | " + " | ".join([*scores, *shown]) + " |")
+        cells = [told(one["tasks"].get(task)) for task in tasks]
+        lines.append(f"| {name} | {one['parameters'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def told(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    score, loss = cell["score"], cell["eval_loss"]
+    spread_of = f" ± {score['deviation']:.3f}" if score["deviation"] is not None else ""
+    return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['seeds']})"
+
+
 def main() -> None:
-    value = tables(rows())
-    devices = sorted({row["device"] for row in rows()})
-    write("methods", facts("python benchmarks/methods/tables.py") | {"devices": devices, "methods": value})
-    print(markdown(value))
+    found = rows()
+    value, losses = tables(found), swept(found)
+    devices = sorted({row["device"] for row in found})
+    head = facts("python benchmarks/methods/tables.py")
+    write("methods", head | {"rows": len(found), "devices": devices, "sweep": losses, "methods": value})
+    before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    assert mark, f"{PAGE} has no mark"
+    made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", sweep_markdown(losses)]
+    made += ["### Test rows", test_markdown(value)]
+    PAGE.write_text(before + mark + "\n\n" + "\n\n".join(made) + "\n", encoding="utf-8")
+    print("\n\n".join(made))
 
 
 if __name__ == "__main__":
