@@ -22,7 +22,7 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
     """The engine's command line and environment, as a shell would take them."""
     value: dict[str, Any] = {
         "argv": list(plan.argv), "environment": dict(plan.environment), "removed": list(plan.removed),
-        "url": plan.url, "models": list(plan.models),
+        "url": plan.url, "models": list(plan.models), "lora_layers": plan.lora_layers,
         "trained_on": {adapter.name: adapter.trained_on for adapter in plan.adapters if adapter.trained_on},
         "bound": {adapter.name: adapter.claim or "unbound" for adapter in plan.adapters}, "warnings": list(warnings),
         "adapters": [_served_adapter(adapter) for adapter in plan.adapters], "watched": _watched(plan),
@@ -31,6 +31,7 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
     words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
     patterns = [name for name in plan.removed if "*" in name]
     lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
+    lines += [f"# LoRA layers: {plan.lora_layers}"] if len(plan.models) > 1 or plan.watched else []
     lines += [f"# {name}: {trained_on_text(record)}" for name, record in value["trained_on"].items()]
     if watched := value["watched"]:
         room = f"room for {watched['max_adapters']} adapters up to rank {watched['max_rank']}"

@@ -168,7 +168,8 @@ def _serve(
     if options["dry_run"]:
         emit(plan_summary(plan, warnings), as_json=options["as_json"])
         return 0
-    told.tell("start", "starting: " + json.dumps(plan.models), models=plan.models, base=plan.base)
+    what = f"starting: {json.dumps(plan.models)}, LoRA layers: {plan.lora_layers}"
+    told.tell("start", what, models=plan.models, base=plan.base, lora_layers=plan.lora_layers)
 
     def proof(server: Server) -> None:
         for checked in server.checked[: len(plan.adapters)]:  # those of a directory were told as they came

@@ -23,7 +23,7 @@ from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require
 from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
 from gora_serve.serving.meter import LOG_REQUESTS
 from gora_serve.serving.options import check_options, group_options, single, whole_number
-from gora_serve.serving.plugin import RANKS, SWITCH, declare, plugin_environment
+from gora_serve.serving.plugin import ON, RANKS, SWITCH, declare, plugin_environment
 from gora_serve.serving.preflight import Fault, as_fault, check_adapter, effective_scales, form_of, refuse
 from gora_serve.serving.room import SAME_NAMES, Flags, Room, check_lora_options, lora_flags, room_in
 
@@ -112,6 +112,11 @@ class ServePlan:
     key_file: Path | None = None
     watched: Watched | None = None
     beside: tuple[str, ...] | None = None
+
+    @property
+    def lora_layers(self) -> str:
+        """Return whose LoRA layers compute, in words."""
+        return "gora-serve's plugin" if self.environment.get(SWITCH) == ON else "vLLM's own"
 
 
 def parse_adapter(text: str) -> tuple[str, Path]:

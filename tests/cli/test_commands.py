@@ -388,6 +388,8 @@ def test_dry_run_prints_command_and_environment(work: Path, exports: dict[str, A
     assert told["models"] == [BASE, "a", "b"]
     assert told["url"] == "http://127.0.0.1:8123"
     assert told["environment"]["HF_HUB_OFFLINE"] == "1"
+    layers = {plugin: done(work, *words, plugin).out.splitlines()[1] for plugin in ("--plugin", "--no-plugin")}
+    assert layers == {"--plugin": "# LoRA layers: gora-serve's plugin", "--no-plugin": "# LoRA layers: vLLM's own"}
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in told["removed"]
     text = done(work, *words)
     line = shlex.split(text.out.splitlines()[-1])
