@@ -19,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="gora-serve-tests-")
 os.environ["GORA_SERVE_CACHE"] = tempfile.mkdtemp(prefix="gora-serve-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of processes beside each other: none spins while another works
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of started processes: none spins while another works
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are as wide as it says
 

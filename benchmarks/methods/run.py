@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from methods.tasks import TASKS
 
 ROWS = RESULTS / "methods.jsonl"
 KEY = ("method", "task", "seed", "lr", "split", "steps")
-SWEEP_SEED, SWEEP_ROWS = 100, 150
+STEPS, SWEEP_SEED, SWEEP_ROWS = 120, 100, 150
 INITIALS = ("pissa", "olora", "lora-ga", "gora")  # whose gap is measured, served
 Rows = list[dict[str, Any]]
 
@@ -53,16 +54,19 @@ def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | Non
     """Return the learning rate of the lowest loss on validation rows: finer than the score of 150 answers.
 
     Of a task without a sweep of its own: that of the lowest mean, over the tasks that have one, of the loss over the
-    lowest loss of the task.
+    lowest loss of the task. A sweep that is not whole says nothing; None without any.
     """
     name = method.like or method.name
     losses: dict[str, dict[float, float]] = {}  # by task and rate
     for row in found:
         if (row["method"], row["split"], row["steps"]) == (name, "valid", steps):
-            losses.setdefault(row["task"], {})[row["lr"]] = row["eval_loss"]
-    some = [losses[task]] if task in losses else list(losses.values())
-    rates = set.intersection(*map(set, some)) if some else set()
-    return min(rates, key=lambda lr: sum(one[lr] / min(one.values()) for one in some)) if rates else None
+            loss = row["eval_loss"]
+            losses.setdefault(row["task"], {})[row["lr"]] = loss if math.isfinite(loss) else math.inf
+    whole = {task: tried for task, tried in losses.items() if set(tried) >= set(method.rates)}
+    some = [whole[task]] if task in whole else list(whole.values())
+    if not some:
+        return None
+    return min(method.rates, key=lambda lr: sum(one[lr] / min(one.values()) for one in some))
 
 
 def table(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], seeds: int, steps: int) -> Iterator[Rows]:
@@ -141,11 +145,11 @@ def make(workers: Sequence[Worker], wanted: Iterable[Rows], path: Path, end: flo
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("base")
-    parser.add_argument("--methods", nargs="*", default=list(methods(120)))
+    parser.add_argument("--methods", nargs="*", default=list(methods(STEPS)))
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--sweep", nargs="*", default=list(TASKS), help="the tasks whose validation rows are used")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file of the rows")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once: more than one on a large accelerator")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after this time")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import facts, write
 
 from methods.methods import methods
-from methods.run import best_rate, rows
+from methods.run import STEPS, best_rate, rows
 from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -30,7 +30,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {
         "mean": round(statistics.fmean(values), 4),
         "deviation": round(statistics.stdev(values), 4) if len(values) > 1 else None,
-        "seeds": len(values),
+        "rows": len(values),
     }
 
 
@@ -104,20 +104,29 @@ def swept(found: Rows) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def sweep_markdown(losses: dict[str, dict[str, dict[str, float]]]) -> str:
-    """One table a task: methods by their lowest loss, with all rates that were tried, the lowest in bold."""
+    """One table a task: methods by their lowest loss, with all rates that were tried, the lowest in bold.
+
+    A method that lacks some of its rates comes after those that have all, and is marked.
+    """
+    every = methods(STEPS)
+
+    def lacks(name: str, tried: dict[str, float]) -> bool:
+        return not {f"{lr:g}" for lr in every[name].rates} <= set(tried)
+
     parts = []
     for task, of_task in losses.items():
         lines = [f"**{task}**\n", "| method | lowest loss | tried: rate, loss |", "| --- | --- | --- |"]
-        for name, tried in sorted(of_task.items(), key=lambda one: min(one[1].values())):
+        for name, tried in sorted(of_task.items(), key=lambda one: (lacks(*one), min(one[1].values()))):
             least = min(tried.values())
             shown = [f"**{lr}** {loss:.4f}" if loss == least else f"{lr} {loss:.4f}" for lr, loss in tried.items()]
-            lines.append(f"| {name} | {least:.4f} | {', '.join(shown)} |")
+            mark = " (not whole)" if lacks(name, tried) else ""
+            lines.append(f"| {name}{mark} | {least:.4f} | {', '.join(shown)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
 def test_markdown(value: dict[str, Any]) -> str:
-    """Methods by tasks: score and loss on test rows, means over seeds, and how many seeds there are."""
+    """Methods by tasks, each cell: score ± deviation, loss (how many seeds; the learning rate)."""
     tasks = [task for task in TASKS if any(task in one["tasks"] for one in value.values())]
     lines = ["| method | parameters | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 2) + "|"]
     for name, one in value.items():
@@ -131,11 +140,11 @@ def told(cell: dict[str, Any] | None) -> str:
         return ""
     score, loss = cell["score"], cell["eval_loss"]
     spread_of = f" ± {score['deviation']:.3f}" if score["deviation"] is not None else ""
-    return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['seeds']})"
+    return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g})"
 
 
 def main() -> None:
-    found = rows()
+    found = [row for row in rows() if row["steps"] == STEPS]
     value, losses = tables(found), swept(found)
     devices = sorted({row["device"] for row in found})
     head = facts("python benchmarks/methods/tables.py")
@@ -143,7 +152,8 @@ def main() -> None:
     before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     assert mark, f"{PAGE} has no mark"
     made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", sweep_markdown(losses)]
-    made += ["### Test rows", test_markdown(value)]
+    cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate). Other rates are left out."
+    made += ["### Test rows", cells, test_markdown(value)]
     PAGE.write_text(before + mark + "\n\n" + "\n\n".join(made) + "\n", encoding="utf-8")
     print("\n\n".join(made))
 

@@ -31,7 +31,7 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
     words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
     patterns = [name for name in plan.removed if "*" in name]
     lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
-    lines += [f"# LoRA layers: {plan.lora_layers}"] if len(plan.models) > 1 or plan.watched else []
+    lines += [f"# LoRA layers: {plan.lora_layers}"] if plan.serves_adapters else []
     lines += [f"# {name}: {trained_on_text(record)}" for name, record in value["trained_on"].items()]
     if watched := value["watched"]:
         room = f"room for {watched['max_adapters']} adapters up to rank {watched['max_rank']}"

@@ -168,8 +168,14 @@ def _serve(
     if options["dry_run"]:
         emit(plan_summary(plan, warnings), as_json=options["as_json"])
         return 0
-    what = f"starting: {json.dumps(plan.models)}, LoRA layers: {plan.lora_layers}"
-    told.tell("start", what, models=plan.models, base=plan.base, lora_layers=plan.lora_layers)
+    layers = f", LoRA layers: {plan.lora_layers}" if plan.serves_adapters else ""
+    told.tell(
+        "start",
+        f"starting: {json.dumps(plan.models)}{layers}",
+        models=plan.models,
+        base=plan.base,
+        lora_layers=plan.lora_layers,
+    )
 
     def proof(server: Server) -> None:
         for checked in server.checked[: len(plan.adapters)]:  # those of a directory were told as they came

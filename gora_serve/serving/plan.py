@@ -114,6 +114,10 @@ class ServePlan:
     beside: tuple[str, ...] | None = None
 
     @property
+    def serves_adapters(self) -> bool:
+        return bool(self.adapters) or self.watched is not None
+
+    @property
     def lora_layers(self) -> str:
         """Return whose LoRA layers compute, in words."""
         return "gora-serve's plugin" if self.environment.get(SWITCH) == ON else "vLLM's own"

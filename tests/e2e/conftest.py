@@ -21,12 +21,13 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     printed = shared / "demo.json"
     with FileLock(shared / "demo.lock"):
         if not printed.exists():
-            printed.write_text(_run_demo(shared / "demo"), encoding="utf-8")
+            printed.with_suffix(".part").write_text(_run_demo(shared / "demo"), encoding="utf-8")
+            printed.with_suffix(".part").rename(printed)
     return shared / "demo", json.loads(printed.read_text(encoding="utf-8"))
 
 
 def _run_demo(folder: Path) -> str:
-    command = [sys.executable, "-m", "gora_serve", "demo", "--output", str(folder), "--json"]
+    command = [sys.executable, "-m", "gora_serve", "demo", "--output", str(folder), "--overwrite", "--json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=1500, check=False)
     assert done.returncode == 0
@@ -43,4 +44,4 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct, byte for byte the demo's base."""
     from gora_serve.training.demo_base import make_smollm2
 
-    return make_smollm2(tmp_path_factory.mktemp("base") / "smollm2")
+    return make_smollm2(tmp_path_factory.mktemp("smollm2") / "base")

@@ -69,14 +69,12 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """A server with one adapter of the command line, and a directory with a good one and a bad one."""
     from transformers import AutoTokenizer
 
-    from gora_serve.training.demo_base import make_smollm2
-
     folder = tmp_path_factory.mktemp("live")
-    base, live, made = make_smollm2(folder / "base"), folder / "adapters", folder / "made"
+    base, live, made = smollm2, folder / "adapters", folder / "made"
     header = read_header(base / "model.safetensors")
     ends = ("q_proj", "v_proj", "down_proj")
     shapes: Any = {n.removesuffix(".weight"): e.shape for n, e in header.entries.items() if n[:-7].endswith(ends)}
