@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def test_reference_is_up_to_date() -> None:
+    """In a process of its own: click keeps a command's help option as the first context made it."""
+    program = f"import runpy; print(runpy.run_path({str(DOCS / 'make_cli.py')!r})['reference'](), end='')"
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     written = (DOCS / "cli.md").read_text(encoding="utf-8")
-    assert written == runpy.run_path(str(DOCS / "make_cli.py"))["reference"](), "run: python docs/make_cli.py"
+    assert written == made, "run: python docs/make_cli.py"
     assert max(map(len, written.splitlines())) <= 120
 
 
