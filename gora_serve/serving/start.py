@@ -103,9 +103,13 @@ def prepare(
 
 def _without_effect(config: ServeConfig) -> list[str]:
     """Return what is to be said of settings of a watched directory where none is watched."""
-    given = [name for name in ("max_adapters", "max_rank") if getattr(config, name) != getattr(ServeConfig, name)]
-    options = [f"--{name.replace('_', '-')}" for name in given]
-    return [] if config.adapters_dir else [f"{option} has no effect without --adapters" for option in options]
+    if config.adapters_dir is not None:
+        return []
+    given = {
+        "--max-adapters": config.max_adapters != ServeConfig.max_adapters,
+        "--max-rank": config.max_rank != ServeConfig.max_rank,
+    }
+    return [f"{option} has no effect without --adapters" for option, changed in given.items() if changed]
 
 
 def _with_plugin(config: ServeConfig, engine: Engine) -> tuple[ServeConfig, str | None]:
