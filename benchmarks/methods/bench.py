@@ -37,9 +37,10 @@ class Bench:
             data = str(TASKS["sentiment"].file("valid"))
             # bfloat16 products where TF32 is not to be had; the weights stay in float32
             train = TrainConfig(mixed_precision="no" if torch.cuda.is_available() else "bf16")
-            self._sessions[quantize] = open_session(
-                self.base, data, model=kind, rows=rows, train=train, listen=lambda _: None
-            )
+            session = open_session(self.base, data, model=kind, rows=rows, train=train, listen=lambda _: None)
+            if not torch.cuda.is_available():  # torch's fused attention is slow backwards in bfloat16 there
+                session.model.set_attn_implementation("eager")  # type: ignore[operator]
+            self._sessions[quantize] = session
         return self._sessions[quantize]
 
     def rows(self, task: str, split: str) -> Dataset:
