@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import nn
 from gora_serve.config import FitConfig, InitConfig, ProbeConfig, RankConfig, TrainConfig
 from gora_serve.gora.gamma import search_gamma
 from gora_serve.gora.ranks import allocate_ranks, uniform_ranks
+from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.progress import silent
 from gora_serve.training import inject
+from gora_serve.training.encode import Example
 from gora_serve.training.loop import evaluate
 from gora_serve.training.loss import mean_loss
 from gora_serve.training.probe_run import probe_session
@@ -136,6 +138,22 @@ def milora(session: Session, batches: list[LazyBatch]) -> tuple[nn.Module, dict[
     return model, noted
 
 
+_probed: dict[Any, GradientStatistics] = {}  # the last alone
+
+
+def statistics_of(
+    session: Session, rows: Sequence[Example], probe: ProbeConfig, ranks: RankConfig
+) -> tuple[GradientStatistics, bool]:
+    """Return the probe's statistics, and whether they were there: variants that differ after the probe share it."""
+    bounds = ranks if probe.steps == "auto" else ranks.highest
+    key = (id(session.data), session.seed, session.quantization is None, probe, bounds)
+    shared = key in _probed
+    if not shared:
+        _probed.clear()
+        _probed[key] = probe_session(session, rows, probe, ranks, rank_max=ranks.highest, listen=silent)
+    return _probed[key], shared
+
+
 @dataclass(frozen=True)
 class Gora:
     """GoRA by the library's own stages. sign: -1 ascends, as the reference implementation does (table 6)."""
@@ -150,9 +168,7 @@ class Gora:
         init = InitConfig(alpha=ALPHA, gamma=self.gamma)  # type: ignore[arg-type]
         config = FitConfig(probe=self.probe, ranks=self.ranks, init=init, train=TrainConfig(seed=session.seed))
         probed, searched = split_rows(session.data.examples, config)
-        statistics = probe_session(
-            session, probed, self.probe, self.ranks, rank_max=self.ranks.highest, listen=silent
-        )  # fmt: skip
+        statistics, shared = statistics_of(session, probed, self.probe, self.ranks)
         shapes = {path: weight_shape(module) for path, module in session.modules.items()}
         importances = statistics.importances(self.probe.importance[0])
         plan = uniform_ranks(shapes, self.ranks) if self.uniform else allocate_ranks(importances, shapes, self.ranks)
@@ -162,7 +178,9 @@ class Gora:
         if self.gamma == "auto":
             given = self._search(session, model, replace(session, batch_size=16).in_order(searched))
         ranks = list(plan.ranks.values())
-        return model, {"gamma": given, "steps probed": statistics.steps, "ranks": [min(ranks), max(ranks)]}
+        return model, {
+            "gamma": given, "steps probed": statistics.steps, "probe shared": shared, "ranks": [min(ranks), max(ranks)],
+        }  # fmt: skip
 
     def _search(self, session: Session, model: nn.Module, batches: list[LazyBatch]) -> float:
         def loss_at(gamma: float) -> float:

@@ -165,13 +165,22 @@ def orthogonality(model: nn.Module, weight: float = 0.5) -> torch.Tensor:
 
 
 def served(base: str, folder: Path, method: Method, wanted: Wanted, rows: list[Row]) -> dict[str, float]:
-    """Return the scores of the saved adapter on the base as it is: unconverted, and as `convert` writes it."""
+    """Return the scores of the saved adapter on the base as it is, unconverted and as `convert` writes it; and the
+    bytes of base and adapters."""
     inputs = Inputs(init_adapter=folder / "initial") if method.initial else Inputs()
     convert(folder / "trained", locate_base(base), folder / "converted", inputs=inputs)
     return {
         "unconverted": loaded_score(base, folder / "trained", wanted, rows),
         "converted": loaded_score(base, folder / "converted", wanted, rows),
+        "base_bytes": stored(Path(base)),
+        "trained_bytes": stored(folder / "trained"),
+        "converted_bytes": stored(folder / "converted"),
     }
+
+
+def stored(folder: Path) -> int:
+    """Return the bytes of a folder's tensors."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def loaded_score(base: str, adapter: Path, wanted: Wanted, rows: list[Row]) -> float:

@@ -77,8 +77,8 @@ def table(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], seeds: in
     every = list(chosen)
     for ablation in (False, True):
         for seed in range(seeds):
-            for method in (one for one in every if (one.like is not None) == ablation):
-                for task in tasks:
+            for task in tasks:
+                for method in (one for one in every if (one.like is not None) == ablation):
                     lr = best_rate(found, method, task, steps)
                     if lr is not None:
                         row = {"method": method.name, "task": task, "seed": seed, "lr": lr, "split": "test"}

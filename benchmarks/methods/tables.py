@@ -5,6 +5,7 @@ python benchmarks/methods/tables.py
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
@@ -14,13 +15,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from machine import facts, write
+from machine import RESULTS, facts, write
 
 from methods.methods import methods
 from methods.run import STEPS, best_rate, rows
 from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+DEPLOYED, SIZES = (1, 10, 100), ("MB as trained", "MB on one base")  # tasks; keys
 BEGIN = "<!-- made by benchmarks/methods/tables.py -->"
 
 Rows = Sequence[dict[str, Any]]
@@ -67,9 +69,6 @@ def tables(found: Rows) -> dict[str, Any]:
                 for task, some in by_task.items() if some
             },
             "parameters": own[0]["parameters"],
-            "seconds": spread([row["seconds"]["prepare"] + row["seconds"]["train"] for row in own]),
-            "seconds to prepare": spread([row["seconds"]["prepare"] for row in own]),
-            "peak_MB": round(max(row["peak_bytes"] for row in own) / 1e6),
             f"score against {reference}": paired(test, name, reference, "score"),
             f"loss against {reference}": paired(test, name, reference, "eval_loss"),
             **served(own),
@@ -83,13 +82,23 @@ def rate_of(row: dict[str, Any], found: Rows) -> float | None:
 
 
 def served(own: Rows) -> dict[str, Any]:
+    """By task: the scores of one seed, as trained and served, and the bytes to deploy 1, 10 and 100 such tasks."""
     some = [row for row in own if isinstance(row["served"], dict)]
-    if not some:
-        return {}
-    kinds = ("unconverted", "converted")
+    return {"served": {row["task"]: deployed(row) for row in some}} if some else {}
+
+
+def deployed(row: dict[str, Any]) -> dict[str, Any]:
+    """A method that edits the base has a base of its own to deploy for each task as it was trained."""
+    one = row["served"]
+    own_base = methods(row["steps"])[row["method"]].initial
+
+    def size(tasks: int, adapter: str, bases: int) -> int:
+        return round((bases * one["base_bytes"] + tasks * one[adapter]) / 1e6)
+
     return {
-        "served": {"as trained": spread([row["score"] for row in some])}
-        | {kind: spread([row["served"][kind] for row in some]) for kind in kinds}
+        "score": {"as trained": row["score"], "unconverted": one["unconverted"], "converted": one["converted"]},
+        "MB as trained": {n: size(n, "trained_bytes", n if own_base else 1) for n in DEPLOYED},
+        "MB on one base": {n: size(n, "converted_bytes" if own_base else "trained_bytes", 1) for n in DEPLOYED},
     }
 
 
@@ -143,6 +152,40 @@ def told(cell: dict[str, Any] | None) -> str:
     return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g})"
 
 
+def served_markdown(value: dict[str, Any]) -> str:
+    """Methods that were served: scores, and megabytes of 1, 10 and 100 tasks."""
+    counts = " / ".join(map(str, DEPLOYED))
+    lines = [
+        f"| method | task | as trained | served unconverted | served converted | MB of {counts} tasks as trained | "
+        "on one base |",
+        "| --- " * 7 + "|",
+    ]
+    for name, one in value.items():
+        for task, told in one.get("served", {}).items():
+            scores = " | ".join(f"{score:.3f}" for score in told["score"].values())
+            sizes = " | ".join(" / ".join(f"{size:,}" for size in told[kind].values()) for kind in SIZES)
+            lines.append(f"| {name} | {task} | {scores} | {sizes} |")
+    return "\n".join(lines)
+
+
+def cost_markdown(cost: dict[str, Any]) -> str:
+    """One table a device: seconds and memory of each method, and the whole training's time over LoRA's."""
+    parts = []
+    for device, told in cost.items():
+        heads = (
+            "method", "before the first step, s", "a step, s", f"both, {STEPS} steps, over LoRA", "peak, MB", "parameters",
+        )  # fmt: skip
+        lines = [f"**{device}**\n", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+        before, step = "seconds before the first step", "seconds of a step"
+        whole = {name: one[before] + STEPS * one[step] for name, one in told["methods"].items()}
+        for name, one in told["methods"].items():
+            over = whole[name] / whole["lora"]
+            size = f"{one['peak_MB']:,} | {one['parameters'] / 1e6:.2f} M"
+            lines.append(f"| {name} | {one[before]:.1f} | {one[step]:.2f} | {over:.2f} | {size} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     found = [row for row in rows() if row["steps"] == STEPS]
     value, losses = tables(found), swept(found)
@@ -154,6 +197,11 @@ def main() -> None:
     made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", sweep_markdown(losses)]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate). Other rates are left out."
     made += ["### Test rows", cells, test_markdown(value)]
+    if any("served" in one for one in value.values()):
+        made += ["### Served", served_markdown(value)]
+    cost = RESULTS / "cost.json"
+    if cost.exists():
+        made += ["### Cost", cost_markdown(json.loads(cost.read_text(encoding="utf-8")))]
     PAGE.write_text(before + mark + "\n\n" + "\n\n".join(made) + "\n", encoding="utf-8")
     print("\n\n".join(made))
 
