@@ -31,6 +31,7 @@ from methods.tasks import TASKS
 ROWS = RESULTS / "methods.jsonl"
 KEY = ("method", "task", "seed", "lr", "split", "steps")
 STEPS, SWEEP_SEED, SWEEP_ROWS = 120, 100, 150
+EDGES = 2  # how often a sweep goes on beyond its edge, by half or twice
 INITIALS = ("pissa", "olora", "lora-ga", "gora")  # whose gap is measured, served
 Rows = list[dict[str, Any]]
 
@@ -41,32 +42,55 @@ def rows(path: Path = ROWS) -> Rows:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def sweep(chosen: Iterable[Method], tasks: Iterable[str], steps: int) -> Iterator[Rows]:
-    """Yield the rows of the learning rates, for each method and task: one seed, validation rows."""
+def sweep(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], steps: int) -> Iterator[Rows]:
+    """Yield the rows of the learning rates, for each method and task: one seed, validation rows.
+
+    Where the best of all that were tried is the smallest or the largest, half or twice that is tried too, EDGES
+    times at most.
+    """
     for method in chosen:
         for task in tasks:
             if not method.like:
                 shared = {"method": method.name, "task": task, "seed": SWEEP_SEED, "split": "valid", "steps": steps}
-                yield [shared | {"lr": lr, "rows": SWEEP_ROWS} for lr in method.rates]
+                wanted = (*method.rates, *beyond(method, tried(found, method, task, steps)))
+                yield [shared | {"lr": lr, "rows": SWEEP_ROWS} for lr in wanted]
+
+
+def beyond(method: Method, losses: dict[float, float]) -> tuple[float, ...]:
+    """Return the rate beyond the edge at which a whole sweep has its best; none where the best lies inside."""
+    if not set(losses) >= set(method.rates):
+        return ()
+    best = min(losses, key=lambda lr: losses[lr])
+    if best == max(losses) < 2**EDGES * max(method.rates):
+        return (2 * best,)
+    if best == min(losses) > min(method.rates) / 2**EDGES:
+        return (best / 2,)
+    return ()
+
+
+def tried(found: Rows, method: Method, task: str, steps: int) -> dict[float, float]:
+    """Return the loss on validation rows at each learning rate that was tried."""
+    name = method.like or method.name
+    return {
+        row["lr"]: row["eval_loss"] if math.isfinite(row["eval_loss"]) else math.inf
+        for row in found
+        if (row["method"], row["task"], row["split"], row["steps"]) == (name, task, "valid", steps)
+    }
 
 
 def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | None:
     """Return the learning rate of the lowest loss on validation rows: finer than the score of 150 answers.
 
     Of a task without a sweep of its own: that of the lowest mean, over the tasks that have one, of the loss over the
-    lowest loss of the task. A sweep that is not whole says nothing; None without any.
+    lowest loss of the task, among the method's own rates. A sweep that is not whole says nothing; None without any.
     """
-    name = method.like or method.name
-    losses: dict[str, dict[float, float]] = {}  # by task and rate
-    for row in found:
-        if (row["method"], row["split"], row["steps"]) == (name, "valid", steps):
-            loss = row["eval_loss"]
-            losses.setdefault(row["task"], {})[row["lr"]] = loss if math.isfinite(loss) else math.inf
-    whole = {task: tried for task, tried in losses.items() if set(tried) >= set(method.rates)}
-    some = [whole[task]] if task in whole else list(whole.values())
-    if not some:
+    losses = {one: tried(found, method, one, steps) for one in TASKS}
+    whole = {one: at for one, at in losses.items() if set(at) >= set(method.rates)}
+    if task in whole:
+        return min(whole[task], key=lambda lr: whole[task][lr])
+    if not whole:
         return None
-    return min(method.rates, key=lambda lr: sum(one[lr] / min(one.values()) for one in some))
+    return min(method.rates, key=lambda lr: sum(one[lr] / min(one.values()) for one in whole.values()))
 
 
 def table(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], seeds: int, steps: int) -> Iterator[Rows]:
@@ -158,7 +182,9 @@ def main() -> None:
     chosen = [methods(asked.steps)[name] for name in asked.methods]
     asked.rows.parent.mkdir(exist_ok=True)
     workers = [Worker(asked.base) for _ in range(asked.jobs)]
-    make(workers, sweep(chosen, asked.sweep, asked.steps), asked.rows, end)
+    for _ in range(1 + EDGES):  # the last for what the edges ask for
+        found = rows(asked.rows)
+        make(workers, sweep(found, chosen, asked.sweep, asked.steps), asked.rows, end)
     found = rows(asked.rows)
     make(workers, table(found, chosen, asked.tasks, asked.seeds, asked.steps), asked.rows, end)
     for worker in workers:

@@ -173,7 +173,8 @@ def cost_markdown(cost: dict[str, Any]) -> str:
     parts = []
     for device, told in cost.items():
         heads = (
-            "method", "before the first step, s", "a step, s", f"both, {STEPS} steps, over LoRA", "peak, MB", "parameters",
+            "method", "before the first step, s", "a step, s",
+            f"both ({STEPS} steps), over LoRA", "peak, MB", "parameters",
         )  # fmt: skip
         lines = [f"**{device}**\n", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
         before, step = "seconds before the first step", "seconds of a step"
