@@ -209,6 +209,8 @@ def methods(steps: int) -> Mapping[str, Method]:
         Method("lora-ga", peft_method(lora_ga, init_lora_weights="lora_ga"), initial=True),
         Method("adalora", adalora(steps), adapts=True),
         Method("gora", gora, RATIO_RATES, 16.0),
+        Method("gora-ratio-4", gora, tuple(lr / 2 for lr in LORA_RATES), 4.0),
+        Method("gora-ratio-1", gora, LORA_RATES),
         Method("gora-exact", replace(gora, ranks=RankConfig(rank=RANK, rule="exact")), RATIO_RATES, 16.0, like="gora"),
         Method("gora-sketch", replace(gora, probe=replace(probe, mode="sketch")), RATIO_RATES, 16.0, like="gora"),
         Method("gora-pro", replace(gora, probe=replace(probe, lr=1e-3)), RATIO_RATES, 16.0, like="gora"),

@@ -22,7 +22,7 @@ from methods.run import STEPS, best_rate, rows
 from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
-DEPLOYED, SIZES = (1, 10, 100), ("MB as trained", "MB on one base")  # tasks; keys
+DEPLOYED = (1, 10, 100)  # tasks
 BEGIN = "<!-- made by benchmarks/methods/tables.py -->"
 
 Rows = Sequence[dict[str, Any]]
@@ -71,7 +71,6 @@ def tables(found: Rows) -> dict[str, Any]:
             "parameters": own[0]["parameters"],
             f"score against {reference}": paired(test, name, reference, "score"),
             f"loss against {reference}": paired(test, name, reference, "eval_loss"),
-            **served(own),
         }  # fmt: skip
     return value
 
@@ -81,25 +80,33 @@ def rate_of(row: dict[str, Any], found: Rows) -> float | None:
     return best_rate(list(found), methods(row["steps"])[row["method"]], row["task"], row["steps"])
 
 
-def served(own: Rows) -> dict[str, Any]:
-    """By task: the scores of one seed, as trained and served, and the bytes to deploy 1, 10 and 100 such tasks."""
-    some = [row for row in own if isinstance(row["served"], dict)]
-    return {"served": {row["task"]: deployed(row) for row in some}} if some else {}
+def served(found: Rows) -> list[dict[str, Any]]:
+    """The scores of rows that were served too, at whatever learning rate: the gap is of the method."""
+    some = [row for row in found if isinstance(row["served"], dict)]
+    return [
+        {"method": row["method"], "task": row["task"], "lr": row["lr"], "as trained": row["score"]}
+        | {kind: row["served"][kind] for kind in ("unconverted", "converted")}
+        for row in sorted(some, key=lambda row: (row["method"], list(TASKS).index(row["task"]), row["lr"]))
+    ]
 
 
-def deployed(row: dict[str, Any]) -> dict[str, Any]:
-    """A method that edits the base has a base of its own to deploy for each task as it was trained."""
-    one = row["served"]
-    own_base = methods(row["steps"])[row["method"]].initial
+def deployed(found: Rows) -> dict[str, dict[str, dict[int, int]]]:
+    """Megabytes to deploy 1, 10 and 100 tasks, by method: as trained, and all on one base.
 
-    def size(tasks: int, adapter: str, bases: int) -> int:
-        return round((bases * one["base_bytes"] + tasks * one[adapter]) / 1e6)
-
-    return {
-        "score": {"as trained": row["score"], "unconverted": one["unconverted"], "converted": one["converted"]},
-        "MB as trained": {n: size(n, "trained_bytes", n if own_base else 1) for n in DEPLOYED},
-        "MB on one base": {n: size(n, "converted_bytes" if own_base else "trained_bytes", 1) for n in DEPLOYED},
-    }
+    As trained, a method that edits the base needs a base for each task.
+    """
+    value = {}
+    for row in found:
+        one = row["served"]
+        if isinstance(one, dict) and "base_bytes" in one:
+            own_base = methods(row["steps"])[row["method"]].initial
+            base, trained = one["base_bytes"], one["trained_bytes"]
+            plain = one["converted_bytes"] if own_base else trained
+            value[row["method"]] = {
+                "as trained": {n: round(((n if own_base else 1) * base + n * trained) / 1e6) for n in DEPLOYED},
+                "on one base": {n: round((base + n * plain) / 1e6) for n in DEPLOYED},
+            }
+    return value
 
 
 def swept(found: Rows) -> dict[str, dict[str, dict[str, float]]]:
@@ -152,19 +159,19 @@ def told(cell: dict[str, Any] | None) -> str:
     return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g})"
 
 
-def served_markdown(value: dict[str, Any]) -> str:
-    """Methods that were served: scores, and megabytes of 1, 10 and 100 tasks."""
-    counts = " / ".join(map(str, DEPLOYED))
-    lines = [
-        f"| method | task | as trained | served unconverted | served converted | MB of {counts} tasks as trained | "
-        "on one base |",
-        "| --- " * 7 + "|",
-    ]
+def served_markdown(rows: Rows) -> str:
+    lines = ["| method | task | rate | as trained | served unconverted | served converted |", "| --- " * 6 + "|"]
+    for row in rows:
+        scores = " | ".join(f"{row[kind]:.3f}" for kind in ("as trained", "unconverted", "converted"))
+        lines.append(f"| {row['method']} | {row['task']} | {row['lr']:g} | {scores} |")
+    return "\n".join(lines)
+
+
+def deployed_markdown(value: dict[str, dict[str, dict[int, int]]]) -> str:
+    counts = ", ".join(map(str, DEPLOYED))
+    lines = [f"| method | as trained, MB of {counts} tasks | all on one base |", "| --- " * 3 + "|"]
     for name, one in value.items():
-        for task, told in one.get("served", {}).items():
-            scores = " | ".join(f"{score:.3f}" for score in told["score"].values())
-            sizes = " | ".join(" / ".join(f"{size:,}" for size in told[kind].values()) for kind in SIZES)
-            lines.append(f"| {name} | {task} | {scores} | {sizes} |")
+        lines.append(f"| {name} | " + " | ".join(", ".join(map(str, size.values())) for size in one.values()) + " |")
     return "\n".join(lines)
 
 
@@ -192,14 +199,17 @@ def main() -> None:
     value, losses = tables(found), swept(found)
     devices = sorted({row["device"] for row in found})
     head = facts("python benchmarks/methods/tables.py")
-    write("methods", head | {"rows": len(found), "devices": devices, "sweep": losses, "methods": value})
+    gaps, sizes = served(found), deployed(found)
+    told = {"rows": len(found), "devices": devices, "sweep": losses, "methods": value, "served": gaps, "MB": sizes}
+    write("methods", head | told)
     before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     assert mark, f"{PAGE} has no mark"
     made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", sweep_markdown(losses)]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate). Other rates are left out."
     made += ["### Test rows", cells, test_markdown(value)]
-    if any("served" in one for one in value.values()):
-        made += ["### Served", served_markdown(value)]
+    made += ["### Served", served_markdown(gaps)]
+    if sizes:
+        made += [deployed_markdown(sizes)]
     cost = RESULTS / "cost.json"
     if cost.exists():
         made += ["### Cost", cost_markdown(json.loads(cost.read_text(encoding="utf-8")))]
