@@ -4,9 +4,7 @@ asked for with other learning rates."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,20 +22,23 @@ BATCH, LENGTH = 8, 512
 
 @dataclass
 class Bench:
+    """alone: one row is made, and nothing kept for others, so that memory is the method's own."""
+
     base: str
+    alone: bool = False
     _sessions: dict[bool, Session] = field(default_factory=dict)
     _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)
-    _prepared: tuple[Any, tuple[nn.Module, Mapping[str, Any]]] | None = None
+    _prepared: tuple[Any, tuple[nn.Module, dict[str, Any]]] | None = None
 
-    def _session(self, *, quantize: bool) -> Session:
+    def loaded(self, *, quantize: bool) -> Session:
         """The base as it was loaded: only copies of its model are changed."""
         if quantize not in self._sessions:
-            kind = ModelConfig(dtype="float32", quantize="nf4" if quantize else "none")
+            model = ModelConfig(dtype="float32", quantize="nf4" if quantize else "none")
             rows = DataConfig(max_length=LENGTH, batch_size=BATCH)
             data = str(TASKS["sentiment"].file("valid"))
             # bfloat16 products where TF32 is not to be had; the weights stay in float32
             train = TrainConfig(mixed_precision="no" if torch.cuda.is_available() else "bf16")
-            session = open_session(self.base, data, model=kind, rows=rows, train=train, listen=lambda _: None)
+            session = open_session(self.base, data, model=model, rows=rows, train=train, listen=lambda _: None)
             if not torch.cuda.is_available():  # torch's fused attention is slow backwards in bfloat16 there
                 session.model.set_attn_implementation("eager")  # type: ignore[operator]
             self._sessions[quantize] = session
@@ -46,13 +47,17 @@ class Bench:
     def rows(self, task: str, split: str) -> Dataset:
         if (task, split) not in self._rows:
             given = DataConfig(max_length=LENGTH, batch_size=BATCH)
-            self._rows[task, split] = self._session(quantize=False).load(str(TASKS[task].file(split)), given)
+            some = next(iter(self._sessions.values()), None) or self.loaded(quantize=False)
+            self._rows[task, split] = some.load(str(TASKS[task].file(split)), given)
         return self._rows[task, split]
 
     def session(self, task: str, seed: int, *, quantize: bool = False) -> Session:
-        """Return a session of its own: a copy of the base's model on the device, the task's training rows, the seed."""
-        whole = self._session(quantize=quantize)
-        model = copy.deepcopy(whole.model)
+        """Return a session of its own: a copy of the base's model on the device, the task's training rows, the seed.
+
+        Alone it is the model itself.
+        """
+        whole = self.loaded(quantize=quantize)
+        model = whole.model if self.alone else copy.deepcopy(whole.model)
         modules = find_targets(model, "all-linear")
         return replace(whole, model=model, modules=modules, data=self.rows(task, "train"), seed=seed)
 
@@ -61,7 +66,7 @@ class Bench:
     ) -> tuple[Session, nn.Module, dict[str, Any], list[LazyBatch]]:
         """Return the session, the model to be trained, what is noted of it, and the training batches.
 
-        The last model is kept, and copied when it is asked for again.
+        What a method made is kept, and a copy of it given out: it is asked for again with other learning rates.
         """
         key = (method.name, task, seed, steps)
         session = self.session(task, seed, quantize=method.quantize)
@@ -71,11 +76,9 @@ class Bench:
             self._prepared = None
             torch.manual_seed(seed)
             model, noted = method.start(session, batches[steps:])
-            self._prepared = key, (model.to(session.accelerator.device), noted)
+            model.to(session.accelerator.device)
+            if self.alone:
+                return session, model, noted, batches[:steps]
+            self._prepared = key, (model, noted)
         model, noted = self._prepared[1]
         return session, copy.deepcopy(model), dict(noted), batches[:steps]
-
-
-@cache
-def bench(base: str) -> Bench:
-    return Bench(base)

@@ -2,8 +2,9 @@
 
     python benchmarks/methods/cost.py BASE [--steps 12] [--methods A B]
 
-One method after another and nothing beside them, so that times may be compared; results/cost.json keeps one table for
-each device. Memory is torch's on CUDA, else that of the whole process, and each method then has its own.
+One method after another, each in a process of its own, and nothing beside them, so that times may be compared;
+results/cost.json keeps one table for each device. Memory is torch's on CUDA, else that of the whole process. The base
+is loaded, and quantised, before time is taken.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machine import RESULTS, facts, write
@@ -24,7 +23,7 @@ from methods.methods import methods
 from methods.run import Worker
 
 MAIN = (
-    "full", "lora", "rslora", "lora+", "dora", "pissa", "olora", "milora", "eva", "corda", "lora-ga", "adalora",
+    "lora", "full", "rslora", "lora+", "dora", "pissa", "olora", "milora", "eva", "corda", "lora-ga", "adalora",
     "gora", "gora-sketch", "gora-pro", "qgora", "lora-32", "gora-32",
 )  # fmt: skip
 TASK = "mnli"
@@ -37,13 +36,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     asked = parser.parse_args()
     rows: dict[str, Any] = {}
-    worker = Worker(asked.base)
-    for name in ("lora", *asked.methods):  # the first run warms libraries up
+    for name in asked.methods:
         wanted = {
             "method": name, "task": TASK, "seed": 0, "lr": methods(asked.steps)[name].rates[0], "split": "valid",
             "steps": asked.steps, "rows": 8,
         }  # fmt: skip
+        worker = Worker(asked.base, "--alone")
         row = worker.ask(wanted)
+        worker.close()
         if "error" in row:
             print("FAILED", name, row["error"], flush=True)
             continue
@@ -53,10 +53,6 @@ def main() -> None:
             "peak_MB": round(row["peak_bytes"] / 1e6), "parameters": row["parameters"],
         }  # fmt: skip
         print(name, rows[name], flush=True)
-        if not torch.cuda.is_available():  # the process's peak is to be this method's
-            worker.close()
-            worker = Worker(asked.base)
-    worker.close()
     file = RESULTS / "cost.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     settings = {"task": TASK, "steps": asked.steps, "rows of a step": 8}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gora_serve.config import FitConfig, InitConfig, ProbeConfig, RankConfig, TrainConfig
+from gora_serve.config import FitConfig, ProbeConfig, RankConfig, TrainConfig
 from gora_serve.gora.gamma import search_gamma
 from gora_serve.gora.ranks import allocate_ranks, uniform_ranks
 from gora_serve.gora.statistics import GradientStatistics
@@ -26,7 +26,7 @@ from gora_serve.training.weights import weight_shape
 RANK, ALPHA = 8, 16.0
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ESTIMATE = 8  # micro-batches that EVA, CorDA and LoRA-GA look at
-# Small sweeps, each around what its authors use; the same number for every method.
+# Small sweeps, of the same number for every method; run.py goes on beyond an edge at which one has its best.
 FULL_RATES, LORA_RATES, RATIO_RATES = (2e-5, 5e-5, 1e-4, 2e-4), (5e-4, 1e-3, 2e-3, 4e-3), (5e-5, 1e-4, 2e-4, 4e-4)
 
 Start = Callable[[Session, list[LazyBatch]], tuple[nn.Module, dict[str, Any]]]
@@ -87,8 +87,14 @@ def adalora(steps: int) -> Start:
 def lora_ga(session: Session, config: Any, batches: list[LazyBatch]) -> None:
     from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 
+    def run() -> None:
+        for batch in batches:
+            with session.accelerator.autocast():
+                loss = mean_loss(session.model, batch())
+            loss.backward()  # type: ignore[no-untyped-call]
+
     config.lora_ga_config = LoraGAConfig()
-    preprocess_loraga(session.model, config, lambda: [mean_loss(session.model, one()).backward() for one in batches])
+    preprocess_loraga(session.model, config, run)
     session.model.zero_grad(set_to_none=True)
 
 
@@ -115,8 +121,9 @@ def eva(session: Session, batches: list[LazyBatch]) -> tuple[nn.Module, dict[str
     from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 
     config = LoraConfig(
-        r=RANK, lora_alpha=int(ALPHA), target_modules=LINEAR, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)
-    )
+        r=RANK, lora_alpha=int(ALPHA), target_modules=LINEAR, init_lora_weights="eva",
+        eva_config=EvaConfig(rho=2.0, use_label_mask=False),
+    )  # fmt: skip
     model: Any = get_peft_model(session.model, config)  # type: ignore[arg-type]
     given = [{name: tensor for name, tensor in one().items() if name != "labels"} for one in batches]
     initialize_lora_eva_weights(model, given, show_progress_bar=False)
@@ -165,9 +172,8 @@ class Gora:
     uniform: bool = False
 
     def __call__(self, session: Session, batches: list[LazyBatch]) -> tuple[nn.Module, dict[str, Any]]:
-        init = InitConfig(alpha=ALPHA, gamma=self.gamma)  # type: ignore[arg-type]
-        config = FitConfig(probe=self.probe, ranks=self.ranks, init=init, train=TrainConfig(seed=session.seed))
-        probed, searched = split_rows(session.data.examples, config)
+        seeded = FitConfig(train=TrainConfig(seed=session.seed))
+        probed, searched = split_rows(session.data.examples, seeded)  # the same rows where γ is given
         statistics, shared = statistics_of(session, probed, self.probe, self.ranks)
         shapes = {path: weight_shape(module) for path, module in session.modules.items()}
         importances = statistics.importances(self.probe.importance[0])
@@ -194,12 +200,13 @@ class Gora:
 
 def methods(steps: int) -> Mapping[str, Method]:
     """Return all methods; steps: of the training, which AdaLoRA's schedule needs."""
-    gora, probe = Gora(), ProbeConfig(steps=32)
+    gora = Gora()
     found = [
         Method("full", full, FULL_RATES),
         Method("lora", peft_method()),
         Method("rslora", peft_method(use_rslora=True)),
         Method("lora+", peft_method(), RATIO_RATES, 16.0),
+        Method("rslora+", peft_method(use_rslora=True), RATIO_RATES, 16.0),
         Method("dora", peft_method(use_dora=True)),
         Method("pissa", peft_method(init_lora_weights="pissa_niter_16"), initial=True),
         Method("olora", peft_method(init_lora_weights="olora"), initial=True),
@@ -211,29 +218,30 @@ def methods(steps: int) -> Mapping[str, Method]:
         Method("gora", gora, RATIO_RATES, 16.0),
         Method("gora-ratio-4", gora, tuple(lr / 2 for lr in LORA_RATES), 4.0),
         Method("gora-ratio-1", gora, LORA_RATES),
-        Method("gora-exact", replace(gora, ranks=RankConfig(rank=RANK, rule="exact")), RATIO_RATES, 16.0, like="gora"),
-        Method("gora-sketch", replace(gora, probe=replace(probe, mode="sketch")), RATIO_RATES, 16.0, like="gora"),
-        Method("gora-pro", replace(gora, probe=replace(probe, lr=1e-3)), RATIO_RATES, 16.0, like="gora"),
-        Method("qgora", gora, RATIO_RATES, 16.0, quantize=True, like="gora"),
-        Method("lora-32", peft_method(r=32, lora_alpha=64)),
         Method("gora-32", replace(gora, ranks=RankConfig(rank=32)), RATIO_RATES, 16.0),
-        *ablations(gora, probe),
+        Method("lora-32", peft_method(r=32, lora_alpha=64)),
+        *variants(gora, ProbeConfig(steps=32)),
     ]
     return {method.name: method for method in found}
 
 
-def ablations(gora: Gora, probe: ProbeConfig) -> list[Method]:
-    """Tables 5 and 6 of the paper, and what the reviews asked for; at GoRA's learning rate."""
-    variants = {
+def variants(gora: Gora, probe: ProbeConfig) -> list[Method]:
+    """At GoRA's learning rate: its other rules and modes, the ablations of the paper's tables 5 and 6, and what the
+    reviews asked for. Those that share a probe stand together."""
+    others = {
+        "gora-exact": replace(gora, ranks=RankConfig(rank=RANK, rule="exact")),
         "gora-uniform": replace(gora, uniform=True),
-        "gora-4-16": replace(gora, ranks=RankConfig(rank=RANK, rank_min=4, rank_max=16)),
-        "gora-1-64": replace(gora, ranks=RankConfig(rank=RANK, rank_min=1, rank_max=64)),
         "gora-gamma-0": replace(gora, gamma=0.0),
         "gora-gamma-0.05": replace(gora, gamma=0.05),
         "gora-gamma-0.3": replace(gora, gamma=0.3),
         "gora-ascent": replace(gora, gamma=0.05, sign=-1),
+        "gora-4-16": replace(gora, ranks=RankConfig(rank=RANK, rank_min=4, rank_max=16)),
+        "gora-1-64": replace(gora, ranks=RankConfig(rank=RANK, rank_min=1, rank_max=64)),
         "gora-nuclear": replace(gora, probe=replace(probe, importance=("sensitivity-nuclear",))),
         "gora-gradient-nuclear": replace(gora, probe=replace(probe, importance=("gradient-nuclear",))),
-        "gora-early-stop": replace(gora, probe=replace(probe, steps="auto")),
+        "gora-early-stop": replace(gora, probe=replace(probe, steps="auto", longest=32)),
+        "gora-sketch": replace(gora, probe=replace(probe, mode="sketch")),
+        "gora-pro": replace(gora, probe=replace(probe, lr=1e-3)),
     }
-    return [Method(name, start, RATIO_RATES, 16.0, like="gora") for name, start in variants.items()]
+    found = [Method(name, start, RATIO_RATES, 16.0, like="gora") for name, start in others.items()]
+    return [*found, Method("qgora", gora, RATIO_RATES, 16.0, quantize=True, like="gora")]

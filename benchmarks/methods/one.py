@@ -3,6 +3,7 @@
     echo '{"method": "gora", "task": "snips", "seed": 0, "lr": 2e-4}' | python benchmarks/methods/one.py BASE
 
 Reads what is asked for, one JSON object a line, and answers each with a line of JSON: the row, or {"error": ...}.
+With --alone for a single row, nothing is kept for the next, so that memory is the method's own.
 Every method sees the same rows in the same order, with the same steps, warm-up, schedule, weight decay and batch size,
 in float32 with faster products (on CUDA in TF32, else in bfloat16); only what `methods.py` names is its own.
 """
@@ -39,10 +40,12 @@ from gora_serve.integrity.bases import locate_base
 from gora_serve.training.loop import cosine_with_floor, evaluate, make_optimizer
 from gora_serve.training.loss import mean_loss
 from gora_serve.training.session import LazyBatch, Session, peak_bytes
-from methods.bench import bench
+from methods.bench import Bench
 from methods.graph import train_recorded
 from methods.methods import Method, methods
 from methods.tasks import TASKS, Row, score
+
+START = 2  # the step after which time is taken: the first are slower
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,14 @@ class Wanted:
     served: bool = False
 
 
-def run(base: str, wanted: Wanted) -> dict[str, Any]:
+def run(bench: Bench, wanted: Wanted) -> dict[str, Any]:
     task, method = TASKS[wanted.task], methods(wanted.steps)[wanted.method]
     config = TrainConfig(steps=wanted.steps, lr=wanted.lr, lr_ratio=method.ratio, seed=wanted.seed)
-    held_out = bench(base).rows(wanted.task, wanted.split)
+    bench.loaded(quantize=method.quantize)
+    held_out = bench.rows(wanted.task, wanted.split)
     rows = task.rows(wanted.split, min(wanted.rows, task.scored))
     clock = time.perf_counter()
-    session, model, noted, batches = bench(base).prepared(method, wanted.task, wanted.seed, wanted.steps)
+    session, model, noted, batches = bench.prepared(method, wanted.task, wanted.seed, wanted.steps)
     seconds = {"prepare": time.perf_counter() - clock}
     with tempfile.TemporaryDirectory() as folder:
         if method.initial and wanted.served:
@@ -97,7 +101,7 @@ def run(base: str, wanted: Wanted) -> dict[str, Any]:
             row["score"] = score(model, session.tokenizer, task, rows)
         del model, session
         if wanted.served:
-            row["served"] = served(base, Path(folder), method, wanted, rows)
+            row["served"] = served(bench, Path(folder), method, wanted, rows)
         seconds["evaluate"] = time.perf_counter() - clock
     return row
 
@@ -105,7 +109,8 @@ def run(base: str, wanted: Wanted) -> dict[str, Any]:
 def train(
     model: nn.Module, batches: list[LazyBatch], session: Session, config: TrainConfig, method: Method
 ) -> tuple[float, float]:
-    """Take a step for each batch; return the mean loss of the last tenth, and the mean seconds of a step."""
+    """Take a step for each batch; return the mean loss of the last tenth, and the mean seconds of a step after the
+    first few."""
     model.train()
     optimizer = make_optimizer(model, config)
     rates = [
@@ -115,16 +120,20 @@ def train(
     def extra() -> torch.Tensor | None:
         return orthogonality(model) if method.adapts else None
 
+    on_cuda = session.accelerator.device.type == "cuda"
+    loop = train_recorded if on_cuda else partial(train_by_step, autocast=session.accelerator.autocast)
+    ends: list[float] = []
+
     def after_step(step: int) -> None:
         if method.adapts:
             model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
+        if on_cuda and step in (START, len(batches) - 1):
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
 
-    on_cuda = session.accelerator.device.type == "cuda"
-    kind = train_recorded if on_cuda else partial(train_by_step, autocast=session.accelerator.autocast)
-    clock = time.perf_counter()
-    losses = kind(model, batches, optimizer, rates, extra=extra, after_step=after_step)
+    losses = loop(model, batches, optimizer, rates, extra=extra, after_step=after_step)
     last = losses[-max(1, len(losses) // 10) :]
-    return statistics.fmean(last), (time.perf_counter() - clock) / len(batches)
+    return statistics.fmean(last), (ends[-1] - ends[START]) / (len(ends) - 1 - START)
 
 
 def train_by_step(
@@ -164,15 +173,15 @@ def orthogonality(model: nn.Module, weight: float = 0.5) -> torch.Tensor:
     return weight * torch.stack(terms).mean()
 
 
-def served(base: str, folder: Path, method: Method, wanted: Wanted, rows: list[Row]) -> dict[str, float]:
+def served(bench: Bench, folder: Path, method: Method, wanted: Wanted, rows: list[Row]) -> dict[str, float]:
     """Return the scores of the saved adapter on the base as it is, unconverted and as `convert` writes it; and the
     bytes of base and adapters."""
     inputs = Inputs(init_adapter=folder / "initial") if method.initial else Inputs()
-    convert(folder / "trained", locate_base(base), folder / "converted", inputs=inputs)
+    convert(folder / "trained", locate_base(bench.base), folder / "converted", inputs=inputs)
     return {
-        "unconverted": loaded_score(base, folder / "trained", wanted, rows),
-        "converted": loaded_score(base, folder / "converted", wanted, rows),
-        "base_bytes": stored(Path(base)),
+        "unconverted": loaded_score(bench, folder / "trained", wanted, rows),
+        "converted": loaded_score(bench, folder / "converted", wanted, rows),
+        "base_bytes": stored(Path(bench.base)),
         "trained_bytes": stored(folder / "trained"),
         "converted_bytes": stored(folder / "converted"),
     }
@@ -183,39 +192,40 @@ def stored(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def loaded_score(base: str, adapter: Path, wanted: Wanted, rows: list[Row]) -> float:
+def loaded_score(bench: Bench, adapter: Path, wanted: Wanted, rows: list[Row]) -> float:
     """Return the score of an adapter's files over a fresh base. PEFT repeats no initialisation: the config is plain."""
     from peft import PeftModel
 
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None}))
-    session = bench(base).session(wanted.task, wanted.seed)
+    session = bench.session(wanted.task, wanted.seed)
     model: Any = PeftModel.from_pretrained(session.model, str(adapter))  # type: ignore[arg-type]
     model.merge_adapter()
     return score(model, session.tokenizer, TASKS[wanted.task], rows)
 
 
 def device(session: Session) -> str:
-    kind = session.accelerator.device
-    return torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"CPU, {processor()}"
+    place = session.accelerator.device
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {processor()}"
 
 
-def answer(base: str, line: str) -> dict[str, Any]:
+def answer(bench: Bench, line: str) -> dict[str, Any]:
     """Return the row that a line asks for, or what went wrong: the others are to be made all the same."""
     try:
-        return run(base, Wanted(**json.loads(line)))
+        return run(bench, Wanted(**json.loads(line)))
     except (RuntimeError, ValueError, TypeError, OSError, KeyError, GoraError) as err:
         traceback.print_exc()
         return {"error": f"{type(err).__name__}: {err}"}
 
 
-def main(base: str) -> None:
+def main(base: str, *options: str) -> None:
+    bench = Bench(base, alone="--alone" in options)
     warnings.simplefilter("ignore")
     torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA; nothing on a CPU
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
     for line in sys.stdin:
-        print(json.dumps(answer(base, line)), file=answers, flush=True)
+        print(json.dumps(answer(bench, line)), file=answers, flush=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -223,4 +233,4 @@ def main(base: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

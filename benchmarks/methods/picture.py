@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -25,8 +25,12 @@ from methods.run import ROWS, STEPS, rows, tried
 from methods.tasks import TASKS
 
 PICTURE = Path(__file__).parents[2] / "docs" / "methods.png"
-OTHERS = [f"tab:{name}" for name in ("blue", "orange", "green", "purple", "brown", "pink", "gray", "olive", "cyan")]
 SHOWN = 1.6  # times the lowest loss of the task: what is higher lies outside
+
+
+def color_of(name: str) -> Any:
+    """A method has its colour in every panel."""
+    return pyplot.get_cmap("tab20")(list(methods(STEPS)).index(name) % 20)
 
 
 def main() -> None:
@@ -41,12 +45,11 @@ def main() -> None:
     shown = {task: whole for task, whole in losses.items() if "gora" in whole}
     figure, axes = pyplot.subplots(1, len(shown), figsize=(5.6 * len(shown) + 1.4, 4.2), squeeze=False)
     for ax, (task, whole) in zip(axes[0], shown.items(), strict=True):
-        others = cycle(OTHERS)
         lowest = min(min(at.values()) for at in whole.values())
         for name, at in sorted(whole.items(), key=lambda one: min(one[1].values())):
             rates = sorted(lr for lr in at if math.isfinite(at[lr]))
             x, y = [lr * every[name].ratio for lr in rates], [at[lr] for lr in rates]
-            color, width = {"gora": ("black", 2.6), "lora": ("tab:red", 2.0)}.get(name, (next(others), 1.2))
+            color, width = {"gora": ("black", 2.6), "lora": ("tab:red", 2.0)}.get(name, (color_of(name), 1.2))
             ax.plot(x, y, marker="o", markersize=4, color=color, linewidth=width, label=f"{name}  {min(y):.4f}")
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())

@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machine import RESULTS
@@ -32,14 +34,26 @@ ROWS = RESULTS / "methods.jsonl"
 KEY = ("method", "task", "seed", "lr", "split", "steps")
 STEPS, SWEEP_SEED, SWEEP_ROWS = 120, 100, 150
 EDGES = 2  # how often a sweep goes on beyond its edge, by half or twice
-INITIALS = ("pissa", "olora", "lora-ga", "gora")  # whose gap is measured, served
+SERVED = ("pissa", "olora", "lora-ga", "gora")  # whose gap is measured
 Rows = list[dict[str, Any]]
 
 
 def rows(path: Path = ROWS) -> Rows:
+    """Return the rows of a file; not those of a CPU that are there from an accelerator too."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    every = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    faster = {key(row) for row in every if not on_cpu(row)}
+    return [row for row in every if not on_cpu(row) or key(row) not in faster]
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def on_cpu(row: dict[str, Any]) -> bool:
+    """A CPU trains in other arithmetic than an accelerator."""
+    return str(row["device"]).startswith("CPU")
 
 
 def sweep(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], steps: int) -> Iterator[Rows]:
@@ -82,7 +96,8 @@ def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | Non
     """Return the learning rate of the lowest loss on validation rows: finer than the score of 150 answers.
 
     Of a task without a sweep of its own: that of the lowest mean, over the tasks that have one, of the loss over the
-    lowest loss of the task, among the method's own rates. A sweep that is not whole says nothing; None without any.
+    lowest loss of the task, among the rates that all of them tried. A sweep that is not whole says nothing; None
+    without any.
     """
     losses = {one: tried(found, method, one, steps) for one in TASKS}
     whole = {one: at for one, at in losses.items() if set(at) >= set(method.rates)}
@@ -90,7 +105,8 @@ def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | Non
         return min(whole[task], key=lambda lr: whole[task][lr])
     if not whole:
         return None
-    return min(method.rates, key=lambda lr: sum(one[lr] / min(one.values()) for one in whole.values()))
+    common = set.intersection(*map(set, whole.values()))
+    return min(common, key=lambda lr: sum(one[lr] / min(one.values()) for one in whole.values()))
 
 
 def table(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], seeds: int, steps: int) -> Iterator[Rows]:
@@ -106,14 +122,14 @@ def table(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], seeds: in
                     lr = best_rate(found, method, task, steps)
                     if lr is not None:
                         row = {"method": method.name, "task": task, "seed": seed, "lr": lr, "split": "test"}
-                        yield [row | {"steps": steps, "served": method.name in INITIALS and seed == 0}]
+                        yield [row | {"steps": steps, "served": method.name in SERVED and seed == 0}]
 
 
 class Worker:
     """A process of one.py, which makes rows one after another; started again when it died."""
 
-    def __init__(self, base: str) -> None:
-        self.command = [sys.executable, str(Path(__file__).parent / "one.py"), base]
+    def __init__(self, base: str, *options: str) -> None:
+        self.command = [sys.executable, str(Path(__file__).parent / "one.py"), base, *options]
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
@@ -144,6 +160,8 @@ def work(worker: Worker, waiting: deque[Rows], path: Path, end: float) -> None:
         except IndexError:
             return
         for wanted in some:
+            if time.monotonic() > end:
+                return
             began = time.monotonic()
             row = worker.ask(wanted)
             told = " ".join(str(wanted[name]) for name in ("split", "method", "task", "seed", "lr"))
@@ -157,9 +175,12 @@ def work(worker: Worker, waiting: deque[Rows], path: Path, end: float) -> None:
 
 
 def make(workers: Sequence[Worker], wanted: Iterable[Rows], path: Path, end: float) -> None:
-    """Make what is wanted and not there: one worker makes a group, one after another."""
-    there = {tuple(row[name] for name in KEY) for row in rows(path)}
-    missing = ([one for one in group if tuple(one[name] for name in KEY) not in there] for group in wanted)
+    """Make what is wanted and not there: one worker makes a group, one after another.
+
+    An accelerator makes the rows of a CPU again.
+    """
+    there = {key(row) for row in rows(path) if not (on_cpu(row) and torch.cuda.is_available())}
+    missing = ([one for one in group if key(one) not in there] for group in wanted)
     waiting = deque(group for group in missing if group)
     print(f"{sum(map(len, waiting))} rows to make", flush=True)
     with ThreadPoolExecutor(len(workers)) as pool:

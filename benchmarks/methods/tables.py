@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import RESULTS, facts, write
 
 from methods.methods import methods
-from methods.run import STEPS, best_rate, rows
+from methods.run import STEPS, best_rate, on_cpu, rows, tried
 from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -37,12 +37,15 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(found: Rows, method: str, against: str, what: str) -> dict[str, Any] | None:
-    """Return the mean difference over the seeds and tasks that both have, and its standard error over tasks."""
-    by = {(row["method"], row["task"], row["seed"]): row[what] for row in found}
+    """Return the mean difference over the seeds and tasks that both have, and its standard error over tasks.
+
+    Rows of a CPU are compared with those of a CPU alone.
+    """
+    by = {(row["method"], row["task"], row["seed"], on_cpu(row)): row[what] for row in found}
     differences: dict[str, list[float]] = {}
-    for (name, task, seed), value in by.items():
-        if name == method and (against, task, seed) in by:
-            differences.setdefault(task, []).append(value - by[against, task, seed])
+    for (name, *rest), value in by.items():
+        if name == method and (against, *rest) in by:
+            differences.setdefault(rest[0], []).append(value - by[against, *rest])
     if not differences:
         return None
     means = {task: statistics.fmean(values) for task, values in differences.items()}
@@ -65,7 +68,7 @@ def tables(found: Rows) -> dict[str, Any]:
         value[name] = {
             "tasks": {
                 task: {what: spread([row[what] for row in some]) for what in ("score", "eval_loss")}
-                | {"lr": some[0]["lr"]}
+                | {"lr": some[0]["lr"], "swept": swept_whole(name, task, found)}
                 for task, some in by_task.items() if some
             },
             "parameters": own[0]["parameters"],
@@ -73,6 +76,12 @@ def tables(found: Rows) -> dict[str, Any]:
             f"loss against {reference}": paired(test, name, reference, "eval_loss"),
         }  # fmt: skip
     return value
+
+
+def swept_whole(name: str, task: str, found: Rows) -> bool:
+    """Whether the task has a whole sweep of its own: else its rate is that of others."""
+    method = methods(STEPS)[name]
+    return set(tried(list(found), method, task, STEPS)) >= set(method.rates)
 
 
 def rate_of(row: dict[str, Any], found: Rows) -> float | None:
@@ -115,7 +124,10 @@ def swept(found: Rows) -> dict[str, dict[str, dict[str, float]]]:
     for row in sorted(found, key=lambda row: row["lr"]):
         if row["split"] == "valid":
             of_task = losses.setdefault(row["task"], {})
-            of_task.setdefault(row["method"], {})[f"{row['lr']:g}"] = round(row["eval_loss"], 4)
+            loss = row["eval_loss"]
+            of_task.setdefault(row["method"], {})[f"{row['lr']:g}"] = (
+                round(loss, 4) if math.isfinite(loss) else math.inf
+            )
     return losses
 
 
@@ -126,16 +138,16 @@ def sweep_markdown(losses: dict[str, dict[str, dict[str, float]]]) -> str:
     """
     every = methods(STEPS)
 
-    def lacks(name: str, tried: dict[str, float]) -> bool:
-        return not {f"{lr:g}" for lr in every[name].rates} <= set(tried)
+    def lacks(name: str, at: dict[str, float]) -> bool:
+        return not {f"{lr:g}" for lr in every[name].rates} <= set(at)
 
     parts = []
     for task, of_task in losses.items():
         lines = [f"**{task}**\n", "| method | lowest loss | tried: rate, loss |", "| --- | --- | --- |"]
-        for name, tried in sorted(of_task.items(), key=lambda one: (lacks(*one), min(one[1].values()))):
-            least = min(tried.values())
-            shown = [f"**{lr}** {loss:.4f}" if loss == least else f"{lr} {loss:.4f}" for lr, loss in tried.items()]
-            mark = " (not whole)" if lacks(name, tried) else ""
+        for name, at in sorted(of_task.items(), key=lambda one: (lacks(*one), min(one[1].values()))):
+            least = min(at.values())
+            shown = [f"**{lr}** {loss:.4f}" if loss == least else f"{lr} {loss:.4f}" for lr, loss in at.items()]
+            mark = " (not whole)" if lacks(name, at) else ""
             lines.append(f"| {name}{mark} | {least:.4f} | {', '.join(shown)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -155,8 +167,9 @@ def told(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
     score, loss = cell["score"], cell["eval_loss"]
+    mark = "" if cell["swept"] else "*"
     spread_of = f" ± {score['deviation']:.3f}" if score["deviation"] is not None else ""
-    return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g})"
+    return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g}{mark})"
 
 
 def served_markdown(rows: Rows) -> str:
@@ -205,7 +218,7 @@ def main() -> None:
     before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     assert mark, f"{PAGE} has no mark"
     made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", sweep_markdown(losses)]
-    cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate). Other rates are left out."
+    cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
     made += ["### Test rows", cells, test_markdown(value)]
     made += ["### Served", served_markdown(gaps)]
     if sizes:
