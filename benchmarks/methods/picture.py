@@ -25,6 +25,10 @@ from methods.run import ROWS, STEPS, rows, tried
 from methods.tasks import TASKS
 
 PICTURE = Path(__file__).parents[2] / "docs" / "methods.png"
+OURS = {
+    "gora": ("black", 2.6, "-"), "gora-ratio-4": ("black", 1.8, "--"), "gora-ratio-1": ("black", 1.8, ":"),
+    "lora": ("tab:red", 2.6, "-"),
+}  # fmt: skip
 SHOWN = 1.6  # times the lowest loss of the task: what is higher lies outside
 
 
@@ -49,8 +53,10 @@ def main() -> None:
         for name, at in sorted(whole.items(), key=lambda one: min(one[1].values())):
             rates = sorted(lr for lr in at if math.isfinite(at[lr]))
             x, y = [lr * every[name].ratio for lr in rates], [at[lr] for lr in rates]
-            color, width = {"gora": ("black", 2.6), "lora": ("tab:red", 2.0)}.get(name, (color_of(name), 1.2))
-            ax.plot(x, y, marker="o", markersize=4, color=color, linewidth=width, label=f"{name}  {min(y):.4f}")
+            color, width, dash = OURS.get(name, (color_of(name), 1.2, "-"))
+            ax.plot(
+                x, y, dash, marker="o", markersize=4, color=color, linewidth=width, label=f"{name}  {min(y):.4f}"
+            )  # fmt: skip
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         ax.set_ylim(lowest * 0.97, lowest * SHOWN)
