@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import RESULTS, facts, write
 
 from methods.methods import methods
-from methods.run import STEPS, best_rate, on_cpu, rows, tried
+from methods.run import STEPS, all_rows, best_rate, key, on_cpu, rows, tried
 from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -131,6 +131,23 @@ def swept(found: Rows) -> dict[str, dict[str, dict[str, float]]]:
     return losses
 
 
+def twice(every: Rows) -> list[dict[str, Any]]:
+    """Return the losses of rows that were made on a CPU and on an accelerator: what the arithmetic alone changes."""
+    faster = {key(row): row for row in every if not on_cpu(row)}
+    return [
+        {name: row[name] for name in ("method", "task", "seed", "lr", "split")}
+        | {"accelerator": round(faster[key(row)]["eval_loss"], 4), "CPU": round(row["eval_loss"], 4)}
+        for row in every if on_cpu(row) and key(row) in faster
+    ]  # fmt: skip
+
+
+def twice_markdown(both: Sequence[dict[str, Any]]) -> str:
+    lines = ["| method | task | rate | loss, accelerator | loss, CPU |", "| --- " * 5 + "|"]
+    for row in both:
+        lines.append(f"| {row['method']} | {row['task']} | {row['lr']:g} | {row['accelerator']} | {row['CPU']} |")
+    return "\n".join(lines)
+
+
 def sweep_markdown(losses: dict[str, dict[str, dict[str, float]]]) -> str:
     """One table a task: methods by their lowest loss, with all rates that were tried, the lowest in bold.
 
@@ -212,14 +229,14 @@ def main() -> None:
     value, losses = tables(found), swept(found)
     devices = sorted({row["device"] for row in found})
     head = facts("python benchmarks/methods/tables.py")
-    gaps, sizes = served(found), deployed(found)
-    told = {"rows": len(found), "devices": devices, "sweep": losses, "methods": value, "served": gaps, "MB": sizes}
+    gaps, sizes, both = served(found), deployed(found), twice(all_rows())
+    told = {"rows": len(found), "devices": devices, "sweep": losses, "methods": value, "served": gaps, "MB": sizes, "twice": both}
     write("methods", head | told)
     before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     assert mark, f"{PAGE} has no mark"
     made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", sweep_markdown(losses)]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
-    made += ["### Test rows", cells, test_markdown(value)]
+    made += ["### The same row on two devices", twice_markdown(both), "### Test rows", cells, test_markdown(value)]
     made += ["### Served", served_markdown(gaps)]
     if sizes:
         made += [deployed_markdown(sizes)]
