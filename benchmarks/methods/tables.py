@@ -230,8 +230,8 @@ def main() -> None:
     devices = sorted({row["device"] for row in found})
     head = facts("python benchmarks/methods/tables.py")
     gaps, sizes, both = served(found), deployed(found), twice(all_rows())
-    told = {"rows": len(found), "devices": devices, "sweep": losses, "methods": value, "served": gaps, "MB": sizes, "twice": both}
-    write("methods", head | told)
+    head |= {"rows": len(found), "devices": devices, "twice": both}
+    write("methods", head | {"sweep": losses, "methods": value, "served": gaps, "MB": sizes})
     before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     assert mark, f"{PAGE} has no mark"
     made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", sweep_markdown(losses)]
