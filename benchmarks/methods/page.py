@@ -1,0 +1,95 @@
+"""docs/methods.md's tables in Markdown, of the values that tables.py makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from methods.methods import methods
+from methods.run import STEPS
+from methods.tasks import TASKS
+
+Rows = Sequence[dict[str, Any]]
+
+
+def sweep(losses: dict[str, dict[str, dict[str, float]]]) -> str:
+    """One table a task: methods by their lowest loss, with all rates that were tried, the lowest in bold.
+
+    A method that lacks some of its rates comes after those that have all, and is marked.
+    """
+    every = methods(STEPS)
+
+    def lacks(name: str, at: dict[str, float]) -> bool:
+        return not {f"{lr:g}" for lr in every[name].rates} <= set(at)
+
+    parts = []
+    for task, of_task in losses.items():
+        lines = [f"**{task}**\n", "| method | lowest loss | tried: rate, loss |", "| --- | --- | --- |"]
+        for name, at in sorted(of_task.items(), key=lambda one: (lacks(*one), min(one[1].values()))):
+            least = min(at.values())
+            shown = [f"**{lr}** {loss:.4f}" if loss == least else f"{lr} {loss:.4f}" for lr, loss in at.items()]
+            mark = " (not whole)" if lacks(name, at) else ""
+            lines.append(f"| {name}{mark} | {least:.4f} | {', '.join(shown)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def twice(both: Sequence[dict[str, Any]]) -> str:
+    lines = ["| method | task | rate | loss, accelerator | loss, CPU |", "| --- " * 5 + "|"]
+    for row in both:
+        lines.append(f"| {row['method']} | {row['task']} | {row['lr']:g} | {row['accelerator']} | {row['CPU']} |")
+    return "\n".join(lines)
+
+
+def test(value: dict[str, Any]) -> str:
+    """Methods by tasks, each cell: score ± deviation, loss (how many seeds; the learning rate)."""
+    tasks = [task for task in TASKS if any(task in one["tasks"] for one in value.values())]
+    lines = ["| method | parameters | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 2) + "|"]
+    for name, one in value.items():
+        cells = [told(one["tasks"].get(task)) for task in tasks]
+        lines.append(f"| {name} | {one['parameters'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def told(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    score, loss = cell["score"], cell["eval_loss"]
+    mark = "" if cell["swept"] else "*"
+    spread_of = f" ± {score['deviation']:.3f}" if score["deviation"] is not None else ""
+    return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g}{mark})"
+
+
+def served(rows: Rows) -> str:
+    lines = ["| method | task | rate | as trained | served unconverted | served converted |", "| --- " * 6 + "|"]
+    for row in rows:
+        scores = " | ".join(f"{row[kind]:.3f}" for kind in ("as trained", "unconverted", "converted"))
+        lines.append(f"| {row['method']} | {row['task']} | {row['lr']:g} | {scores} |")
+    return "\n".join(lines)
+
+
+def deployed(value: dict[str, dict[str, dict[int, int]]]) -> str:
+    counts = ", ".join(map(str, next(iter(value.values()))["on one base"]))
+    lines = [f"| method | as trained, MB of {counts} tasks | all on one base |", "| --- " * 3 + "|"]
+    for name, one in value.items():
+        lines.append(f"| {name} | " + " | ".join(", ".join(map(str, size.values())) for size in one.values()) + " |")
+    return "\n".join(lines)
+
+
+def cost(cost: dict[str, Any]) -> str:
+    """One table a device: seconds and memory of each method, and the whole training's time over LoRA's."""
+    parts = []
+    for device, told in cost.items():
+        heads = (
+            "method", "before the first step, s", "a step, s",
+            f"both ({STEPS} steps), over LoRA", "peak, MB", "parameters",
+        )  # fmt: skip
+        lines = [f"**{device}**\n", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+        before, step = "seconds before the first step", "seconds of a step"
+        whole = {name: one[before] + STEPS * one[step] for name, one in told["methods"].items()}
+        for name, one in told["methods"].items():
+            over = whole[name] / whole["lora"]
+            size = f"{one['peak_MB']:,} | {one['parameters'] / 1e6:.2f} M"
+            lines.append(f"| {name} | {one[before]:.1f} | {one[step]:.2f} | {over:.2f} | {size} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
