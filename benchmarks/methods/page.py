@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from methods.methods import methods
-from methods.run import STEPS
+from methods.run import STEPS, is_whole
 from methods.tasks import TASKS
 
 Rows = Sequence[dict[str, Any]]
@@ -20,7 +20,7 @@ def sweep(losses: dict[str, dict[str, dict[str, float]]]) -> str:
     every = methods(STEPS)
 
     def lacks(name: str, at: dict[str, float]) -> bool:
-        return not {f"{lr:g}" for lr in every[name].rates} <= set(at)
+        return not is_whole(every[name], map(float, at))
 
     parts = []
     for task, of_task in losses.items():
@@ -76,18 +76,18 @@ def deployed(value: dict[str, dict[str, dict[int, int]]]) -> str:
     return "\n".join(lines)
 
 
-def cost(cost: dict[str, Any]) -> str:
+def cost(by_device: dict[str, Any]) -> str:
     """One table a device: seconds and memory of each method, and the whole training's time over LoRA's."""
     parts = []
-    for device, told in cost.items():
+    for device, measured in by_device.items():
         heads = (
             "method", "before the first step, s", "a step, s",
             f"both ({STEPS} steps), over LoRA", "peak, MB", "parameters",
         )  # fmt: skip
         lines = [f"**{device}**\n", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
         before, step = "seconds before the first step", "seconds of a step"
-        whole = {name: one[before] + STEPS * one[step] for name, one in told["methods"].items()}
-        for name, one in told["methods"].items():
+        whole = {name: one[before] + STEPS * one[step] for name, one in measured["methods"].items()}
+        for name, one in measured["methods"].items():
             over = whole[name] / whole["lora"]
             size = f"{one['peak_MB']:,} | {one['parameters'] / 1e6:.2f} M"
             lines.append(f"| {name} | {one[before]:.1f} | {one[step]:.2f} | {over:.2f} | {size} |")

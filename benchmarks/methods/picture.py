@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 from methods.methods import methods
-from methods.run import ROWS, STEPS, rows, tried
+from methods.run import STEPS, is_whole, rows, tried
 from methods.tasks import TASKS
 
 PICTURE = Path(__file__).parents[2] / "docs" / "methods.png"
@@ -38,11 +38,11 @@ def color_of(name: str) -> Any:
 
 
 def main() -> None:
-    found, every = rows(ROWS), methods(STEPS)
+    found, every = rows(), methods(STEPS)
     losses = {
         task: {
             name: at for name, method in every.items()
-            if not method.like and set(at := tried(found, method, task, STEPS)) >= set(method.rates)
+            if not method.like and is_whole(method, at := tried(found, method, task, STEPS))
         }
         for task in TASKS
     }  # fmt: skip

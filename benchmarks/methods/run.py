@@ -76,7 +76,7 @@ def sweep(found: Rows, chosen: Iterable[Method], tasks: Iterable[str], steps: in
 
 def beyond(method: Method, losses: dict[float, float]) -> tuple[float, ...]:
     """Return the rate beyond the edge at which a whole sweep has its best; none where the best lies inside."""
-    if not set(losses) >= set(method.rates):
+    if not is_whole(method, losses):
         return ()
     best = min(losses, key=lambda lr: losses[lr])
     if best == max(losses) < 2**EDGES * max(method.rates):
@@ -96,6 +96,11 @@ def tried(found: Rows, method: Method, task: str, steps: int) -> dict[float, flo
     }
 
 
+def is_whole(method: Method, losses: Iterable[float]) -> bool:
+    """Whether all of the method's own rates were tried."""
+    return set(losses) >= set(method.rates)
+
+
 def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | None:
     """Return the learning rate of the lowest loss on validation rows: finer than the score of 150 answers.
 
@@ -104,7 +109,7 @@ def best_rate(found: Rows, method: Method, task: str, steps: int) -> float | Non
     without any.
     """
     losses = {one: tried(found, method, one, steps) for one in TASKS}
-    whole = {one: at for one, at in losses.items() if set(at) >= set(method.rates)}
+    whole = {one: at for one, at in losses.items() if is_whole(method, at)}
     if task in whole:
         return min(whole[task], key=lambda lr: whole[task][lr])
     if not whole:

@@ -19,7 +19,7 @@ from machine import RESULTS, facts, write
 
 from methods import page
 from methods.methods import methods
-from methods.run import STEPS, all_rows, best_rate, key, on_cpu, rows, tried
+from methods.run import STEPS, all_rows, best_rate, is_whole, key, on_cpu, rows, tried
 from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -82,7 +82,7 @@ def tables(found: Rows) -> dict[str, Any]:
 def swept_whole(name: str, task: str, found: Rows) -> bool:
     """Whether the task has a whole sweep of its own: else its rate is that of others."""
     method = methods(STEPS)[name]
-    return set(tried(list(found), method, task, STEPS)) >= set(method.rates)
+    return is_whole(method, tried(list(found), method, task, STEPS))
 
 
 def rate_of(row: dict[str, Any], found: Rows) -> float | None:
