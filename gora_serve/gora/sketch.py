@@ -11,6 +11,7 @@ Wretman, *Model Assisted Survey Sampling*, 1992, sections 3.6 and 5.6):
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from gora_serve.config import Importance
 from gora_serve.gora.statistics import ModuleStatistics, Reduce, alone, flat
 
 PILOT_ROWS = 48  # enough to see how much rows differ
-FEWEST_ROWS = 32
+ROWS_STEP = 32  # samples are multiples of it: oneDNN keeps a compiled product for each size, over a megabyte
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class SketchedGradient:
         mean = float((weights * ratios).sum())
         spread = float((weights * (ratios - mean).square()).sum().sqrt()) / mean if mean else 0.0
         needed = (spread / error) ** 2
-        return draw_rows(sizes, max(FEWEST_ROWS, round(needed / (1 + needed / out))), generator)
+        count = math.ceil(needed / (1 + needed / out) / ROWS_STEP) * ROWS_STEP
+        return draw_rows(sizes, max(ROWS_STEP, count), generator)
 
 
 def _row_sums(W: Tensor, S: Tensor, R: Tensor, sample: RowSample) -> tuple[Tensor, Tensor]:
