@@ -14,7 +14,7 @@ from gora_serve.config import DataConfig, ModelConfig, TrainConfig
 from gora_serve.training.data import Dataset, schedule
 from gora_serve.training.session import LazyBatch, Session, open_session
 from gora_serve.training.targets import find_targets
-from methods.methods import ESTIMATE, Method
+from methods.methods import ESTIMATE, Method, Probes
 from methods.tasks import TASKS
 
 BATCH, LENGTH = 8, 512
@@ -26,6 +26,7 @@ class Bench:
 
     base: str
     alone: bool = False
+    probes: Probes = field(default_factory=Probes)
     _sessions: dict[bool, Session] = field(default_factory=dict)
     _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)
     _prepared: tuple[Any, tuple[nn.Module, dict[str, Any]]] | None = None

@@ -2,9 +2,10 @@
 
     python benchmarks/methods/cost.py BASE [--steps 12] [--methods A B]
 
-One method after another, each in a process of its own, and nothing beside them, so that times may be compared;
-results/cost.json keeps one table for each device. Memory is torch's on CUDA, else that of the whole process. The base
-is loaded, and quantised, before time is taken.
+One method after another, each in a process of its own, and nothing beside them. Before each LoRA is measured again:
+a machine's speed drifts, so times are compared with those of the minute before. results/cost.json keeps one table for
+each device; methods that are not asked for stay as they were. Memory is torch's on CUDA, else that of the whole
+process. The base is loaded, and quantised, before time is taken.
 """
 
 from __future__ import annotations
@@ -29,35 +30,41 @@ MAIN = (
 TASK = "mnli"
 
 
+def measure(base: str, name: str, steps: int) -> dict[str, Any]:
+    """Return a method's row, or {"error": ...}."""
+    rate = methods(steps)[name].rates[0]
+    worker = Worker(base, "--alone")
+    row = worker.ask({"method": name, "task": TASK, "seed": 0, "lr": rate, "split": "valid", "steps": steps, "rows": 8})
+    worker.close()
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("base")
     parser.add_argument("--methods", nargs="*", default=list(MAIN))
     parser.add_argument("--steps", type=int, default=12)
     asked = parser.parse_args()
-    rows: dict[str, Any] = {}
-    for name in asked.methods:
-        wanted = {
-            "method": name, "task": TASK, "seed": 0, "lr": methods(asked.steps)[name].rates[0], "split": "valid",
-            "steps": asked.steps, "rows": 8,
-        }  # fmt: skip
-        worker = Worker(asked.base, "--alone")
-        row = worker.ask(wanted)
-        worker.close()
-        if "error" in row:
-            print("FAILED", name, row["error"], flush=True)
-            continue
-        device = row["device"]
-        rows[name] = {
-            "seconds before the first step": row["seconds"]["prepare"], "seconds of a step": row["seconds"]["step"],
-            "peak_MB": round(row["peak_bytes"] / 1e6), "parameters": row["parameters"],
-        }  # fmt: skip
-        print(name, rows[name], flush=True)
     file = RESULTS / "cost.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    settings = {"task": TASK, "steps": asked.steps, "rows of a step": 8}
-    told = facts("python benchmarks/methods/cost.py BASE") | {"settings": settings, "methods": rows}
-    write("cost", before | {device: told})
+    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name in asked.methods:
+        lora, row = measure(asked.base, "lora", asked.steps), measure(asked.base, name, asked.steps)
+        if "error" in row or "error" in lora:
+            print("FAILED", name, row.get("error"), lora.get("error"), flush=True)
+            continue
+        measured = {
+            "seconds before the first step": row["seconds"]["prepare"], "seconds of a step": row["seconds"]["step"],
+            "seconds of LoRA's, just before": [lora["seconds"]["prepare"], lora["seconds"]["step"]],
+            "peak_MB": round(row["peak_bytes"] / 1e6), "parameters": row["parameters"],
+            "commit": row["commit"],
+        }  # fmt: skip
+        print(name, measured, flush=True)
+        settings = {"task": TASK, "steps": asked.steps, "rows of a step": 8}
+        others = told.get(row["device"], {}).get("methods", {})
+        told[row["device"]] = facts("python benchmarks/methods/cost.py BASE") | {
+            "settings": settings, "methods": others | {name: measured},
+        }  # fmt: skip
+        write("cost", told)
 
 
 if __name__ == "__main__":

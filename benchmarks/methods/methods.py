@@ -145,20 +145,24 @@ def milora(session: Session, batches: list[LazyBatch]) -> tuple[nn.Module, dict[
     return model, noted
 
 
-_probed: dict[Any, GradientStatistics] = {}  # the last alone
+@dataclass
+class Probes:
+    """The last probe's statistics: variants of GoRA that differ after the probe share it."""
 
+    _last: tuple[Any, GradientStatistics] | None = None
 
-def statistics_of(
-    session: Session, rows: Sequence[Example], probe: ProbeConfig, ranks: RankConfig
-) -> tuple[GradientStatistics, bool]:
-    """Return the probe's statistics, and whether they were there: variants that differ after the probe share it."""
-    bounds = ranks if probe.steps == "auto" else ranks.highest
-    key = (id(session.data), session.seed, session.quantization is None, probe, bounds)
-    shared = key in _probed
-    if not shared:
-        _probed.clear()
-        _probed[key] = probe_session(session, rows, probe, ranks, rank_max=ranks.highest, listen=silent)
-    return _probed[key], shared
+    def of(
+        self, session: Session, rows: Sequence[Example], probe: ProbeConfig, ranks: RankConfig
+    ) -> tuple[GradientStatistics, bool]:
+        """Return the probe's statistics, and whether they were there."""
+        bounds = ranks if probe.steps == "auto" else ranks.highest
+        key = (id(session.data), session.seed, session.quantization is None, probe, bounds)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1], True
+        self._last = None  # before the next is made: each may be large
+        statistics = probe_session(session, rows, probe, ranks, rank_max=ranks.highest, listen=silent)
+        self._last = key, statistics
+        return statistics, False
 
 
 @dataclass(frozen=True)
@@ -170,11 +174,12 @@ class Gora:
     gamma: float | str = "auto"
     sign: int = 1
     uniform: bool = False
+    probes: Probes = field(default_factory=Probes)
 
     def __call__(self, session: Session, batches: list[LazyBatch]) -> tuple[nn.Module, dict[str, Any]]:
         seeded = FitConfig(train=TrainConfig(seed=session.seed))
         probed, searched = split_rows(session.data.examples, seeded)  # the same rows where γ is given
-        statistics, shared = statistics_of(session, probed, self.probe, self.ranks)
+        statistics, shared = self.probes.of(session, probed, self.probe, self.ranks)
         shapes = {path: weight_shape(module) for path, module in session.modules.items()}
         importances = statistics.importances(self.probe.importance[0])
         plan = uniform_ranks(shapes, self.ranks) if self.uniform else allocate_ranks(importances, shapes, self.ranks)
@@ -198,9 +203,9 @@ class Gora:
         return found
 
 
-def methods(steps: int) -> Mapping[str, Method]:
-    """Return all methods; steps: of the training, which AdaLoRA's schedule needs."""
-    gora = Gora()
+def methods(steps: int, probes: Probes | None = None) -> Mapping[str, Method]:
+    """Return all methods; steps: of the training, which AdaLoRA's schedule needs; probes: what GoRA's share."""
+    gora = Gora(probes=probes or Probes())
     found = [
         Method("full", full, FULL_RATES),
         Method("lora", peft_method()),

@@ -64,7 +64,7 @@ class Wanted:
 
 
 def run(bench: Bench, wanted: Wanted) -> dict[str, Any]:
-    task, method = TASKS[wanted.task], methods(wanted.steps)[wanted.method]
+    task, method = TASKS[wanted.task], methods(wanted.steps, bench.probes)[wanted.method]
     config = TrainConfig(steps=wanted.steps, lr=wanted.lr, lr_ratio=method.ratio, seed=wanted.seed)
     bench.loaded(quantize=method.quantize)
     held_out = bench.rows(wanted.task, wanted.split)

@@ -77,19 +77,27 @@ def deployed(value: dict[str, dict[str, dict[int, int]]]) -> str:
 
 
 def cost(by_device: dict[str, Any]) -> str:
-    """One table a device: seconds and memory of each method, and the whole training's time over LoRA's."""
+    """One table a device: seconds and memory of each method, and its times over those that LoRA took just before.
+
+    A method measured without LoRA before it is held against LoRA's own row.
+    """
     parts = []
     for device, measured in by_device.items():
         heads = (
-            "method", "before the first step, s", "a step, s",
-            f"both ({STEPS} steps), over LoRA", "peak, MB", "parameters",
+            "method", "before the first step, s", "a step, s", "over LoRA's", f"{STEPS} steps and before, over LoRA's",
+            "peak, MB", "parameters",
         )  # fmt: skip
         lines = [f"**{device}**\n", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-        before, step = "seconds before the first step", "seconds of a step"
-        whole = {name: one[before] + STEPS * one[step] for name, one in measured["methods"].items()}
+        of_lora = seconds(measured["methods"]["lora"])
         for name, one in measured["methods"].items():
-            over = whole[name] / whole["lora"]
+            before, step = seconds(one)
+            lora_before, lora_step = one.get("seconds of LoRA's, just before", of_lora)
+            whole = (before + STEPS * step) / (lora_before + STEPS * lora_step)
             size = f"{one['peak_MB']:,} | {one['parameters'] / 1e6:.2f} M"
-            lines.append(f"| {name} | {one[before]:.1f} | {one[step]:.2f} | {over:.2f} | {size} |")
+            lines.append(f"| {name} | {before:.1f} | {step:.2f} | {step / lora_step:.2f} | {whole:.2f} | {size} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def seconds(one: dict[str, Any]) -> tuple[float, float]:
+    return one["seconds before the first step"], one["seconds of a step"]
