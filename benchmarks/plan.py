@@ -48,6 +48,7 @@ CASES = [
     Case("train", "float32", 4, 128, checkpointing=True),
     Case("train", "float32", 2, 128, checkpointing=True, offload="disk"),
     Case("probe exact", "float32", 4, 128),
+    Case("probe exact", "bfloat16", 4, 128),
     Case("probe sketch", "float32", 4, 128),
     Case("probe sketch", "bfloat16", 2, 128, checkpointing=True, offload="disk"),
 ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gora_serve.config import Importance
-from gora_serve.gora.statistics import ModuleStatistics, Reduce, alone, flat
+from gora_serve.gora.statistics import ModuleStatistics, Reduce, alone, operands
 
 PILOT_ROWS = 48  # enough to see how much rows differ
 ROWS_STEP = 32  # samples are multiples of it: oneDNN keeps a compiled product for each size, over a megabyte
@@ -55,7 +55,7 @@ class SketchedGradient:
         self._rows = sample.rows.to(device)
 
     def add(self, dY: Tensor, X: Tensor) -> None:
-        dY, X = flat(dY), flat(X).to(dY.dtype)  # (tokens, out), (tokens, in); under autocast X may still be wider
+        dY, X = operands(dY, X)
         chosen = dY.T.index_select(0, self._rows)  # (n, tokens); picking columns of dY is several times slower
         self.S += dY.T @ (X @ self._A.to(X.dtype).T)
         self.R += chosen @ X

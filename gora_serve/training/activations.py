@@ -94,11 +94,18 @@ class Pass:
         return low_rank + sum(self.width * inside for inside in inputs.values())
 
     def working(self) -> int:
-        """Bytes of a token at work in a block's backward pass: gradients of the widest layers, and float32 copies."""
+        """Bytes of a token at work in a block's backward pass: gradients of the widest layers, and in training float32
+        copies of a layer's input and output."""
         gradients = 3 * self.width * self.settings.intermediate
-        if self.job == "probe sketch" or (self.job == "probe exact" and self.width == 4):
+        if self.job != "train":
             return gradients
         return gradients + 4 * max((sum(shape) for shape in self.targets.values()), default=0)
+
+    def product(self) -> int:
+        """Bytes of the largest weight gradient of a micro-batch in an exact probe, before it is added in float32."""
+        if self.job != "probe exact" or self.width == 4:
+            return 0  # added as it is computed
+        return self.width * max((out * inside for out, inside in self.targets.values()), default=0)
 
     def holes(self, tokens: int, *, checkpointing: bool) -> int:
         """Bytes of freed tensors on a CPU that glibc cannot use again, because kept ones were put around them.
