@@ -69,6 +69,24 @@ def test_exact_gradient_adds_bfloat16_in_float32() -> None:
     assert gradient.total.item() == 1 + 2.0**-9
 
 
+@pytest.mark.parametrize(("dtype", "wide", "bound"), [
+    (torch.bfloat16, torch.float32, 2.0**-8), (torch.float16, torch.float16, 1e-6), (torch.float32, torch.float32, 1e-6),
+])  # fmt: skip
+def test_a_product_is_as_near_as_its_dtype_allows(dtype: torch.dtype, wide: torch.dtype, bound: float) -> None:
+    """Many tokens, small gradients: the sum over tokens is in float32 whatever the result is rounded to.
+
+    In bfloat16 X is wider, as under autocast; float16 would lose products below 6e-8, so it is widened.
+    """
+    generator = torch.Generator().manual_seed(1)
+    dY = (1e-5 * torch.randn(2000, 6, generator=generator)).to(dtype)
+    X = torch.randn(2000, 4, generator=generator).to(wide)
+    seen = X.to(dtype) if dtype == torch.bfloat16 else X
+    gradient = ExactGradient((6, 4), torch.zeros(1, 4), torch.device("cpu"))
+    gradient.add(dY, X)
+    expected = dY.double().numpy().T @ seen.double().numpy()
+    assert np.linalg.norm(gradient.total.numpy() - expected) < bound * np.linalg.norm(expected)
+
+
 def test_finish_takes_the_mean_and_compresses_it() -> None:
     W, total = pair((6, 10), seed=7)
     A = torch.randn(4, 10, generator=torch.Generator().manual_seed(8))
