@@ -69,9 +69,14 @@ def test_exact_gradient_adds_bfloat16_in_float32() -> None:
     assert gradient.total.item() == 1 + 2.0**-9
 
 
-@pytest.mark.parametrize(("dtype", "wide", "bound"), [
-    (torch.bfloat16, torch.float32, 2.0**-8), (torch.float16, torch.float16, 1e-6), (torch.float32, torch.float32, 1e-6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "wide", "bound"),
+    [
+        (torch.bfloat16, torch.float32, 2.0**-8),
+        (torch.float16, torch.float16, 1e-6),
+        (torch.float32, torch.float32, 1e-6),
+    ],
+)
 def test_a_product_is_as_near_as_its_dtype_allows(dtype: torch.dtype, wide: torch.dtype, bound: float) -> None:
     """Many tokens, small gradients: the sum over tokens is in float32 whatever the result is rounded to.
 
