@@ -60,6 +60,26 @@ def told(cell: dict[str, Any] | None) -> str:
     return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g}{mark})"
 
 
+def against(value: dict[str, Any]) -> str:
+    """The paired differences from LoRA of the same rank, for each task and over those that there are."""
+    lines = ["Differences of the same seeds, with their standard error: over seeds, and over tasks in the mean.\n"]
+    lines += ["| method | task | score | loss | seeds |", "| --- " * 5 + "|"]
+    for name, one in value.items():
+        score, loss = (next(iter(v for k, v in one.items() if k.startswith(what))) for what in ("score", "loss"))
+        if name in ("lora", "lora-32") or not score:
+            continue
+        for task, of_task in score["by task"].items():
+            cells = f"{difference(of_task)} | {difference(loss['by task'][task])} | {of_task['count']}"
+            lines.append(f"| {name} | {task} | {cells} |")
+        if score["of tasks"] > 1:
+            lines.append(f"| {name} | mean of {score['of tasks']} | {difference(score)} | {difference(loss)} | |")
+    return "\n".join(lines)
+
+
+def difference(one: dict[str, Any]) -> str:
+    return f"{one['mean']:+.4f}" + (f" ± {one['error']:.4f}" if one["error"] is not None else "")
+
+
 def served(rows: Rows) -> str:
     lines = ["| method | task | rate | as trained | served unconverted | served converted |", "| --- " * 6 + "|"]
     for row in rows:

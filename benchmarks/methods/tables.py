@@ -38,7 +38,8 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(found: Rows, method: str, against: str, what: str) -> dict[str, Any] | None:
-    """Return the mean difference over the seeds and tasks that both have, and its standard error over tasks.
+    """Return the mean difference over the seeds and tasks that both have, and its standard error over tasks; and of
+    each task over its seeds.
 
     Rows of a CPU are compared with those of a CPU alone.
     """
@@ -49,13 +50,16 @@ def paired(found: Rows, method: str, against: str, what: str) -> dict[str, Any] 
             differences.setdefault(rest[0], []).append(value - by[against, *rest])
     if not differences:
         return None
-    means = {task: statistics.fmean(values) for task, values in differences.items()}
-    error = statistics.stdev(means.values()) / math.sqrt(len(means)) if len(means) > 1 else None
-    better = sum(value > 0 if what == "score" else value < 0 for value in means.values())
-    return {
-        "mean": round(statistics.fmean(means.values()), 4), "error": round(error, 4) if error is not None else None,
-        "better on": better, "of tasks": len(means), "by task": {task: round(one, 4) for task, one in means.items()},
-    }  # fmt: skip
+    by_task = {task: with_error(values) for task, values in differences.items()}
+    means = [one["mean"] for one in by_task.values()]
+    better = sum(value > 0 if what == "score" else value < 0 for value in means)
+    return with_error(means) | {"better on": better, "of tasks": len(means), "by task": by_task}
+
+
+def with_error(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean, and its standard error where there are several."""
+    error = round(statistics.stdev(values) / math.sqrt(len(values)), 4) if len(values) > 1 else None
+    return {"mean": round(statistics.fmean(values), 4), "error": error, "count": len(values)}
 
 
 def tables(found: Rows) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def main() -> None:
     made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", page.sweep(losses)]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
     made += ["### The same row on two devices", page.twice(both), "### Test rows", cells, page.test(value)]
-    made += ["### Served", page.served(gaps)]
+    made += ["### Against LoRA", page.against(value), "### Served", page.served(gaps)]
     if sizes:
         made += [page.deployed(sizes)]
     cost = RESULTS / "cost.json"
