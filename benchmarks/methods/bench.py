@@ -79,6 +79,7 @@ class Bench:
             model, noted = method.start(session, batches[steps:])
             model.to(session.accelerator.device)
             if self.alone:
+                self.probes.forget()
                 return session, model, noted, batches[:steps]
             self._prepared = key, (model, noted)
         model, noted = self._prepared[1]

@@ -54,12 +54,12 @@ def main() -> None:
             continue
         measured = {
             "seconds before the first step": row["seconds"]["prepare"], "seconds of a step": row["seconds"]["step"],
-            "seconds of LoRA's, just before": [lora["seconds"]["prepare"], lora["seconds"]["step"]],
+            "LoRA's seconds": [lora["seconds"]["prepare"], lora["seconds"]["step"]],
             "peak_MB": round(row["peak_bytes"] / 1e6), "parameters": row["parameters"],
-            "commit": row["commit"],
+            "steps": asked.steps, "commit": row["commit"],
         }  # fmt: skip
         print(name, measured, flush=True)
-        settings = {"task": TASK, "steps": asked.steps, "rows of a step": 8}
+        settings = {"task": TASK, "rows of a step": 8}
         others = told.get(row["device"], {}).get("methods", {})
         told[row["device"]] = facts("python benchmarks/methods/cost.py BASE") | {
             "settings": settings, "methods": others | {name: measured},

@@ -159,22 +159,25 @@ class Probes:
         key = (id(session.data), session.seed, session.quantization is None, probe, bounds)
         if self._last is not None and self._last[0] == key:
             return self._last[1], True
-        self._last = None  # before the next is made: each may be large
+        self.forget()  # before the next is made: each may be large
         statistics = probe_session(session, rows, probe, ranks, rank_max=ranks.highest, listen=silent)
         self._last = key, statistics
         return statistics, False
+
+    def forget(self) -> None:
+        self._last = None
 
 
 @dataclass(frozen=True)
 class Gora:
     """GoRA by the library's own stages. sign: -1 ascends, as the reference implementation does (table 6)."""
 
+    probes: Probes = field(compare=False)
     ranks: RankConfig = field(default_factory=lambda: RankConfig(rank=RANK))
     probe: ProbeConfig = field(default_factory=lambda: ProbeConfig(steps=32))
     gamma: float | str = "auto"
     sign: int = 1
     uniform: bool = False
-    probes: Probes = field(default_factory=Probes)
 
     def __call__(self, session: Session, batches: list[LazyBatch]) -> tuple[nn.Module, dict[str, Any]]:
         seeded = FitConfig(train=TrainConfig(seed=session.seed))
@@ -205,7 +208,7 @@ class Gora:
 
 def methods(steps: int, probes: Probes | None = None) -> Mapping[str, Method]:
     """Return all methods; steps: of the training, which AdaLoRA's schedule needs; probes: what GoRA's share."""
-    gora = Gora(probes=probes or Probes())
+    gora = Gora(probes or Probes())
     found = [
         Method("full", full, FULL_RATES),
         Method("lora", peft_method()),

@@ -61,19 +61,24 @@ def told(cell: dict[str, Any] | None) -> str:
 
 
 def against(value: dict[str, Any]) -> str:
-    """The paired differences from LoRA of the same rank, for each task and over those that there are."""
-    lines = ["Differences of the same seeds, with their standard error: over seeds, and over tasks in the mean.\n"]
-    lines += ["| method | task | score | loss | seeds |", "| --- " * 5 + "|"]
+    """The paired differences from LoRA of the same rank, for each task and over all that there are; "" of none."""
+    lines = []
     for name, one in value.items():
-        score, loss = (next(iter(v for k, v in one.items() if k.startswith(what))) for what in ("score", "loss"))
-        if name in ("lora", "lora-32") or not score:
+        score, loss = one["score against"], one["loss against"]
+        if score is None:
             continue
         for task, of_task in score["by task"].items():
             cells = f"{difference(of_task)} | {difference(loss['by task'][task])} | {of_task['count']}"
             lines.append(f"| {name} | {task} | {cells} |")
-        if score["of tasks"] > 1:
-            lines.append(f"| {name} | mean of {score['of tasks']} | {difference(score)} | {difference(loss)} | |")
-    return "\n".join(lines)
+        if score["count"] > 1:
+            lines.append(f"| {name} | mean of {score['count']} | {difference(score)} | {difference(loss)} | |")
+    if not lines:
+        return ""
+    told = (
+        "The method's less LoRA's, of the same seeds, task and device (of `-32` less `lora-32`'s), with the standard "
+        "error over seeds; in the mean over tasks.\n"
+    )
+    return "\n".join([told, "| method | task | score | loss | seeds |", "| --- " * 5 + "|", *lines])
 
 
 def difference(one: dict[str, Any]) -> str:
@@ -97,10 +102,7 @@ def deployed(value: dict[str, dict[str, dict[int, int]]]) -> str:
 
 
 def cost(by_device: dict[str, Any]) -> str:
-    """One table a device: seconds and memory of each method, and its times over those that LoRA took just before.
-
-    A method measured without LoRA before it is held against LoRA's own row.
-    """
+    """One table a device: seconds and memory of each method, and its times over those of LoRA beside it."""
     parts = []
     for device, measured in by_device.items():
         heads = (
@@ -108,16 +110,11 @@ def cost(by_device: dict[str, Any]) -> str:
             "peak, MB", "parameters",
         )  # fmt: skip
         lines = [f"**{device}**\n", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-        of_lora = seconds(measured["methods"]["lora"])
         for name, one in measured["methods"].items():
-            before, step = seconds(one)
-            lora_before, lora_step = one.get("seconds of LoRA's, just before", of_lora)
+            before, step = one["seconds before the first step"], one["seconds of a step"]
+            lora_before, lora_step = one["LoRA's seconds"]
             whole = (before + STEPS * step) / (lora_before + STEPS * lora_step)
             size = f"{one['peak_MB']:,} | {one['parameters'] / 1e6:.2f} M"
             lines.append(f"| {name} | {before:.1f} | {step:.2f} | {step / lora_step:.2f} | {whole:.2f} | {size} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def seconds(one: dict[str, Any]) -> tuple[float, float]:
-    return one["seconds before the first step"], one["seconds of a step"]

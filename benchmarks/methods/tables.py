@@ -19,7 +19,7 @@ from machine import RESULTS, facts, write
 
 from methods import page
 from methods.methods import methods
-from methods.run import STEPS, all_rows, best_rate, is_whole, key, on_cpu, rows, tried
+from methods.run import STEPS, all_rows, best_rate, is_whole, key, on_cpu, shadowed, tried
 from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -37,39 +37,43 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def paired(found: Rows, method: str, against: str, what: str) -> dict[str, Any] | None:
-    """Return the mean difference over the seeds and tasks that both have, and its standard error over tasks; and of
-    each task over its seeds.
+def paired(every: Rows, method: str, what: str) -> dict[str, Any] | None:
+    """Return the mean difference from LoRA of the same rank over the tasks that both have, with its standard error;
+    and of each task over its seeds. None without any, and of LoRA itself.
 
-    Rows of a CPU are compared with those of a CPU alone.
+    Both rows of a difference are of a CPU, or both of an accelerator, which goes first.
     """
-    by = {(row["method"], row["task"], row["seed"], on_cpu(row)): row[what] for row in found}
-    differences: dict[str, list[float]] = {}
-    for (name, *rest), value in by.items():
-        if name == method and (against, *rest) in by:
-            differences.setdefault(rest[0], []).append(value - by[against, *rest])
+    against = "lora-32" if method.endswith("-32") else "lora"
+    by = {(row["method"], row["task"], row["seed"], on_cpu(row)): row[what] for row in every}
+    differences: dict[str, dict[int, float]] = {}
+    for (name, *rest), value in sorted(by.items()):
+        if name == method != against and (against, *rest) in by:
+            differences.setdefault(rest[0], {}).setdefault(rest[1], value - by[against, *rest])
     if not differences:
         return None
-    by_task = {task: with_error(values) for task, values in differences.items()}
-    means = [one["mean"] for one in by_task.values()]
+    of_tasks = [list(one.values()) for one in differences.values()]
+    means = [statistics.fmean(values) for values in of_tasks]
     better = sum(value > 0 if what == "score" else value < 0 for value in means)
-    return with_error(means) | {"better on": better, "of tasks": len(means), "by task": by_task}
+    by_task = {task: with_error(values) for task, values in zip(differences, of_tasks, strict=True)}
+    return with_error(means) | {"better on": better, "by task": by_task}
 
 
 def with_error(values: Sequence[float]) -> dict[str, Any]:
     """Return the mean, and its standard error where there are several."""
     error = round(statistics.stdev(values) / math.sqrt(len(values)), 4) if len(values) > 1 else None
-    return {"mean": round(statistics.fmean(values), 4), "error": error, "count": len(values)}
+    return {"mean": round(statistics.fmean(values), 4) + 0.0, "error": error, "count": len(values)}
 
 
-def tables(found: Rows) -> dict[str, Any]:
-    test = [row for row in found if row["split"] == "test" and row["lr"] == rate_of(row, found)]
+def tables(every: Rows) -> dict[str, Any]:
+    """Return of each method what its test rows at its learning rate say; every: those that were made twice too."""
+    found = shadowed(every)
+    test = at_best(found, found)
+    pairs = at_best(every, found)
     names = list(dict.fromkeys(row["method"] for row in test))
     value: dict[str, Any] = {}
     for name in names:
         own = [row for row in test if row["method"] == name]
         by_task = {task: [row for row in own if row["task"] == task] for task in TASKS}
-        reference = "lora-32" if name.endswith("-32") else "lora"
         value[name] = {
             "tasks": {
                 task: {what: spread([row[what] for row in some]) for what in ("score", "eval_loss")}
@@ -77,10 +81,15 @@ def tables(found: Rows) -> dict[str, Any]:
                 for task, some in by_task.items() if some
             },
             "parameters": own[0]["parameters"],
-            f"score against {reference}": paired(test, name, reference, "score"),
-            f"loss against {reference}": paired(test, name, reference, "eval_loss"),
+            "score against": paired(pairs, name, "score"),
+            "loss against": paired(pairs, name, "eval_loss"),
         }  # fmt: skip
     return value
+
+
+def at_best(some: Rows, found: Rows) -> Rows:
+    """Return the test rows at the learning rates that the sweeps give."""
+    return [row for row in some if row["split"] == "test" and row["lr"] == rate_of(row, found)]
 
 
 def swept_whole(name: str, task: str, found: Rows) -> bool:
@@ -147,11 +156,12 @@ def twice(every: Rows) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    found = [row for row in rows() if row["steps"] == STEPS]
-    value, losses = tables(found), swept(found)
+    every = [row for row in all_rows() if row["steps"] == STEPS]
+    found = shadowed(every)
+    value, losses = tables(every), swept(found)
     devices = sorted({row["device"] for row in found})
     head = facts("python benchmarks/methods/tables.py")
-    gaps, sizes, both = served(found), deployed(found), twice(all_rows())
+    gaps, sizes, both = served(found), deployed(found), twice(every)
     head |= {"rows": len(found), "devices": devices, "twice": both}
     write("methods", head | {"sweep": losses, "methods": value, "served": gaps, "MB": sizes})
     before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
@@ -159,7 +169,9 @@ def main() -> None:
     made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", page.sweep(losses)]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
     made += ["### The same row on two devices", page.twice(both), "### Test rows", cells, page.test(value)]
-    made += ["### Against LoRA", page.against(value), "### Served", page.served(gaps)]
+    if against := page.against(value):
+        made += ["### Against LoRA", against]
+    made += ["### Served", page.served(gaps)]
     if sizes:
         made += [page.deployed(sizes)]
     cost = RESULTS / "cost.json"

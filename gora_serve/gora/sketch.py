@@ -20,8 +20,8 @@ from torch import Tensor
 from gora_serve.config import Importance
 from gora_serve.gora.statistics import ModuleStatistics, Reduce, alone, operands
 
-PILOT_ROWS = 48  # enough to see how much rows differ
 ROWS_STEP = 32  # samples are multiples of it: oneDNN keeps a compiled product for each size, over a megabyte
+PILOT_ROWS = 64  # enough to see how much rows differ
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Estimate:
 class SketchedGradient:
     """S = G Aᵀ, (out, k), and R = G[sample.rows], (n, in), added up in float32 on `device`. A: (k, in).
 
-    The products of a micro-batch are in the dtype of the forward pass, as a weight gradient of autograd is: in
-    bfloat16 S differs from the exact gradient's by some 1e-3, in float32 by some 1e-7.
+    The products of a micro-batch are rounded to the dtype of `operands`, as a weight gradient of autograd is: in
+    bfloat16 S differs by some 1e-3 from that of a gradient in float32, in float32 by some 1e-7.
     """
 
     def __init__(self, shape: tuple[int, int], A: Tensor, sample: RowSample, device: torch.device) -> None:
@@ -95,25 +95,31 @@ class SketchedGradient:
         return Estimate(ratio * float(x.sum()) / entries, error)
 
     def choose_rows(self, W: Tensor, *, error: float, generator: torch.Generator, reduce: Reduce = alone) -> RowSample:
-        """Take this gradient as the pilot: draw the rows with which the importance's standard error is `error`.
+        """Take this gradient as the pilot: draw the rows with which the importance's standard error is at most `error`.
 
         The chance of a row is in proportion to |S_o| |W_o|; the number of rows follows from how much
-        y / x differs between the pilot's rows, with the correction for a finite number of rows.
+        y / x differs between the pilot's rows, with the correction for a finite number of rows, and is rounded up to a
+        multiple of ROWS_STEP. A pilot that says nothing, of zeros or not finite, gives PILOT_ROWS at even chances.
         """
         S, R = reduce(self.S), reduce(self.R)
         y, x = _row_sums(W, S, R, self.sample)
         out = self.shape[0]
         sizes = (S.norm(dim=1) * W.to(S.device, torch.float32).norm(dim=1)).double().cpu()  # (out,)
-        chosen = x[self._rows]
-        ratios = (y / chosen)[chosen > 0]
-        if len(ratios) < 2 or float(sizes.sum()) == 0.0:
+        total, needed = float(sizes.sum()), (_spread(y, x[self._rows]) / error) ** 2
+        if total == 0.0 or not math.isfinite(total + needed):
             return draw_rows(torch.ones(out), PILOT_ROWS, generator)
-        weights = chosen[chosen > 0] / chosen.sum()
-        mean = float((weights * ratios).sum())
-        spread = float((weights * (ratios - mean).square()).sum().sqrt()) / mean if mean else 0.0
-        needed = (spread / error) ** 2
         count = math.ceil(needed / (1 + needed / out) / ROWS_STEP) * ROWS_STEP
         return draw_rows(sizes, max(ROWS_STEP, count), generator)
+
+
+def _spread(y: Tensor, x: Tensor) -> float:
+    """Return the relative deviation of y / x, weighed by x; infinite of fewer than two ratios. y, x: (n,)."""
+    ratios = (y / x)[x > 0]
+    if len(ratios) < 2:
+        return math.inf
+    weights = x[x > 0] / x.sum()
+    mean = float((weights * ratios).sum())
+    return float((weights * (ratios - mean).square()).sum().sqrt()) / mean if mean else 0.0
 
 
 def _row_sums(W: Tensor, S: Tensor, R: Tensor, sample: RowSample) -> tuple[Tensor, Tensor]:

@@ -101,11 +101,15 @@ class Pass:
             return gradients
         return gradients + 4 * max((sum(shape) for shape in self.targets.values()), default=0)
 
-    def product(self) -> int:
-        """Bytes of the largest weight gradient of a micro-batch in an exact probe, before it is added in float32."""
+    def product(self, *, widened: bool) -> int:
+        """Bytes of the largest weight gradient of a micro-batch in an exact probe, before it is added in float32.
+
+        widened: torch adds it by way of a copy in float32, as on CPUs.
+        """
         if self.job != "probe exact" or self.width == 4:
             return 0  # added as it is computed
-        return self.width * max((out * inside for out, inside in self.targets.values()), default=0)
+        largest = max((out * inside for out, inside in self.targets.values()), default=0)
+        return (self.width + (4 if widened else 0)) * largest
 
     def holes(self, tokens: int, *, checkpointing: bool) -> int:
         """Bytes of freed tensors on a CPU that glibc cannot use again, because kept ones were put around them.

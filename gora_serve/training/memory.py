@@ -233,4 +233,5 @@ class _Case:
         kept = one.block_inputs() if checkpointing else one.all_blocks()
         working = one.working() + (one.block() if checkpointing else 0)
         logits = self.tokens * self.shapes.settings.vocabulary * 2 * self.width  # and their gradient
-        return kept * self.tokens, (kept + working) * self.tokens + one.product(), logits
+        product = one.product(widened=self.config.device == "cpu")
+        return kept * self.tokens, (kept + working) * self.tokens + product, logits

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gora_serve.gora.sketch import RowSample, SketchedGradient, draw_rows
+from gora_serve.gora.sketch import PILOT_ROWS, RowSample, SketchedGradient, draw_rows
 
 CPU = torch.device("cpu")
 OUT, IN, K = 400, 96, 16
@@ -121,6 +121,17 @@ def test_each_row_is_drawn_as_often_as_its_chance() -> None:
     assert chances.sum() == pytest.approx(3.0)
     np.testing.assert_allclose(counts / 4000, chances, atol=0.03)
     assert chances[0] == 1.0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38])
+def test_a_pilot_that_is_not_finite_draws_rows_evenly(value: float) -> None:
+    """What follows is refused by the ranks, which name the module; it must get that far."""
+    W, G, A = uneven()
+    G[7] = value
+    pilot = sketch_of(G, A, everything())
+    sample = pilot.choose_rows(W, error=0.01, generator=torch.Generator().manual_seed(0))
+    assert len(sample.rows) == PILOT_ROWS
+    assert sample.chances.unique().numel() == 1
 
 
 def test_a_gradient_of_zeros() -> None:

@@ -209,6 +209,18 @@ def test_parts_of_a_tiny_model(llama: BaseShapes) -> None:
     assert 2 * halved.device.weights == train.device.weights
 
 
+@pytest.mark.parametrize(("dtype", "device", "entry"), [
+    ("bfloat16", "gpu", 2), ("bfloat16", "cpu", 6), ("float32", "gpu", 0), ("float32", "cpu", 0),
+])  # fmt: skip
+def test_an_exact_probe_holds_the_gradient_that_it_adds(llama: BaseShapes, dtype: Any, device: Any, entry: int) -> None:
+    """Beside what a sketch holds at work in a block; in float32 it is added as it is computed."""
+    plan = plan_of(llama, model=ModelConfig(dtype=dtype), device=device, data=DataConfig(64, batch_size=64))
+    exact, sketch = (plan.need(job, "none", checkpointing=True).device for job in ("probe exact", "probe sketch"))
+    assert exact.logits == 0, "the peak is elsewhere"
+    largest = max(out * inside for out, inside in llama.linears.values())
+    assert exact.activations - sketch.activations == entry * largest
+
+
 def test_offload_keeps_one_block_on_the_device(llama: BaseShapes) -> None:
     """In a block's backward pass; where the logits are, it is the head alone."""
     block = 4 * sum(math.prod(s) for n, s in llama.tensors.items() if n.startswith("model.layers.0."))
