@@ -75,8 +75,8 @@ def against(value: dict[str, Any]) -> str:
     if not lines:
         return ""
     told = (
-        "The method's less LoRA's, of the same seeds, task and device (of `-32` less `lora-32`'s), with the standard "
-        "error over seeds; in the mean over tasks.\n"
+        "On tasks with sweeps of their own: the method's less LoRA's, of the same seed and device (of `-32` less "
+        "`lora-32`'s), with the standard error over seeds; in the mean over tasks.\n"
     )
     return "\n".join([told, "| method | task | score | loss | seeds |", "| --- " * 5 + "|", *lines])
 

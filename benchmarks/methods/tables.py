@@ -39,7 +39,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def paired(every: Rows, method: str, what: str) -> dict[str, Any] | None:
     """Return the mean difference from LoRA of the same rank over the tasks that both have, with its standard error;
-    and of each task over its seeds. None without any, and of LoRA itself.
+    and of each task over its seeds. None without any, and of LoRA itself. every: test rows of tasks that were swept.
 
     Both rows of a difference are of a CPU, or both of an accelerator, which goes first.
     """
@@ -68,7 +68,7 @@ def tables(every: Rows) -> dict[str, Any]:
     """Return of each method what its test rows at its learning rate say; every: those that were made twice too."""
     found = shadowed(every)
     test = at_best(found, found)
-    pairs = at_best(every, found)
+    pairs = [row for row in at_best(every, found) if swept_whole(row["method"], row["task"], found)]
     names = list(dict.fromkeys(row["method"] for row in test))
     value: dict[str, Any] = {}
     for name in names:
