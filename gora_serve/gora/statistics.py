@@ -103,7 +103,7 @@ class ExactGradient:
     """The full gradient of one module, added up in float32 on `device`. A: (k, in), the drawn A_max.
 
     The product of a micro-batch is rounded to the dtype of `operands`, as a weight gradient of autograd is: in bfloat16
-    by 2^-8 at most, which moved importances of SmolLM2-135M by 3e-5 at most and none of its ranks.
+    by 2^-8 at most of each entry, up and down alike.
     One per probed module, owned by the probe's loop and dropped when it is finished.
     """
 
