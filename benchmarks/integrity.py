@@ -217,7 +217,7 @@ import json, sys, time
 began = time.perf_counter()
 from pathlib import Path
 from gora_serve.cli.main import main
-import gora_serve.cli.render, gora_serve.integrity.verify, gora_serve.integrity.bases
+import gora_serve.cli.render_adapters, gora_serve.cli.watching, gora_serve.integrity.verify, gora_serve.integrity.bases
 ready = time.perf_counter()
 status = main(sys.argv[2:])
 done = time.perf_counter()

@@ -28,7 +28,7 @@ from gora_serve.deploy.merge_values import Experts
 from gora_serve.errors import InputError
 
 if TYPE_CHECKING:
-    from converters.lora import Pair
+    from converters.pairs import Pair
 
 WRAPPER = ".base_layer"
 # Parameters in the order in which the models have them -> what a checkpoint may call the matrices in them.

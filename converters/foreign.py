@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from converters.checks import check_pair
-from converters.lora import Pair
+from converters.pairs import Pair
 from converters.source import Source
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import InputError

@@ -17,7 +17,7 @@ import torch
 from converters.foreign import Part, module_path, pair_up, tensors_of
 from converters.initial import Rules, find_initial
 from converters.llama import halve_rows, to_halves, translate
-from converters.lora import Pair
+from converters.pairs import Pair
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors

@@ -12,6 +12,7 @@ from converters import lora
 from converters.checks import check_numbers
 from converters.decompose import minor
 from converters.initial import Rules, find_initial
+from converters.pairs import pairs_of
 from converters.pissa import gap_note
 from converters.reading import Inputs, Reading
 from converters.source import Source
@@ -30,7 +31,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         )  # fmt: skip
     base = inputs.need_base("KaSA edits the base; its conversion")
     plain = lora.read(source, inputs)
-    pairs = {path: pair for path, pair in lora.pairs_of(source).items() if path not in plain.adapter.embeddings}
+    pairs = {path: pair for path, pair in pairs_of(source).items() if path not in plain.adapter.embeddings}
     names = {path: _diagonal(source, path, pair.A) for path, pair in pairs.items()}
     ranks = {path: plain.adapter.modules[path].rank for path in names}
     computed = "initial is the part of W0 that belongs to its r smallest singular values"

@@ -15,6 +15,7 @@ from converters import lora
 from converters.detect_weights import halves
 from converters.fresh import check_orthogonal
 from converters.initial import Rules, read_without_initial
+from converters.pairs import pairs_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import LoraFactors
@@ -52,7 +53,7 @@ def _read_subtracted(source: Source, inputs: Inputs) -> Reading:
 
 def _scales_of_halves(source: Source) -> dict[str, Any]:
     """Return the configuration's keys that give each module the scale of half its rank."""
-    ranks = {path: source.tensors.shape(pair.A)[0] for path, pair in lora.pairs_of(source).items()}
+    ranks = {path: source.tensors.shape(pair.A)[0] for path, pair in pairs_of(source).items()}
     config = source.config
     halved = {**config, "r": _half(config.get("r")), "lora_alpha": _half(config.get("lora_alpha"))}
     scales = foreign_scales(halved, {path: rank // 2 for path, rank in ranks.items()}, file=source.config_file)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from converters import lora
 from converters.decompose import principal, sharpened, singular_values
 from converters.fresh import check_projection
 from converters.initial import Rules, read_without_initial
+from converters.pairs import pairs_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.deploy.base import BaseWeights
@@ -43,7 +43,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
 
 def _ranks(source: Source, reading: Reading) -> dict[str, int]:
-    pairs = lora.pairs_of(source)
+    pairs = pairs_of(source)
     return {path: source.tensors.shape(pairs[path].A)[0] for path in reading.initial or ()}
 
 

@@ -16,9 +16,10 @@ from gora_serve.errors import UsageError
 from gora_serve.integrity.headers import DTYPE_BITS
 from gora_serve.serving.adapter_dir import read_adapter_dir
 from gora_serve.serving.fits import ADAPTED_EMBEDDINGS, place_of
-from gora_serve.serving.plan import ServedAdapter, architecture, plugin_settings, read_served_adapters, uses_plugin
+from gora_serve.serving.plan import architecture, plugin_settings, uses_plugin
 from gora_serve.serving.plugin import Declared
 from gora_serve.serving.room import rank_bucket, slots, target_modules
+from gora_serve.serving.served import ServedAdapter, read_served_adapters
 from gora_serve.serving.slots import AdapterShapes, PoolPlan, Shape, SlotPlan, plan_pools, plan_slots, wrapped_layers
 from gora_serve.training.shapes import DTYPE_BYTES, BaseShapes, read_shapes
 from gora_serve.vllm_plugin.sizes import declared_in, layer_of, pool_rows, slot_rank

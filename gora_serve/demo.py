@@ -10,7 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gora_serve.config import DemoConfig, FitConfig, InitConfig, ModelConfig, ProbeConfig, RankConfig, TrainConfig
+from gora_serve.config import (
+    DemoConfig,
+    FitConfig,
+    InitConfig,
+    ModelConfig,
+    ProbeConfig,
+    RankConfig,
+    ServeConfig,
+    TrainConfig,
+)
 from gora_serve.errors import MachineError
 from gora_serve.integrity.bases import locate_base
 from gora_serve.integrity.files import refuse_existing, write_json
@@ -19,7 +28,6 @@ from gora_serve.integrity.verify import verify_adapter, verify_base
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.client import ChatRequest, ask_all
 from gora_serve.serving.engine import free_port, running_server
-from gora_serve.serving.plan import ServeConfig
 from gora_serve.serving.start import prepare
 
 TASKS = ("banking", "requests")

@@ -22,13 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
 from gora_serve.integrity.advisories import PACKAGES, advisories_for, installed_versions, order_of
 from gora_serve.integrity.cache import cache_folder, write_private
 from gora_serve.integrity.staging import probe_folder
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.engine import find_engine, free_port, running_server
-from gora_serve.serving.plan import ServeConfig, plan_server
+from gora_serve.serving.plan import plan_server
 
 SCHEMA = "gora-serve/doctor/1"
 GIB = 2**30

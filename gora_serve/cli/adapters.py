@@ -70,8 +70,10 @@ def export(
     --push uploads adapter, manifest and model card, and then compares what the hub says of the commit with the files
     here. The token is HF_TOKEN's, or that of `hf auth login`.
     """
-    from gora_serve.cli.render import emit, export_summary, watching
+    from gora_serve.cli.render import emit
+    from gora_serve.cli.render_adapters import export_summary
     from gora_serve.cli.render_hub import with_push
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.push import push_folder, push_target
     from gora_serve.training.export import export as export_adapter
 
@@ -109,7 +111,9 @@ def hash_(base: str, output: Path | None, oms: Path | None, quick: bool, overwri
     The weights root depends on each tensor's name, type, shape and bytes, and on nothing else: the same weights
     in other shards have the same root. --json prints the whole manifest.
     """
-    from gora_serve.cli.render import emit, hash_summary, say, watching
+    from gora_serve.cli.render import emit, say
+    from gora_serve.cli.render_adapters import hash_summary
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_base
     from gora_serve.integrity.cache import QuickCache
     from gora_serve.integrity.file_targets import check_file
@@ -201,7 +205,9 @@ def verify(
 
     Exit status: 0 proved; 1 some bytes differ; 4 the adapter belongs to another base; 5 the hub cannot be asked.
     """
-    from gora_serve.cli.render import emit, verify_summary, watching
+    from gora_serve.cli.render import emit
+    from gora_serve.cli.render_adapters import verify_summary
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.cache import QuickCache
     from gora_serve.integrity.verify import find_adapter, is_merged_model, verify_adapter, verify_base, verify_model
@@ -254,8 +260,9 @@ def _verify_merge(
 ) -> int:  # fmt: skip
     from converters.merging import verify_merged
     from converters.reading import Inputs
-    from gora_serve.cli.render import answer, say, watching
+    from gora_serve.cli.render import answer, say
     from gora_serve.cli.render_merge import refusal, replay_summary
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
     from gora_serve.integrity.verify import adapter_of_run
@@ -274,8 +281,9 @@ def _verify_merge(
 
 
 def _against_hub(path: Path, repo: str | None, *, as_json: bool) -> int:
-    from gora_serve.cli.render import answer, watching
+    from gora_serve.cli.render import answer
     from gora_serve.cli.render_hub import against_hub_summary, refusal
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.against_hub import verify_against_hub
 
     with watching() as listen:

@@ -22,7 +22,9 @@ def bind(adapter: Path, base: str, output: Path, overwrite: bool, as_json: bool)
     they are. Refused are shapes that the base does not have, tensors that are no LoRA factors, and pickles.
     """
     from gora_serve.bind import bind as bind_adapter
-    from gora_serve.cli.render import bind_summary, emit, watching
+    from gora_serve.cli.render import emit
+    from gora_serve.cli.render_adapters import bind_summary
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_adapter
 
     with watching() as listen:

@@ -71,8 +71,9 @@ def convert(
     """
     from converters.convert import convert as convert_adapter
     from converters.reading import Inputs
-    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render import emit, say
     from gora_serve.cli.render_convert import convert_summary
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
 

@@ -33,8 +33,9 @@ def demo(
 
     Takes minutes on two cores. Needs the extras demo and serve-cpu (or serve).
     """
-    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render import emit, say
     from gora_serve.cli.render_serve import demo_summary
+    from gora_serve.cli.watching import watching
     from gora_serve.demo import DATA, run_demo
 
     config = DemoConfig(rank=rank, steps=steps, prompts=prompts)

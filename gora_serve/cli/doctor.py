@@ -19,8 +19,9 @@ def doctor(engine: bool, strict: bool, as_json: bool) -> int:
     The advisories are those that loading, training or serving a model can meet; a scanner of all packages (pip-audit)
     knows more. Exit status 0, or 5 with --strict where a version, memory, disk or a lock is below its floor.
     """
-    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render import emit, say
     from gora_serve.cli.render_doctor import doctor_summary
+    from gora_serve.cli.watching import watching
     from gora_serve.doctor import examine
     from gora_serve.errors import MachineError
 

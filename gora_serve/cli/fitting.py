@@ -55,9 +55,10 @@ def fit(base: str, data: str, output: Path, **options: Any) -> None:
     what --resume goes on with.
     On several GPUs: accelerate launch --multi_gpu -m gora_serve fit BASE ...
     """
-    from gora_serve.cli.render import emit, watching
+    from gora_serve.cli.render import emit
     from gora_serve.cli.render_fit import fit_summary
     from gora_serve.cli.stopping import stopping
+    from gora_serve.cli.watching import watching
     from gora_serve.training.fit import fit as fit_adapter
 
     config = _fit_config(options)
@@ -130,8 +131,9 @@ def probe(base: str, data: str, output: Path, **options: Any) -> None:
 
     With --probe-steps auto it stops once the ranks that fit would give by default stand still.
     """
-    from gora_serve.cli.render import emit, watching
+    from gora_serve.cli.render import emit
     from gora_serve.cli.render_fit import probe_summary
+    from gora_serve.cli.watching import watching
     from gora_serve.training.probe_run import probe_only
 
     config = FitConfig(

@@ -79,8 +79,9 @@ def gap(
     """
     from converters.gap import find_gap
     from converters.reading import Inputs
-    from gora_serve.cli.render import answer, say, watching
+    from gora_serve.cli.render import answer, say
     from gora_serve.cli.render_gap import gap_summary, refusal
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
 

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gora_serve.cli.render import quiet_libraries, say, watching
+from gora_serve.cli.render import say
+from gora_serve.cli.watching import quiet_libraries, watching
 from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
 from gora_serve.integrity.hub import without_tokens
@@ -19,7 +20,7 @@ from gora_serve.progress import Listener, silent
 
 if TYPE_CHECKING:
     from gora_serve.serving.journal import JsonLines, Pump
-    from gora_serve.serving.plan import ServedAdapter
+    from gora_serve.serving.served import ServedAdapter
 
 
 class Journal:

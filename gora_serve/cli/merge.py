@@ -98,7 +98,8 @@ def merge(
     what went in, and how many elements of each module the update changed at all; `verify MERGED --base BASE -a ADAPTER`
     replays it. --init-adapter, --mutated-base and --cache are for a single adapter.
     """
-    from gora_serve.cli.render import emit, say, watching
+    from gora_serve.cli.render import emit, say
+    from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
     from gora_serve.integrity.verify import adapter_of_run

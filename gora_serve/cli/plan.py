@@ -125,7 +125,7 @@ def _plan_serving(base: str, options: dict[str, Any], device: Literal["gpu", "cp
 
 
 def _named(text: str) -> tuple[str, Path]:
-    from gora_serve.serving.plan import parse_adapter
+    from gora_serve.serving.adapter_names import parse_adapter
 
     return parse_adapter(text) if "=" in text else (Path(text).name, Path(text))
 

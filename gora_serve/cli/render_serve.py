@@ -15,7 +15,8 @@ from gora_serve.integrity.record import trained_on_text
 
 if TYPE_CHECKING:
     from gora_serve.demo import DemoResult
-    from gora_serve.serving.plan import ServedAdapter, ServePlan
+    from gora_serve.serving.plan import ServePlan
+    from gora_serve.serving.served import ServedAdapter
 
 
 def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:

@@ -125,7 +125,7 @@ def serve(base: str, adapters: tuple[str, ...], vllm_options: tuple[str, ...], *
     """
     from gora_serve.cli.journals import journal
     from gora_serve.integrity.hub import without_tokens
-    from gora_serve.serving.plan import parse_adapter
+    from gora_serve.serving.adapter_names import parse_adapter
 
     config = ServeConfig(
         host=options["host"], port=options["port"], dtype=options["dtype"], max_model_len=options["max_model_len"],

@@ -13,7 +13,6 @@ from pathlib import Path
 from gora_serve.errors import GoraError
 from gora_serve.integrity.files import sha256_file
 from gora_serve.integrity.fingerprint import read_fingerprint
-from gora_serve.integrity.manifest import Manifest
 from gora_serve.integrity.reading import changed_while_reading
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.verify import Verified, verify_adapter, verify_unsealed
@@ -26,20 +25,10 @@ from gora_serve.serving.adapter_dir import (
     unused_pickles,
 )
 from gora_serve.serving.fits import fit_errors
-from gora_serve.serving.plan import ServedAdapter, served
 from gora_serve.serving.preflight import Fault, as_fault, check_adapter
 from gora_serve.serving.same_base import other_base
+from gora_serve.serving.served import ServedAdapter, ServedBase, served
 from gora_serve.serving.store import Content, Store
-
-
-@dataclass(frozen=True)
-class ServedBase:
-    """The base that is served: its folder, its manifest, its class, and what an adapter may call it."""
-
-    path: Path
-    manifest: Manifest
-    architecture: str | None
-    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)

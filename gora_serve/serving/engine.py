@@ -33,8 +33,9 @@ from gora_serve.serving.canary import ASKED, Checked, check_canary, tolerance
 from gora_serve.serving.client import complete, is_healthy, list_models
 from gora_serve.serving.journal import Pump
 from gora_serve.serving.keys import inner, read_keys
-from gora_serve.serving.plan import ServedAdapter, ServePlan
+from gora_serve.serving.plan import ServePlan
 from gora_serve.serving.process import Child, start_child
+from gora_serve.serving.served import ServedAdapter
 from gora_serve.serving.store import held
 from gora_serve.serving.watch import FileWatch
 

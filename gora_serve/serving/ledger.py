@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gora_serve.errors import GoraError, printable
 
 if TYPE_CHECKING:
-    from gora_serve.serving.plan import ServedAdapter
+    from gora_serve.serving.served import ServedAdapter
 
 LEDGER = "GORA_SERVE_LEDGER"
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from typing import Protocol, Self
 
 from gora_serve.errors import BindingError, GoraError, MachineError, OutputError, RunError, UsageError
 from gora_serve.integrity.reading import unreadable
-from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
+from gora_serve.serving.adapter_names import check_name, require_free
+from gora_serve.serving.admit import Examined, content_in, examine, keep, served_from
 from gora_serve.serving.arrivals import Seen, look_at
 from gora_serve.serving.canary import NotItselfError
 from gora_serve.serving.changes import (
@@ -35,9 +36,10 @@ from gora_serve.serving.changes import (
 from gora_serve.serving.engine import Beside, Server
 from gora_serve.serving.ledger import Ledger
 from gora_serve.serving.loading import Loaded, RunningEngine
-from gora_serve.serving.plan import ServedAdapter, ServePlan, Watched, check_name
+from gora_serve.serving.plan import ServePlan, Watched
 from gora_serve.serving.preflight import as_fault, refuse
-from gora_serve.serving.room import SWAP, require_free, require_place, require_room
+from gora_serve.serving.room import SWAP, require_place, require_room
+from gora_serve.serving.served import ServedAdapter, ServedBase
 from gora_serve.serving.store import Store, hold
 from gora_serve.serving.watch import FileWatch
 

@@ -21,8 +21,9 @@ from gora_serve.serving.canary import Checked
 from gora_serve.serving.client import change_adapters
 from gora_serve.serving.engine import check_served
 from gora_serve.serving.keys import read_keys
-from gora_serve.serving.plan import ServedAdapter, ServePlan
+from gora_serve.serving.plan import ServePlan
 from gora_serve.serving.room import SWAP
+from gora_serve.serving.served import ServedAdapter
 
 ERROR = re.compile(
     r"error\[(?P<code>GS-\d+)\] (?P<what>.*)\n?(?P<fields>(?:  [a-z]+: .*\n?)*)"

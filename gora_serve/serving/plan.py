@@ -8,36 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from gora_serve.config import ServeConfig as ServeConfig
+from gora_serve.config import ServeConfig
 from gora_serve.config import ServeDevice as Device
 from gora_serve.errors import InputError, MachineError, UsageError
-from gora_serve.integrity.fingerprint import Expected
-from gora_serve.serving.adapter_dir import AdapterDir, read_adapter_dir, require_adapter_files
+from gora_serve.serving.adapter_names import check_names
 from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
 from gora_serve.serving.meter import LOG_REQUESTS
 from gora_serve.serving.options import check_options, group_options, single, whole_number
 from gora_serve.serving.plugin import ON, RANKS, SWITCH, declare, plugin_environment
-from gora_serve.serving.preflight import Fault, as_fault, check_adapter, effective_scales, form_of, refuse
 from gora_serve.serving.room import SAME_NAMES, Flags, Room, check_lora_options, lora_flags, room_in
+from gora_serve.serving.served import ServedAdapter, ServedBase
 
-if TYPE_CHECKING:
-    from gora_serve.serving.admit import ServedBase
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Devices on Windows, with any ending: a folder of such a name cannot be copied there.
-RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-# Kinds of content: vLLM gives a chat request for the base, whose content has a part of a kind (up to its first "_"), to
-# the adapter of that name, a "default multimodal LoRA", and no option turns that off.
-CONTENTS = frozenset({
-    "text", "image", "audio", "video", "input", "output", "file", "refusal", "thinking", "reasoning", "summary", "tool",
-})  # fmt: skip
 # Each opens a way to load adapters, code or debug routes that nobody checked, a front end that the guard is not in, or
 # logs answers, or lets one be worked on after its request has ended. A name may end in "*".
 SCRUBBED = (
@@ -46,31 +33,6 @@ SCRUBBED = (
 )  # fmt: skip
 # Secrets that an engine without a network has no use for: taken away without a word.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
-
-@dataclass(frozen=True)
-class ServedAdapter:
-    """A checked adapter: the name of its model, the largest rank of its tensors, the paths of its modules,
-    the quantized base that it says it was trained on, if it was, and how it is bound to its base, if it is.
-
-    source: where it came from, where `path` is its entry in the store. scales: the smallest and the largest effective
-    scale of its modules. canary: its fingerprint. root: of its tensors, once they were read. form: unit, native,
-    uniform or plain. verify_seconds: what verifying and copying it took. ranks: of its modules' tensors.
-    """
-
-    name: str
-    path: Path
-    max_rank: int
-    modules: tuple[str, ...]
-    trained_on: Mapping[str, object] | None = None
-    claim: str | None = None
-    source: Path | None = None
-    scales: tuple[float, float] | None = None
-    canary: tuple[Expected, ...] = ()
-    root: str | None = None
-    form: str = "plain"
-    verify_seconds: float = 0.0
-    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,56 +85,6 @@ class ServePlan:
         return "gora-serve's plugin" if self.environment.get(SWITCH) == ON else "vLLM's own"
 
 
-def parse_adapter(text: str) -> tuple[str, Path]:
-    """Split "name=dir" of the command line."""
-    name, equals, directory = text.partition("=")
-    if not equals or not directory:
-        raise UsageError("an adapter is given as NAME=DIR", code="GS-281", actual=text, hint="-a NAME=DIR")
-    check_name(name)
-    return name, Path(directory)
-
-
-def check_name(name: str) -> None:
-    """Raise UsageError unless the name is safe in URLs, JSON, metrics labels and file names."""
-    if not NAME.fullmatch(name) or RESERVED.fullmatch(name) or name in CONTENTS:
-        raise UsageError(
-            "not a usable adapter name", code="GS-281", actual=name[:80], hint="rename it: -a NAME=DIR",
-            expected="letters, digits, '.', '_' and '-', at most 64, first a letter or digit; no device (CON), and no "
-            "kind of content (text, image)",
-        )  # fmt: skip
-
-
-def read_served_adapters(named: Sequence[tuple[str, Path]], base: Path | None = None) -> tuple[ServedAdapter, ...]:
-    """Read and check all adapters; the faults of all of them come in one InputError.
-
-    `base` only names the base in the commands that are advised.
-    """
-    for name, path in named:
-        check_name(name)
-        require_adapter_files(path)
-    read: list[AdapterDir] = []
-    faults: list[Fault] = []
-    for name, path in named:
-        try:
-            read.append(read_adapter_dir(name, path))
-        except InputError as err:
-            faults.append(as_fault(err, path))
-    for adapter in read:
-        faults += check_adapter(adapter, base)
-    refuse(faults)
-    return tuple(served(adapter) for adapter in read)
-
-
-def served(adapter: AdapterDir) -> ServedAdapter:
-    ranks = {module: pair.A.shape[0] for module, pair in adapter.pairs.items() if pair.A is not None}
-    modules = tuple(sorted(adapter.pairs))
-    scales, source = effective_scales(adapter).values(), adapter.path.resolve()
-    return ServedAdapter(
-        adapter.name, source, max(ranks.values()), modules, adapter.trained_on, adapter.claim, source,
-        (min(scales), max(scales)) if scales else None, form=form_of(adapter), ranks=ranks,
-    )  # fmt: skip
-
-
 def plan_server(
     base: Path,
     adapters: Sequence[ServedAdapter],
@@ -203,7 +115,7 @@ def plan_server(
         )
     options = group_options(extra)
     served = name_of_base(base, config, options)
-    _check_names(adapters, served)
+    check_names([adapter.name for adapter in adapters], served)
     live = config.adapters_dir is not None
     lora = lora_flags(adapters, watched if live else None, config, options, architecture(base))
     flags = _server_flags(config, served) | lora
@@ -267,19 +179,6 @@ def architecture(base: Path) -> str | None:
         ) from err
     names = config.get("architectures") if isinstance(config, dict) else None
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-
-
-def _check_names(adapters: Sequence[ServedAdapter], served: str) -> None:
-    """Names that differ in case alone are the same: file systems and people take them for one."""
-    names = [adapter.name.casefold() for adapter in adapters]
-    for name in (adapter.name for adapter in adapters):
-        check_name(name)
-        if names.count(name.casefold()) > 1:
-            what, hint = "two adapters have the same name, but for case", "rename one of them: -a NAME=DIR"
-            raise UsageError(what, code="GS-282", actual=name, hint=hint)
-        if name.casefold() == served.casefold():
-            hint = "rename the adapter, or the base with --served-name"
-            raise UsageError("an adapter has the name of the base", code="GS-282", actual=name, hint=hint)
 
 
 def _command(base: Path, device: Device) -> tuple[str, ...]:

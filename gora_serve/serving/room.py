@@ -7,9 +7,8 @@ headroom, and what does not fit into it is refused by `require_room`. Pure: name
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from gora_serve.config import ServeConfig
 from gora_serve.config import ServeDevice as Device
@@ -17,9 +16,7 @@ from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.serving.canary import ASKED
 from gora_serve.serving.options import whole_number
 from gora_serve.serving.preflight import LARGEST_RANK
-
-if TYPE_CHECKING:
-    from gora_serve.serving.plan import ServedAdapter
+from gora_serve.serving.served import ServedAdapter
 
 # vLLM 0.32, config/lora.py, MaxLoRARanks. Every slot of every module is padded to the chosen bucket.
 RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
@@ -156,14 +153,6 @@ def require_room(adapter: ServedAdapter, room: Room) -> None:
             file=adapter.source, expected=f"only {', '.join(sorted(room.targets))}", actual=", ".join(sorted(more)),
             hint=f"serve with -- --lora-target-modules {names}{restart}",
         )  # fmt: skip
-
-
-def require_free(name: str, taken: Iterable[str]) -> None:
-    """Raise UsageError (GS-282) for a name that another model has, or that differs from it in case alone."""
-    same = next((other for other in taken if other.casefold() == name.casefold()), None)
-    if same is not None:
-        what = "another model has this name" + (", but for case" if same != name else "")
-        raise UsageError(what, code="GS-282", actual=same, hint="rename the folder")
 
 
 def require_place(adapter: ServedAdapter, served: int, room: Room) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
 from gora_serve.integrity.advisories import ENGINE_PACKAGES, vulnerable_versions
 from gora_serve.integrity.bases import Base, locate_adapter, locate_base
@@ -17,7 +18,9 @@ from gora_serve.integrity.named_base import names_of
 from gora_serve.integrity.reading import stamps
 from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.progress import Listener, silent
-from gora_serve.serving.admit import Examined, ServedBase, content_in, examine, keep, served_from
+from gora_serve.serving.adapter_names import check_name as check_adapter_name
+from gora_serve.serving.adapter_names import require_free
+from gora_serve.serving.admit import Examined, content_in, examine, keep, served_from
 from gora_serve.serving.arrivals import look_at
 from gora_serve.serving.base_weights import refuse_other_weights
 from gora_serve.serving.engine import Engine, check_port_free, find_engine, scrubbed
@@ -25,8 +28,6 @@ from gora_serve.serving.live import examined
 from gora_serve.serving.options import check_options, group_options, single
 from gora_serve.serving.plan import (
     SCRUBBED,
-    ServeConfig,
-    ServedAdapter,
     ServePlan,
     architecture,
     listening,
@@ -35,10 +36,10 @@ from gora_serve.serving.plan import (
     uses_plugin,
     with_device,
 )
-from gora_serve.serving.plan import check_name as check_adapter_name
 from gora_serve.serving.plugin import why_stock
 from gora_serve.serving.preflight import refuse
-from gora_serve.serving.room import Room, require_free, require_place, require_room
+from gora_serve.serving.room import Room, require_place, require_room
+from gora_serve.serving.served import ServedAdapter, ServedBase
 from gora_serve.serving.store import Store
 
 

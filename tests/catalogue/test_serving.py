@@ -133,7 +133,7 @@ def without_adapters(plan: ServePlan) -> ServePlan:
 
 
 def replace_config() -> Any:
-    from gora_serve.serving.plan import ServeConfig
+    from gora_serve.config import ServeConfig
 
     return ServeConfig(device="cpu")
 

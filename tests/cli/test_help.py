@@ -26,9 +26,9 @@ from gora_serve.config import (
     ProbeConfig,
     RankConfig,
     ReportConfig,
+    ServeConfig,
     TrainConfig,
 )
-from gora_serve.serving.plan import ServeConfig
 
 HEAVY = (
     "torch",

@@ -135,8 +135,8 @@ def test_convert_and_gap_take_an_id(hub: Hub, base: str, adapter: Path, tmp_path
 
 def test_serve_takes_ids(hub: Hub, base: str, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as the plan; the base is served by the name that its id has, not by the commit."""
+    from gora_serve.config import ServeConfig
     from gora_serve.serving import start
-    from gora_serve.serving.plan import ServeConfig
 
     commit = publish(hub, adapter)
     monkeypatch.setattr(start, "find_engine", lambda: SimpleNamespace(device="cpu", version="0.32.0"))

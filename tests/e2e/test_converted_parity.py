@@ -18,10 +18,10 @@ from torch import Tensor
 from converters.convert import convert
 from converters.reading import Inputs
 from converters.receipt import Converted
+from gora_serve.config import ServeConfig
 from gora_serve.integrity.bases import locate_base
 from gora_serve.serving.client import complete, run_all
 from gora_serve.serving.engine import Server, free_port, running_server
-from gora_serve.serving.plan import ServeConfig
 from gora_serve.serving.start import prepare
 
 pytestmark = [

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from converters.merge_receipt import MergedModel
 from converters.merging import merge_model, verify_merged
+from gora_serve.config import ServeConfig
 from gora_serve.integrity.bases import locate_base
 from gora_serve.serving.client import Completion, complete, run_all
 from gora_serve.serving.engine import free_port, running_server
-from gora_serve.serving.plan import ServeConfig
 from gora_serve.serving.start import prepare
 
 pytestmark = [

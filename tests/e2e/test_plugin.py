@@ -21,10 +21,10 @@ import torch
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
 from gora_serve.adapter.tensors import TensorFiles
+from gora_serve.config import ServeConfig
 from gora_serve.integrity.layout import find_model
 from gora_serve.serving.client import Completion, complete, run_all
 from gora_serve.serving.engine import Server, free_port, running_server
-from gora_serve.serving.plan import ServeConfig
 from gora_serve.serving.start import prepare
 from gora_serve.training.reference import Reference
 

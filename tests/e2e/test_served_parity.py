@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from gora_serve.config import ExportConfig
+from gora_serve.config import ExportConfig, ServeConfig
 from gora_serve.errors import RunError
 from gora_serve.integrity.fingerprint import Expected, read_fingerprint
 from gora_serve.parity import check_parity
 from gora_serve.serving.canary import ASKED, check_canary
 from gora_serve.serving.client import ChatRequest, Completion, ask_all, complete, run_all
 from gora_serve.serving.engine import Server, free_port, running_server
-from gora_serve.serving.plan import ServeConfig, ServePlan
+from gora_serve.serving.plan import ServePlan
 from gora_serve.serving.process import session_members
 from gora_serve.serving.start import prepare
 from gora_serve.serving.status import read_status

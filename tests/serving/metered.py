@@ -19,7 +19,7 @@ from gora_serve.serving import residency
 from gora_serve.serving.guard import Guard
 from gora_serve.serving.meter import Meter
 from gora_serve.serving.metrics import Metrics
-from gora_serve.serving.plan import ServedAdapter
+from gora_serve.serving.served import ServedAdapter
 from gora_serve.serving.status_route import StatusRoute
 from gora_serve.serving.watch import FileWatch
 

@@ -13,12 +13,13 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import llama_shapes
 
 from gora_serve.cli.main import main
+from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
 from gora_serve.serving import start
-from gora_serve.serving.admit import ServedBase, examine, keep
+from gora_serve.serving.admit import examine, keep
 from gora_serve.serving.engine import Engine
-from gora_serve.serving.plan import ServeConfig, ServedAdapter
 from gora_serve.serving.preflight import refuse
+from gora_serve.serving.served import ServedAdapter, ServedBase
 from gora_serve.serving.store import Store
 from serving.corpus import CONFIG, CORPUS, INITS, WEIGHTS, Row, with_value, write_sound
 

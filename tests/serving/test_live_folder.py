@@ -15,15 +15,16 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import llama_shapes
 
+from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError, RunError
 from gora_serve.serving import start
-from gora_serve.serving.admit import ServedBase
 from gora_serve.serving.canary import Checked, NotItselfError
 from gora_serve.serving.engine import Server
 from gora_serve.serving.live import LiveAdapters, Pace
 from gora_serve.serving.loading import Loaded
-from gora_serve.serving.plan import ServeConfig, ServedAdapter, Watched
+from gora_serve.serving.plan import Watched
 from gora_serve.serving.room import PROJECTIONS, SWAP, Room
+from gora_serve.serving.served import ServedAdapter, ServedBase
 from serving.corpus import CONFIG, CORPUS, WEIGHTS, config, with_value, write_sound
 
 SETTLE, PATIENCE = 1.0, 5.0

@@ -10,30 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from gora_serve.config import ServeConfig
+from gora_serve.config import ServeDevice as Device
 from gora_serve.errors import BindingError, InputError, MachineError, UsageError
+from gora_serve.serving.adapter_names import parse_adapter, require_free
 from gora_serve.serving.exposure import MIDDLEWARE
 from gora_serve.serving.options import group_options
-from gora_serve.serving.plan import (
-    Device,
-    ServeConfig,
-    ServedAdapter,
-    ServePlan,
-    parse_adapter,
-    plan_server,
-    read_served_adapters,
-    with_device,
-)
+from gora_serve.serving.plan import ServePlan, plan_server, with_device
 from gora_serve.serving.plugin import Declared, load_declared
 from gora_serve.serving.room import (
     PROJECTIONS,
     RANK_BUCKETS,
     Room,
     rank_bucket,
-    require_free,
     require_place,
     require_room,
     target_modules,
 )
+from gora_serve.serving.served import ServedAdapter, read_served_adapters
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 CPU = ServeConfig(device="cpu")

@@ -13,8 +13,8 @@ import pytest
 
 from gora_serve.errors import InputError, MachineError
 from gora_serve.serving.adapter_dir import read_adapter_dir
-from gora_serve.serving.plan import read_served_adapters
 from gora_serve.serving.preflight import check_adapter, form_of
+from gora_serve.serving.served import read_served_adapters
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 WriteAdapter = Callable[..., Path]

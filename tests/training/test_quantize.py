@@ -37,12 +37,14 @@ from gora_serve.config import (
     ModelConfig,
     ProbeConfig,
     RankConfig,
+    ServeConfig,
     TrainConfig,
 )
 from gora_serve.errors import InputError, MachineError, MismatchError, UsageError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.verify import verify_adapter
-from gora_serve.serving.plan import ServeConfig, plan_server, read_served_adapters
+from gora_serve.serving.plan import plan_server
+from gora_serve.serving.served import read_served_adapters
 from gora_serve.training import inject, train_stage
 from gora_serve.training.data import collate, load_data
 from gora_serve.training.export import export
