@@ -4,7 +4,11 @@ asked for with other learning rates."""
 from __future__ import annotations
 
 import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +26,26 @@ BATCH, LENGTH = 8, 512
 
 @dataclass
 class Bench:
-    """alone: one row is made, and nothing kept for others, so that memory is the method's own."""
+    """alone: one row is made, and nothing kept for others, so that memory is the method's own. keep: where the adapters
+    of rows that are served stay; None for nowhere."""
 
     base: str
     alone: bool = False
+    keep: Path | None = None
     probes: Probes = field(default_factory=Probes)
     _sessions: dict[bool, Session] = field(default_factory=dict)
     _rows: dict[tuple[str, str], Dataset] = field(default_factory=dict)
     _prepared: tuple[Any, tuple[nn.Module, dict[str, Any]]] | None = None
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """Yield a folder for a row's adapters."""
+        if self.keep is None:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder)
+        else:
+            (self.keep / name).mkdir(parents=True, exist_ok=True)
+            yield self.keep / name
 
     def loaded(self, *, quantize: bool) -> Session:
         """The base as it was loaded: only copies of its model are changed."""

@@ -3,18 +3,19 @@
     echo '{"method": "gora", "task": "snips", "seed": 0, "lr": 2e-4}' | python benchmarks/methods/one.py BASE
 
 Reads what is asked for, one JSON object a line, and answers each with a line of JSON: the row, or {"error": ...}.
-With --alone for a single row, nothing is kept for the next, so that memory is the method's own.
+With --alone for a single row, nothing is kept for the next, so that memory is the method's own. With --keep DIR the
+adapters of rows that are `served` stay in DIR/METHOD-TASK-SEED: initial, trained and converted.
 Every method sees the same rows in the same order, with the same steps, warm-up, schedule, weight decay and batch size,
 in float32 with faster products (on CUDA in TF32, else in bfloat16); only what `methods.py` names is its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -72,9 +73,9 @@ def run(bench: Bench, wanted: Wanted) -> dict[str, Any]:
     clock = time.perf_counter()
     session, model, noted, batches = bench.prepared(method, wanted.task, wanted.seed, wanted.steps)
     seconds = {"prepare": time.perf_counter() - clock}
-    with tempfile.TemporaryDirectory() as folder:
+    with bench.folder(f"{wanted.method}-{wanted.task}-{wanted.seed}") as folder:
         if method.initial and wanted.served:
-            model.save_pretrained(Path(folder) / "initial")  # type: ignore[operator]
+            model.save_pretrained(folder / "initial")  # type: ignore[operator]
         clock = time.perf_counter()
         loss, seconds["step"] = train(model, batches, session, config, method)
         seconds["train"] = time.perf_counter() - clock
@@ -94,14 +95,14 @@ def run(bench: Bench, wanted: Wanted) -> dict[str, Any]:
             "commit": commit(),
         }
         if wanted.served:
-            model.save_pretrained(Path(folder) / "trained")  # type: ignore[operator]
+            model.save_pretrained(folder / "trained")  # type: ignore[operator]
         if wanted.split == "test":
             if hasattr(model, "merge_adapter") and not method.quantize:
                 model.merge_adapter()  # the same function, in fewer kernels
             row["score"] = score(model, session.tokenizer, task, rows)
         del model, session
         if wanted.served:
-            row["served"] = served(bench, Path(folder), method, wanted, rows)
+            row["served"] = served(bench, folder, method, wanted, rows)
         seconds["evaluate"] = time.perf_counter() - clock
     return row
 
@@ -219,8 +220,13 @@ def answer(bench: Bench, line: str) -> dict[str, Any]:
         return {"error": f"{type(err).__name__}: {err}"}
 
 
-def main(base: str, *options: str) -> None:
-    bench = Bench(base, alone="--alone" in options)
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base")
+    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--keep", type=Path)
+    asked = parser.parse_args()
+    bench = Bench(asked.base, alone=asked.alone, keep=asked.keep)
     warnings.simplefilter("ignore")
     torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA; nothing on a CPU
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
@@ -233,4 +239,4 @@ def main(base: str, *options: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from gora_serve.cli.options import FILE, data_options, json_option, keep_options, source_options
 from gora_serve.config import DataConfig, ExportDtype, GapConfig, TrainedOn
+
+if TYPE_CHECKING:
+    from converters.reading import Inputs
 
 
 @click.command()
@@ -104,10 +107,14 @@ def gap(
         plot_gap(report.gap, plot, dtype=dtype, title=f"{adapter.name} ({report.detection.family}) on {located.name}")
     for warning in report.warnings:
         say(f"warning: {warning}")
-    given = {"--init-adapter": init_adapter, "--mutated-base": mutated_base, "--cache": cache}
-    words = [word for option, path in given.items() if path is not None for word in (option, str(path))]
-    words += [word for option, names in (("--leave-out", leave_out), ("--carry", carry)) for name in names
-              for word in (option, name)]  # fmt: skip
-    words += ["--allow-pickle"] if allow_pickle else []
-    refused = None if report.gap.within(threshold) else refusal(report, words)
+    refused = None if report.gap.within(threshold) else refusal(report, _said_again(inputs))
     return answer(gap_summary(report, plot), refused, as_json=as_json)
+
+
+def _said_again(inputs: Inputs) -> list[str]:
+    """Return the options that `convert` needs too."""
+    given = {"--init-adapter": inputs.init_adapter, "--mutated-base": inputs.mutated_base, "--cache": inputs.cache}
+    words = [word for option, path in given.items() if path is not None for word in (option, str(path))]
+    words += [word for name in inputs.leave_out for word in ("--leave-out", name)]
+    words += [word for name in inputs.carry for word in ("--carry", name)]
+    return words + (["--allow-pickle"] if inputs.pickles else [])

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import click
 
 from gora_serve import __version__
-from gora_serve.cli.adapters import export, hash_, verify
+from gora_serve.cli.adapters import export, hash_
 from gora_serve.cli.bind import bind
 from gora_serve.cli.convert import convert
 from gora_serve.cli.demo import demo
@@ -26,6 +26,7 @@ from gora_serve.cli.plan import plan
 from gora_serve.cli.report import report
 from gora_serve.cli.serve import serve
 from gora_serve.cli.status import status
+from gora_serve.cli.verify import verify
 from gora_serve.errors import GoraError, Stopped
 from gora_serve.integrity.hub import without_tokens
 from gora_serve.signals import came, leaving_on_signals
