@@ -40,6 +40,7 @@ class Case:
     max_length: int
     checkpointing: bool = False
     offload: str = "none"
+    mixed_precision: str = "no"
 
 
 CASES = [
@@ -51,6 +52,9 @@ CASES = [
     Case("probe exact", "bfloat16", 4, 128),
     Case("probe sketch", "float32", 4, 128),
     Case("probe sketch", "bfloat16", 2, 128, checkpointing=True, offload="disk"),
+    Case("train", "float32", 4, 128, mixed_precision="bf16"),
+    Case("train", "float32", 4, 128, checkpointing=True, mixed_precision="bf16"),
+    Case("probe exact", "float32", 4, 128, mixed_precision="bf16"),
 ]
 
 
@@ -60,7 +64,12 @@ def config_of(case: Case) -> FitConfig:
         data=DataConfig(case.max_length, True, case.batch_size),
         probe=ProbeConfig(steps=2, mode="sketch" if case.job == "probe sketch" else "exact"),
         init=InitConfig(gamma=0.0),
-        train=TrainConfig(method="lora", steps=2, gradient_checkpointing=case.checkpointing and case.offload == "none"),
+        train=TrainConfig(
+            method="lora",
+            steps=2,
+            gradient_checkpointing=case.checkpointing and case.offload == "none",
+            mixed_precision=case.mixed_precision,  # type: ignore[arg-type]
+        ),
     )
 
 
@@ -108,7 +117,10 @@ def measure(base: str, case: Case | None, environment: dict[str, str] | None = N
 
 def planned(base: str, case: Case) -> Parts:
     fitted = config_of(case)
-    config = PlanConfig(fitted.model, fitted.data, fitted.ranks, device="cpu", padded=False)
+    config = PlanConfig(
+        fitted.model, fitted.data, fitted.ranks, device="cpu", padded=False,
+        mixed_precision=case.mixed_precision,  # type: ignore[arg-type]
+    )  # fmt: skip
     plan = estimate(read_shapes(Path(base)), config)
     return plan.need(case.job, case.offload, checkpointing=case.checkpointing).device  # type: ignore[arg-type]
 

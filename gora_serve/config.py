@@ -245,7 +245,7 @@ class PlanConfig:
     """What memory is planned for: `fit`'s own settings, and how many processes share the work.
 
     sharded: each of the processes holds its share of the weights (FSDP2); else each holds all. device: what computes.
-    padded: rows of unequal length, as data has them.
+    padded: rows of unequal length, as data has them. mixed_precision: as for training.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -255,6 +255,7 @@ class PlanConfig:
     sharded: bool = False
     device: Literal["gpu", "cpu"] = "gpu"
     padded: bool = True
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
     def validate(self) -> None:
         """Raise UsageError for the first value that makes no sense."""

@@ -42,6 +42,13 @@ from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig, S
     type=click.Choice(["none", "nf4"]),
     help="nf4: linear layers in 4 bits; embeddings, head and norms stay as they are.",
 )
+@click.option(
+    "--mixed-precision",
+    default=PlanConfig.mixed_precision,
+    show_default=True,
+    type=click.Choice(["no", "bf16", "fp16"]),
+    help="As for fit.",
+)
 @click.option("--max-length", default=DataConfig.max_length, show_default=True, help="Tokens of the longest row.")
 @click.option("--batch-size", default=DataConfig.batch_size, show_default=True, help="Rows of a micro-batch.")
 @click.option("--rank", default=RankConfig.rank, show_default=True, help="Reference rank: sets the adapter's size.")
@@ -103,6 +110,7 @@ def plan(base: str, **options: Any) -> None:
         data=DataConfig(options["max_length"], batch_size=options["batch_size"]),
         ranks=RankConfig(options["rank"], rank_max=options["rank_max"]),
         processes=options["processes"], sharded=options["sharded"], device=device,
+        mixed_precision=options["mixed_precision"],
     )  # fmt: skip
     located = locate_settings(base)
     planned = estimate(read_shapes(Path(located.path)), config)

@@ -46,6 +46,7 @@ def _head(base: str, plan: MemoryPlan, config: PlanConfig) -> list[str]:
     dtype = DTYPES.get(plan.dtype_bytes, f"{8 * plan.dtype_bytes} bits each") + (
         ", linear layers nf4" if config.model.quantize == "nf4" else ""
     )
+    dtype += f", mixed precision {config.mixed_precision}" if config.mixed_precision != "no" else ""
     lines = [
         f"{base}: {plan.parameters:,} parameters ({dtype})",
         f"adapter: {plan.adapter_parameters:,} parameters in {plan.targets} modules at rank {config.ranks.rank}",

@@ -20,14 +20,17 @@ SHARED_INPUT = {  # linear layers of one parent that read the same tensor
     "q": "attention", "k": "attention", "v": "attention", "wi_0": "mlp", "wi_1": "mlp",
 }  # fmt: skip
 KEPT_ANYWAY = (".o_proj", ".attn.c_proj", ".o")  # their input is attention's output, which attention keeps
+INNER = (".down_proj", ".mlp.c_proj")  # their input is the feed-forward layer's own, and no norm's output
 
 
 @dataclass(frozen=True)
 class Pass:
     """One job's forward pass: which layers are tapped or adapted, and how wide numbers are.
 
-    width: bytes of an activation. length: tokens of a row. padded: rows of unequal length, so that attention gets a
-    mask and every query head a key and value of its own. targets: module path -> (out, in).
+    width: bytes of a number in the residual stream, which has the weights' dtype. length: tokens of a row. padded: rows
+    of unequal length, so that attention gets a mask and every query head a key and value of its own. targets: module
+    path -> (out, in). autocast: bytes of a number that linear layers and attention compute with where that is another
+    dtype than the weights', None without autocast.
     """
 
     job: Job
@@ -37,6 +40,12 @@ class Pass:
     padded: bool
     targets: Mapping[str, tuple[int, int]]
     rank: int
+    autocast: int | None = None
+
+    @property
+    def computed(self) -> int:
+        """Bytes of a number that a linear layer gives."""
+        return self.autocast or self.width
 
     def block(self) -> int:
         """Bytes that the largest block keeps of a token."""
@@ -60,7 +69,7 @@ class Pass:
     def of_decoder(self) -> int:
         """Bytes that a block with attention to an encoder keeps of a token, both sides having as many tokens."""
         s = self.settings
-        return self.of_model() + 4 * (self.width * s.queries + s.heads) + self.norm()
+        return self.of_model() + 4 * (self.computed * s.queries + s.heads) + self.norm()
 
     def norm(self) -> int:
         """Bytes that an RMSNorm keeps of a token: its input in float32, T5's also as it was; one number a row."""
@@ -69,7 +78,7 @@ class Pass:
 
     def of_model(self) -> int:
         """Bytes that one block keeps of a token whatever is adapted."""
-        s, e = self.settings, self.width
+        s, e = self.settings, self.computed
         if s.kind == "t5":  # every head has its own bias for two positions, of every row; gelu_new as below
             mask = e * s.heads * self.length
             return 4 * (e * s.queries + s.heads) + mask + 2 * self.norm() + (6 if s.gated else 0) * e * s.intermediate
@@ -83,33 +92,34 @@ class Pass:
 
     def of_targets(self, targets: Mapping[str, tuple[int, int]]) -> int:
         """Bytes kept of a token for the targets' own sake: their inputs."""
-        low_rank = 4 * self.rank * len(targets) if self.job == "train" else 0
-        if self.job == "train" and self.width < 4:  # PEFT casts each layer's input to float32 by itself
-            return low_rank + sum(4 * inside for _, inside in targets.values())
+        low_rank = (self.autocast or 4) * self.rank * len(targets) if self.job == "train" else 0
+        if self.job == "train" and (self.width < 4 or self.autocast):  # each LoRA layer casts its input by itself
+            return low_rank + sum((self.autocast or 4) * inside for _, inside in targets.values())
         inputs = {}
         for path, (_, inside) in targets.items():
             if not path.endswith(KEPT_ANYWAY):
                 parent, _, name = path.rpartition(".")
-                inputs[f"{parent}.{SHARED_INPUT.get(name, name)}"] = inside
-        return low_rank + sum(self.width * inside for inside in inputs.values())
+                width = self.computed if path.endswith(INNER) else self.width
+                inputs[f"{parent}.{SHARED_INPUT.get(name, name)}"] = width * inside
+        return low_rank + sum(inputs.values())
 
     def working(self) -> int:
-        """Bytes of a token at work in a block's backward pass: gradients of the widest layers, and in training float32
-        copies of a layer's input and output."""
-        gradients = 3 * self.width * self.settings.intermediate
+        """Bytes of a token at work in a block's backward pass: gradients of the widest layers, and in training copies
+        of a layer's input and output, in float32 but under autocast."""
+        gradients = 3 * self.computed * self.settings.intermediate
         if self.job != "train":
             return gradients
-        return gradients + 4 * max((sum(shape) for shape in self.targets.values()), default=0)
+        return gradients + (self.autocast or 4) * max((sum(shape) for shape in self.targets.values()), default=0)
 
     def product(self, *, widened: bool) -> int:
         """Bytes of the largest weight gradient of a micro-batch in an exact probe, before it is added in float32.
 
         widened: torch adds it by way of a copy in float32, as on CPUs.
         """
-        if self.job != "probe exact" or self.width == 4:
+        if self.job != "probe exact" or self.computed == 4:
             return 0  # added as it is computed
         largest = max((out * inside for out, inside in self.targets.values()), default=0)
-        return (self.width + (4 if widened else 0)) * largest
+        return (self.computed + (4 if widened else 0)) * largest
 
     def holes(self, tokens: int, *, checkpointing: bool) -> int:
         """Bytes of freed tensors on a CPU that glibc cannot use again, because kept ones were put around them.
@@ -118,5 +128,5 @@ class Pass:
         two in training in float32 without checkpointing.
         """
         sizes = (4 * out * tokens for out, _ in self.targets.values())
-        twice = self.job == "train" and self.width == 4 and not checkpointing
+        twice = self.job == "train" and self.computed == 4 and not checkpointing
         return (2 if twice else 1) * sum(size for size in sizes if size < LARGEST_HOLE)

@@ -16,7 +16,7 @@ from gora_serve.config import PlanConfig
 from gora_serve.gora.ranks import lora_parameters
 from gora_serve.training.activations import Job, Pass
 from gora_serve.training.selection import no_target, select
-from gora_serve.training.shapes import DTYPE_BYTES, BaseShapes
+from gora_serve.training.shapes import BLOCK, DTYPE_BYTES, BaseShapes
 
 GIB = 2**30
 Offload = Literal["none", "cpu", "disk"]
@@ -26,6 +26,7 @@ JOBS: tuple[Job, ...] = ("probe exact", "probe sketch", "train")
 PROCESS = 690 * 2**20  # Python with torch, transformers, peft, datasets and a tokenizer: measured, benchmarks/plan.py
 CONTEXT = 500 * 2**20  # a CUDA context with its libraries; depends on the driver
 SAMPLED_ROWS = 128  # rows of G that the sketch probe keeps whole, about: as many as --probe-error asks for
+AUTOCAST = {"bf16": ("bfloat16", 2), "fp16": ("float16", 2)}  # --mixed-precision -> dtype, bytes
 NF4_BITS = 4.5  # 4 a weight, and a float32 scale for 64 weights
 
 
@@ -104,7 +105,8 @@ def estimate(shapes: BaseShapes, config: PlanConfig) -> MemoryPlan:
     targets = chosen_targets(shapes, config.model.targets)
     adapter = lora_parameters(targets, config.ranks.rank)
     width = DTYPE_BYTES.get(config.model.dtype, shapes.dtype_bytes)
-    case = _Case(shapes, config, targets, adapter, width, _sizes(shapes, width, nf4=config.model.quantize == "nf4"))
+    sizes, casts = _sizes(shapes, width, nf4=config.model.quantize == "nf4"), _casts(shapes, config)
+    case = _Case(shapes, config, targets, adapter, width, sizes, casts)
     needs = []
     for job in JOBS:
         needs.append(case.need(job, "none", checkpointing=False))
@@ -139,6 +141,32 @@ def _sizes(shapes: BaseShapes, width: int, *, nf4: bool) -> _Sizes:
 
 
 @dataclass(frozen=True)
+class _Casts:
+    """Bytes of the copies that autocast makes of linear layers' weights, and that autograd keeps: of all layers in
+    blocks, of those of the largest block, and of the head."""
+
+    blocks: int = 0
+    block: int = 0
+    head: int = 0
+
+
+def _casts(shapes: BaseShapes, config: PlanConfig) -> _Casts:
+    """Return the copies for --mixed-precision; none where the weights have its dtype. Packed weights are no copies."""
+    if config.mixed_precision == "no":
+        return _Casts()
+    dtype, width = AUTOCAST[config.mixed_precision]
+    if (shapes.dtype if config.model.dtype == "auto" else config.model.dtype) == dtype:
+        return _Casts()
+    blocks: dict[str, int] = {}
+    for path, (out, inside) in shapes.linears.items() if config.model.quantize == "none" else ():
+        found = BLOCK.match(path)
+        block = found[1] if found else path
+        blocks[block] = blocks.get(block, 0) + out * inside * width
+    head = shapes.settings.vocabulary * shapes.settings.hidden * width
+    return _Casts(sum(blocks.values()), max(blocks.values(), default=0), head)
+
+
+@dataclass(frozen=True)
 class _Weights:
     """Bytes of weights that a device holds while the logits are computed, and while a block is."""
 
@@ -148,7 +176,7 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Case:
-    """One base under one configuration. width: bytes of a weight and of an activation."""
+    """One base under one configuration. width: bytes of a weight, and of an activation without autocast."""
 
     shapes: BaseShapes
     config: PlanConfig
@@ -156,6 +184,7 @@ class _Case:
     adapter: int
     width: int
     sizes: _Sizes
+    casts: _Casts
 
     def need(self, job: Job, offload: Offload, *, checkpointing: bool) -> Need:
         """Return the need at the peak: where the logits are, or in the backward pass of one block."""
@@ -163,9 +192,11 @@ class _Case:
         weights, host_weights = self.weights(offload), self.host_weights(offload)
         kept, in_block, logits = self.forward(job, checkpointing=checkpointing)
         adapter = self.adapter_bytes() if job == "train" else 0
+        casts = self.casts if self.autocast(job) else _Casts()
+        kept_casts = 0 if checkpointing else casts.blocks
         stages = [
-            Parts(weights.at_logits, statistics, adapter, kept, logits),
-            Parts(weights.in_block, statistics, adapter, in_block),
+            Parts(weights.at_logits + kept_casts + casts.head, statistics, adapter, kept, logits),
+            Parts(weights.in_block + (kept_casts or casts.block), statistics, adapter, in_block),
         ]
         peak = max(stages, key=lambda parts: parts.total)
         start = 4 * self.adapter if job == "train" else 0  # the factors that training starts from stay on the host
@@ -174,10 +205,8 @@ class _Case:
             host = Parts(host_weights, drawn, start, fixed=PROCESS).times(processes)
             return Need(job, offload, checkpointing, replace(peak, fixed=CONTEXT), host)
         holes = self.one_pass(job).holes(self.tokens, checkpointing=checkpointing)
-        mapped = peak.weights if offload == "disk" else 0  # the files' pages, beside what is read from them
         one = replace(
-            peak, weights=peak.weights + mapped, statistics=statistics + drawn, adapter=adapter + start, holes=holes,
-            fixed=PROCESS,
+            peak, statistics=statistics + drawn, adapter=adapter + start, holes=holes, fixed=PROCESS
         )  # fmt: skip
         return Need(job, offload, checkpointing, one.times(processes), Parts())
 
@@ -190,7 +219,8 @@ class _Case:
         if offload == "none" or (offload == "cpu" and self.config.device == "cpu"):
             resident = sizes.whole + (self.dequantized() if self.config.model.quantize == "nf4" else 0)
             return _Weights(resident, resident)
-        return _Weights(sizes.outsider, sizes.block)
+        times = 2 if offload == "disk" and self.config.device == "cpu" else 1  # the files' pages, and what is read
+        return _Weights(times * sizes.outsider, times * sizes.block)
 
     def host_weights(self, offload: Offload) -> int:
         """Return the bytes of the weights on the host: loading goes through it even where nothing is offloaded.
@@ -225,13 +255,18 @@ class _Case:
 
     def one_pass(self, job: Job) -> Pass:
         length, padded, rank = self.config.data.max_length, self.config.padded, self.config.ranks.rank
-        return Pass(job, self.shapes.settings, self.width, length, padded, self.targets, rank)
+        return Pass(job, self.shapes.settings, self.width, length, padded, self.targets, rank, self.autocast(job))
+
+    def autocast(self, job: Job) -> int | None:
+        """Return the bytes of a number that autocast computes with, None without it: a probe does without for fp16."""
+        precision = self.config.mixed_precision
+        return None if precision == "no" or (precision == "fp16" and job != "train") else AUTOCAST[precision][1]
 
     def forward(self, job: Job, *, checkpointing: bool) -> tuple[int, int, int]:
         """Return the bytes of activations where the logits are, and in a block's backward pass; and of logits."""
         one = self.one_pass(job)
         kept = one.block_inputs() if checkpointing else one.all_blocks()
         working = one.working() + (one.block() if checkpointing else 0)
-        logits = self.tokens * self.shapes.settings.vocabulary * 2 * self.width  # and their gradient
+        logits = self.tokens * self.shapes.settings.vocabulary * 2 * one.computed  # and their gradient
         product = one.product(widened=self.config.device == "cpu")
         return kept * self.tokens, (kept + working) * self.tokens + product, logits

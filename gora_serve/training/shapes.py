@@ -31,6 +31,7 @@ BLOCK = re.compile(r"^(.*?\b(?:layers|h|block)\.\d+)\.")
 LARGEST = 2**24  # of any size in config.json: a hostile number of layers must not keep us busy
 MOST_LAYERS = 10_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of safetensors' types
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ class Settings:
 class BaseShapes:
     """A base as shapes. Every parameter once: a head that is tied to the embeddings is not listed.
 
-    tensors: parameter name -> shape. dtype_bytes: bytes per parameter as stored. linears: module path -> (out, in).
-    experts: parameters inside mixture-of-experts layers, which are no targets. from_config: no header was read.
+    tensors: parameter name -> shape. dtype: of the parameters, as config.json says, else of the widest. dtype_bytes: of
+    it. linears: module path -> (out, in). experts: parameters inside mixture-of-experts layers, which are no targets.
+    from_config: no header was read.
     """
 
     settings: Settings
     tensors: Mapping[str, Shape]
+    dtype: str
     dtype_bytes: int
     linears: Mapping[str, tuple[int, int]]
     experts: int
@@ -112,11 +115,14 @@ def read_shapes(folder: Path) -> BaseShapes:
     if settings.kind not in LLAMA_LIKE or any(folder.glob("*.bin")):
         find_model(folder)  # says which files there should be
     tensors = dict(_llama_tensors(config, settings))
-    return _shapes(settings, tensors, _dtype_bytes(config) or 2, from_config=True)
+    dtype = _dtype(config) or "bfloat16"
+    return _shapes(settings, tensors, dtype, DTYPE_BYTES[dtype], from_config=True)
 
 
-def _dtype_bytes(config: Mapping[str, Any]) -> int | None:
-    return DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")))
+def _dtype(config: Mapping[str, Any]) -> str | None:
+    """Return what config.json says, where it is one of DTYPE_BYTES."""
+    said = str(config.get("dtype") or config.get("torch_dtype"))
+    return said if said in DTYPE_BYTES else None
 
 
 def _settings(config: Mapping[str, Any], path: Path) -> Settings:
@@ -193,19 +199,23 @@ def _from_headers(folder: Path, config: Mapping[str, Any], settings: Settings) -
     kept = {name: entry for name, entry in entries.items() if not (tied and _last(name) in HEADS)}
     if not kept:
         raise InputError("the base has no tensors", code="GS-397", file=folder, hint="download the model again")
-    width = max(DTYPE_BITS[entry.dtype] // 8 for entry in kept.values())
+    widest = max((entry.dtype for entry in kept.values()), key=DTYPE_BITS.__getitem__)
     tensors = {name: entry.shape for name, entry in kept.items()}
-    return _shapes(settings, tensors, _dtype_bytes(config) or width, from_config=False)
+    said = _dtype(config)
+    dtype, width = (said, DTYPE_BYTES[said]) if said else (NAMES.get(widest, widest), DTYPE_BITS[widest] // 8)
+    return _shapes(settings, tensors, dtype, width, from_config=False)
 
 
-def _shapes(settings: Settings, tensors: Mapping[str, Shape], width: int, *, from_config: bool) -> BaseShapes:
+def _shapes(
+    settings: Settings, tensors: Mapping[str, Shape], dtype: str, width: int, *, from_config: bool
+) -> BaseShapes:
     linears = {}
     for name, shape in tensors.items():
         if _is_linear(name, shape, settings.kind):
             out_in = (shape[1], shape[0]) if settings.kind == "gpt2" else (shape[0], shape[1])  # Conv1D: (in, out)
             linears[name.removesuffix(".weight")] = out_in
     experts = sum(math.prod(shape) for name, shape in tensors.items() if EXPERT in name)
-    return BaseShapes(settings, tensors, width, linears, experts, from_config)
+    return BaseShapes(settings, tensors, dtype, width, linears, experts, from_config)
 
 
 def _last(name: str) -> str:

@@ -187,6 +187,37 @@ def test_activations_are_what_autograd_saves(
     assert one.all_blocks() * rows * length == pytest.approx(found, rel=0.06)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("job", ["probe exact", "train"])
+@pytest.mark.parametrize("name", [*CONFIGS, "gpt2", "t5"])
+def test_autocast_saves_narrower_numbers_and_copies_of_the_weights(
+    name: str, job: Job, stored: torch.dtype, padded: bool, tmp_path: Path
+) -> None:
+    """The copies are those of all layers but the first targets, before which nothing needs a gradient."""
+    builders = {"gpt2": build_gpt2, "t5": build_t5}
+    model = builders[name]() if name in builders else build(name)
+    shapes = saved(model.to(stored), tmp_path)
+    rows, length, rank = 2, 48, 4
+    model, context = prepared(model, job, rank)
+    ids = torch.randint(5, 90, (rows, length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if padded or name == "t5":
+        batch["attention_mask"][0, -5:] = 0
+    forward = (lambda model, batch: model(**batch)) if name == "t5" else mean_loss
+    with context, torch.autocast("cpu", torch.bfloat16):
+        found = saved_bytes(model, batch, forward, shapes.settings.vocabulary)
+    one = Pass(job, shapes.settings, stored.itemsize, length, padded, shapes.linears, rank, 2)
+    config = PlanConfig(data=DataConfig(length, batch_size=rows), mixed_precision="bf16", padded=padded)
+    need = {of: estimate(shapes, replace(config, mixed_precision=of)).need(job, "none", checkpointing=False).device
+            for of in ("no", "bf16")}  # fmt: skip
+    head = 2 * shapes.settings.vocabulary * shapes.settings.hidden if need["bf16"].logits else 0
+    copies = need["bf16"].weights - need["no"].weights - (head if stored == torch.float32 else 0)
+    linear = sum(out * inside for out, inside in shapes.linears.values())
+    assert copies == (2 * linear if stored == torch.float32 else 0)
+    assert one.all_blocks() * rows * length + copies == pytest.approx(found, rel=0.06)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> BaseShapes:
     return saved(build_llama(), tmp_path_factory.mktemp("llama"))
