@@ -93,6 +93,19 @@ def served(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def by_vllm(result: dict[str, Any]) -> str:
+    """Scores of all methods' adapters in one engine, beside those that training ended with."""
+    lines = [
+        f"{result['task'].capitalize()}, seed {result['seed']}: all in one {result['engine']}, in float32, on the base "
+        f"as it is, which scores {result['base']:.3f} itself.\n",
+        "| method | rate | as trained, by PEFT | unconverted, by vLLM | converted, by vLLM |", "| --- " * 5 + "|",
+    ]  # fmt: skip
+    for name, one in result["methods"].items():
+        scores = (one["as trained"], one["by vLLM"]["trained"], one["by vLLM"]["converted"])
+        lines.append(f"| {name} | {one['lr']:g} | " + " | ".join(f"{score:.3f}" for score in scores) + " |")
+    return "\n".join(lines)
+
+
 def deployed(value: dict[str, dict[str, dict[int, int]]]) -> str:
     counts = ", ".join(map(str, next(iter(value.values()))["on one base"]))
     lines = [f"| method | as trained, MB of {counts} tasks | all on one base |", "| --- " * 3 + "|"]

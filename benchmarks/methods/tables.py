@@ -155,30 +155,38 @@ def twice(every: Rows) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def markdown(every: Rows) -> str:
+    """Return the page's tables; every: all rows of STEPS steps."""
+    found = shadowed(every)
+    value = tables(every)
+    devices = sorted({row["device"] for row in found})
+    made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", page.sweep(swept(found))]
+    cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
+    made += ["### The same row on two devices", page.twice(twice(every)), "### Test rows", cells, page.test(value)]
+    if against := page.against(value):
+        made += ["### Against LoRA", against]
+    made += ["### Served", page.served(served(found))]
+    if sizes := deployed(found):
+        made += [page.deployed(sizes)]
+    if (by_vllm := RESULTS / "served.json").exists():
+        made += ["### Served by vLLM", page.by_vllm(json.loads(by_vllm.read_text(encoding="utf-8")))]
+    if (cost := RESULTS / "cost.json").exists():
+        made += ["### Cost", page.cost(json.loads(cost.read_text(encoding="utf-8")))]
+    return "\n\n".join(made)
+
+
 def main() -> None:
     every = [row for row in all_rows() if row["steps"] == STEPS]
     found = shadowed(every)
-    value, losses = tables(every), swept(found)
-    devices = sorted({row["device"] for row in found})
     head = facts("python benchmarks/methods/tables.py")
-    gaps, sizes, both = served(found), deployed(found), twice(every)
-    head |= {"rows": len(found), "devices": devices, "twice": both}
-    write("methods", head | {"sweep": losses, "methods": value, "served": gaps, "MB": sizes})
+    head |= {"rows": len(found), "devices": sorted({row["device"] for row in found}), "twice": twice(every)}
+    results = {"sweep": swept(found), "methods": tables(every), "served": served(found), "MB": deployed(found)}
+    write("methods", head | results)
     before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     assert mark, f"{PAGE} has no mark"
-    made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", page.sweep(losses)]
-    cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
-    made += ["### The same row on two devices", page.twice(both), "### Test rows", cells, page.test(value)]
-    if against := page.against(value):
-        made += ["### Against LoRA", against]
-    made += ["### Served", page.served(gaps)]
-    if sizes:
-        made += [page.deployed(sizes)]
-    cost = RESULTS / "cost.json"
-    if cost.exists():
-        made += ["### Cost", page.cost(json.loads(cost.read_text(encoding="utf-8")))]
-    PAGE.write_text(before + mark + "\n\n" + "\n\n".join(made) + "\n", encoding="utf-8")
-    print("\n\n".join(made))
+    made = markdown(every)
+    PAGE.write_text(f"{before}{mark}\n\n{made}\n", encoding="utf-8")
+    print(made)
 
 
 if __name__ == "__main__":
