@@ -84,8 +84,9 @@ def measured() -> str:
         manner = f"offload {case['offload']}" if case["offload"] != "none" else "-"
         manner = "checkpointing" if case["checkpointing"] and manner == "-" else manner
         tokens = f"{case['batch_size']} x {case['max_length']}"
+        dtype = case["dtype"] + (f", mixed {case['mixed_precision']}" if case["mixed_precision"] != "no" else "")
         numbers = f"{case['planned_mib']:.0f} | {case['measured_mib']:.0f} | {case['error']:+.1%}"
-        lines.append(f"| {case['job']} | {case['dtype']} | {tokens} | {manner} | {numbers} |")
+        lines.append(f"| {case['job']} | {dtype} | {tokens} | {manner} | {numbers} |")
     text = (
         f"With freed memory given back, and so without holes, the first takes {returned['measured_mib']:.0f} MiB; "
         f"planned {returned['planned_mib']:.0f}, {returned['error']:+.1%}."
