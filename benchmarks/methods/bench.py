@@ -24,6 +24,11 @@ from methods.tasks import TASKS
 BATCH, LENGTH = 8, 512
 
 
+def kept_name(method: str, task: str, seed: int, lr: float) -> str:
+    """Return the name of the folder in which a row's adapters are kept."""
+    return f"{method}-{task}-{seed}-{lr:g}"
+
+
 @dataclass
 class Bench:
     """alone: one row is made, and nothing kept for others, so that memory is the method's own. keep: where the adapters

@@ -4,7 +4,7 @@
 
 Reads what is asked for, one JSON object a line, and answers each with a line of JSON: the row, or {"error": ...}.
 With --alone for a single row, nothing is kept for the next, so that memory is the method's own. With --keep DIR the
-adapters of rows that are `served` stay in DIR/METHOD-TASK-SEED (initial, trained and converted), for others to score.
+adapters of rows that are `served` stay in a folder of DIR (initial, trained and converted), for others to score.
 Every method sees the same rows in the same order, with the same steps, warm-up, schedule, weight decay and batch size,
 in float32 with faster products (on CUDA in TF32, else in bfloat16); only what `methods.py` names is its own.
 """
@@ -41,7 +41,7 @@ from gora_serve.integrity.bases import locate_base
 from gora_serve.training.loop import cosine_with_floor, evaluate, make_optimizer
 from gora_serve.training.loss import mean_loss
 from gora_serve.training.session import LazyBatch, Session, peak_bytes
-from methods.bench import Bench
+from methods.bench import Bench, kept_name
 from methods.graph import train_recorded
 from methods.methods import Method, methods
 from methods.tasks import TASKS, Row, score
@@ -51,8 +51,9 @@ START = 2  # the step after which time is taken: the first are slower
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. split: "valid" for the choice of a learning rate, "test" for the table. served: also the score
-    of the adapter served as it is on the base, and after conversion."""
+    """What is asked for. split: "valid" for the choice of a learning rate, "test" for the table. served: also the
+    adapter as it was saved and after conversion: its bytes, and its score on the base, but for adapters that are kept.
+    """
 
     method: str
     task: str
@@ -73,7 +74,7 @@ def run(bench: Bench, wanted: Wanted) -> dict[str, Any]:
     clock = time.perf_counter()
     session, model, noted, batches = bench.prepared(method, wanted.task, wanted.seed, wanted.steps)
     seconds = {"prepare": time.perf_counter() - clock}
-    with bench.folder(f"{wanted.method}-{wanted.task}-{wanted.seed}") as folder:
+    with bench.folder(kept_name(wanted.method, wanted.task, wanted.seed, wanted.lr)) as folder:
         if method.initial and wanted.served:
             model.save_pretrained(folder / "initial")  # type: ignore[operator]
         clock = time.perf_counter()
@@ -178,7 +179,7 @@ def served(bench: Bench, folder: Path, method: Method, wanted: Wanted, rows: lis
     """Return the scores of the saved adapter on the base as it is, unconverted and as `convert` writes it; and the
     bytes of base and adapters. Of adapters that are kept no scores."""
     inputs = Inputs(init_adapter=folder / "initial") if method.initial else Inputs()
-    convert(folder / "trained", locate_base(bench.base), folder / "converted", inputs=inputs)
+    convert(folder / "trained", locate_base(bench.base), folder / "converted", inputs=inputs, overwrite=True)
     make_plain(folder / "trained")
     kinds = {"unconverted": folder / "trained", "converted": folder / "converted"}
     scores = {} if bench.keep else {kind: loaded_score(bench, of, wanted, rows) for kind, of in kinds.items()}

@@ -102,7 +102,8 @@ def by_vllm(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, one in result["methods"].items():
         scores = (one["as trained"], one["by vLLM"]["trained"], one["by vLLM"]["converted"])
-        lines.append(f"| {name} | {one['lr']:g} | " + " | ".join(f"{score:.3f}" for score in scores) + " |")
+        rate = f"{one['lr']:g}" + ("" if one["swept"] else " (not swept)")
+        lines.append(f"| {name} | {rate} | " + " | ".join(f"{score:.3f}" for score in scores) + " |")
     return "\n".join(lines)
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/methods/served.py BASE --keep DIR [--task sentiment] [--seed 0]
 
-Each method is trained as run.py trains it, at the learning rate that run.py's rows give it, and scored as trained, by
-PEFT in float32. Its adapter is served twice beside those of the others, as training saved it and as `convert` wrote it,
-by vLLM's own LoRA layers in float32. What was trained stays in DIR, and is not trained again. `gora-serve serve`
+Each method is trained as run.py trains it, and scored as trained, by PEFT in float32 (on CUDA with TF32). Its adapter
+is served twice beside those of the others, as training saved it and as `convert` wrote it, by vLLM's own LoRA layers in
+float32. The learning rate is what run.py's rows give; where a method has no whole sweep, the lowest of its sweep, and
+the table says so. What was trained stays in DIR, which is of one BASE, and is not trained again. `gora-serve serve`
 refuses those that are wrong unconverted, so vLLM is asked without it.
 """
 
@@ -14,7 +15,8 @@ import argparse
 import json
 import os
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machine import facts, write
 
+from methods.bench import kept_name
 from methods.methods import methods
 from methods.run import SERVED, STEPS, Rows, Worker, best_rate, rows
 from methods.tasks import TASKS, Task
@@ -32,21 +35,27 @@ ENVIRONMENT = {"VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLIN
 
 
 def train(base: str, keep: Path, task: str, seed: int, found: Rows) -> dict[str, dict[str, Any]]:
-    """Return the row of each method, made now where its folder does not have it."""
+    """Return the row of each method, made now where its folder does not have it; its `swept` says whose rate it has."""
     made: dict[str, dict[str, Any]] = {}
     worker = Worker(base, "--keep", str(keep))
     for name in SERVED:
-        file = keep / f"{name}-{task}-{seed}" / "row.json"
+        lr = best_rate(found, methods(STEPS)[name], task, STEPS)
+        wanted = {"method": name, "task": task, "seed": seed, "lr": lr or methods(STEPS)[name].rates[0]}
+        file = folder(keep, wanted) / "row.json"
         if not file.exists():
-            lr = best_rate(found, methods(STEPS)[name], task, STEPS) or methods(STEPS)[name].rates[0]
-            row = worker.ask({"method": name, "task": task, "seed": seed, "lr": lr, "steps": STEPS, "served": True})
+            row = worker.ask(wanted | {"steps": STEPS, "served": True})
             if "error" in row:
                 raise SystemExit(f"{name}: {row['error']}")
             file.write_text(json.dumps(row), encoding="utf-8")
-        made[name] = json.loads(file.read_text(encoding="utf-8"))
+        made[name] = json.loads(file.read_text(encoding="utf-8")) | {"swept": lr is not None}
         print(name, made[name]["lr"], made[name]["score"], flush=True)
     worker.close()
     return made
+
+
+def folder(keep: Path, row: dict[str, Any]) -> Path:
+    """Return where one.py keeps a row's adapters."""
+    return (keep / kept_name(row["method"], row["task"], row["seed"], row["lr"])).absolute()
 
 
 def ask(base: str, adapters: dict[str, Path], task: Task) -> dict[str, float]:
@@ -72,6 +81,14 @@ def ask(base: str, adapters: dict[str, Path], task: Task) -> dict[str, float]:
     return scores
 
 
+def engine_name() -> str:
+    """Return vLLM's package, of GPUs or of CPUs, with its version."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return f"{name} {version(name)}"
+    raise SystemExit("vLLM is not installed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("base")
@@ -80,16 +97,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     made = train(asked.base, asked.keep, asked.task, asked.seed, rows())
-    folders = {
-        f"{name}-{kind}": (asked.keep / f"{name}-{asked.task}-{asked.seed}" / kind).absolute()
-        for name in made for kind in KINDS
-    }  # fmt: skip
+    head = facts(f"python benchmarks/methods/served.py BASE --keep DIR --task {asked.task} --seed {asked.seed}")
+    settings = {"engine": engine_name(), "task": asked.task, "seed": asked.seed, "steps": STEPS}
+    folders = {f"{name}-{kind}": folder(asked.keep, row) / kind for name, row in made.items() for kind in KINDS}
     scores = ask(asked.base, folders, TASKS[asked.task])
-    head = facts("python benchmarks/methods/served.py BASE --keep DIR")
-    settings = {"engine": f"vllm-cpu {version('vllm-cpu')}", "task": asked.task, "seed": asked.seed, "steps": STEPS}
     table = {
         name: {
-            "lr": row["lr"], "as trained": row["score"], "trained on": row["device"],
+            "lr": row["lr"], "swept": row["swept"], "as trained": row["score"], "trained on": row["device"],
+            "commit": row["commit"],
             "by vLLM": {kind: scores[f"{name}-{kind}"] for kind in KINDS},
         }
         for name, row in made.items()

@@ -155,36 +155,39 @@ def twice(every: Rows) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def markdown(every: Rows) -> str:
-    """Return the page's tables; every: all rows of STEPS steps."""
+def results(every: Rows) -> dict[str, Any]:
+    """Return all that the tables show; every: all rows of STEPS steps."""
     found = shadowed(every)
-    value = tables(every)
-    devices = sorted({row["device"] for row in found})
-    made = [f"{len(found)} rows, made on: {'; '.join(devices)}.", "### Learning rates", page.sweep(swept(found))]
+    return {
+        "rows": len(found), "devices": sorted({row["device"] for row in found}), "twice": twice(every),
+        "sweep": swept(found), "methods": tables(every), "served": served(found), "MB": deployed(found),
+    }  # fmt: skip
+
+
+def markdown(value: dict[str, Any]) -> str:
+    """Return the page's tables."""
+    made = [f"{value['rows']} rows, made on: {'; '.join(value['devices'])}."]
+    made += ["### Learning rates", page.sweep(value["sweep"])]
+    made += ["### The same row on two devices", page.twice(value["twice"])]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
-    made += ["### The same row on two devices", page.twice(twice(every)), "### Test rows", cells, page.test(value)]
-    if against := page.against(value):
+    made += ["### Test rows", cells, page.test(value["methods"])]
+    if against := page.against(value["methods"]):
         made += ["### Against LoRA", against]
-    made += ["### Served", page.served(served(found))]
-    if sizes := deployed(found):
-        made += [page.deployed(sizes)]
-    if (by_vllm := RESULTS / "served.json").exists():
-        made += ["### Served by vLLM", page.by_vllm(json.loads(by_vllm.read_text(encoding="utf-8")))]
-    if (cost := RESULTS / "cost.json").exists():
-        made += ["### Cost", page.cost(json.loads(cost.read_text(encoding="utf-8")))]
+    made += ["### Served", page.served(value["served"])]
+    if value["MB"]:
+        made += [page.deployed(value["MB"])]
+    for name, title, shown in (("served", "Served by vLLM", page.by_vllm), ("cost", "Cost", page.cost)):
+        if (file := RESULTS / f"{name}.json").exists():
+            made += [f"### {title}", shown(json.loads(file.read_text(encoding="utf-8")))]
     return "\n\n".join(made)
 
 
 def main() -> None:
-    every = [row for row in all_rows() if row["steps"] == STEPS]
-    found = shadowed(every)
-    head = facts("python benchmarks/methods/tables.py")
-    head |= {"rows": len(found), "devices": sorted({row["device"] for row in found}), "twice": twice(every)}
-    results = {"sweep": swept(found), "methods": tables(every), "served": served(found), "MB": deployed(found)}
-    write("methods", head | results)
+    value = results([row for row in all_rows() if row["steps"] == STEPS])
+    write("methods", facts("python benchmarks/methods/tables.py") | value)
     before, mark, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     assert mark, f"{PAGE} has no mark"
-    made = markdown(every)
+    made = markdown(value)
     PAGE.write_text(f"{before}{mark}\n\n{made}\n", encoding="utf-8")
     print(made)
 

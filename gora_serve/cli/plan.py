@@ -47,7 +47,7 @@ from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig, S
     default=PlanConfig.mixed_precision,
     show_default=True,
     type=click.Choice(["no", "bf16", "fp16"]),
-    help="As for fit.",
+    help="As for fit; no Accelerate configuration is read.",
 )
 @click.option("--max-length", default=DataConfig.max_length, show_default=True, help="Tokens of the longest row.")
 @click.option("--batch-size", default=DataConfig.batch_size, show_default=True, help="Rows of a micro-batch.")

@@ -77,7 +77,8 @@ def _advice(plan: MemoryPlan, config: PlanConfig, memory: int, advice: Advice | 
 
 
 def _table(plan: MemoryPlan, config: PlanConfig) -> Table:
-    names = [field.name for field in fields(Parts) if config.device == "cpu" or field.name != "holes"]
+    left_out = {"holes": config.device != "cpu", "copies": config.mixed_precision == "no"}
+    names = [field.name for field in fields(Parts) if not left_out.get(field.name)]
     total = "device" if config.device == "gpu" else "resident set"
     host = ["host"] if config.device == "gpu" else []
     table = Table("job", "saved by", *names, total, *host, title="GiB at the peak", title_justify="left")

@@ -38,24 +38,25 @@ def check_name(name: str) -> None:
 
 
 def check_names(names: Sequence[str], served: str) -> None:
-    """Raise UsageError for an unusable name, and GS-282 for one that another adapter or the base, `served`, has.
-
-    Names that differ in case alone are the same: file systems and people take them for one.
-    """
-    folded = [name.casefold() for name in names]
-    for name in names:
+    """Raise UsageError for an unusable name, and GS-282 for one that another adapter or the base, `served`, has."""
+    for place, name in enumerate(names):
         check_name(name)
-        if folded.count(name.casefold()) > 1:
+        if _same(name, (*names[:place], *names[place + 1 :])) is not None:
             what, hint = "two adapters have the same name, but for case", "rename one of them: -a NAME=DIR"
             raise UsageError(what, code="GS-282", actual=name, hint=hint)
-        if name.casefold() == served.casefold():
+        if _same(name, [served]) is not None:
             hint = "rename the adapter, or the base with --served-name"
             raise UsageError("an adapter has the name of the base", code="GS-282", actual=name, hint=hint)
 
 
 def require_free(name: str, taken: Iterable[str]) -> None:
     """Raise UsageError (GS-282) for a name that another model has, or that differs from it in case alone."""
-    same = next((other for other in taken if other.casefold() == name.casefold()), None)
+    same = _same(name, taken)
     if same is not None:
         what = "another model has this name" + (", but for case" if same != name else "")
         raise UsageError(what, code="GS-282", actual=same, hint="rename the folder")
+
+
+def _same(name: str, others: Iterable[str]) -> str | None:
+    """Return the first that is the same but for case: file systems and people take them for one."""
+    return next((other for other in others if other.casefold() == name.casefold()), None)

@@ -27,10 +27,10 @@ INNER = (".down_proj", ".mlp.c_proj")  # their input is the feed-forward layer's
 class Pass:
     """One job's forward pass: which layers are tapped or adapted, and how wide numbers are.
 
-    width: bytes of a number in the residual stream, which has the weights' dtype. length: tokens of a row. padded: rows
-    of unequal length, so that attention gets a mask and every query head a key and value of its own. targets: module
-    path -> (out, in). autocast: bytes of a number that linear layers and attention compute with where that is another
-    dtype than the weights', None without autocast.
+    width: bytes of a number in the residual stream: that of the weights, but under autocast to another dtype float32.
+    length: tokens of a row. padded: rows of unequal length, so that attention gets a mask and every query head a key
+    and value of its own. targets: module path -> (out, in). autocast: bytes of a number that it computes with, None
+    without. packed: weights are quantized, so that linear layers give their inputs' dtype also under autocast.
     """
 
     job: Job
@@ -41,11 +41,17 @@ class Pass:
     targets: Mapping[str, tuple[int, int]]
     rank: int
     autocast: int | None = None
+    packed: bool = False
+
+    @property
+    def attended(self) -> int:
+        """Bytes of a number in attention and of a logit."""
+        return self.autocast or self.width
 
     @property
     def computed(self) -> int:
-        """Bytes of a number that a linear layer gives."""
-        return self.autocast or self.width
+        """Bytes of a number that a linear layer of the base gives."""
+        return self.width if self.packed else self.attended
 
     def block(self) -> int:
         """Bytes that the largest block keeps of a token."""
@@ -69,7 +75,7 @@ class Pass:
     def of_decoder(self) -> int:
         """Bytes that a block with attention to an encoder keeps of a token, both sides having as many tokens."""
         s = self.settings
-        return self.of_model() + 4 * (self.computed * s.queries + s.heads) + self.norm()
+        return self.of_model() + 4 * (self.attended * s.queries + s.heads) + self.norm()
 
     def norm(self) -> int:
         """Bytes that an RMSNorm keeps of a token: its input in float32, T5's also as it was; one number a row."""
@@ -78,17 +84,17 @@ class Pass:
 
     def of_model(self) -> int:
         """Bytes that one block keeps of a token whatever is adapted."""
-        s, e = self.settings, self.computed
+        s, e, inner = self.settings, self.attended, self.computed * self.settings.intermediate
         if s.kind == "t5":  # every head has its own bias for two positions, of every row; gelu_new as below
             mask = e * s.heads * self.length
-            return 4 * (e * s.queries + s.heads) + mask + 2 * self.norm() + (6 if s.gated else 0) * e * s.intermediate
+            return 4 * (e * s.queries + s.heads) + mask + 2 * self.norm() + (6 if s.gated else 0) * inner
         keys = s.queries if self.padded else s.keys
         attention = e * (2 * s.queries + 2 * keys) + 4 * s.heads + (e * self.length if self.padded else 0)
         if s.kind == "gpt2":  # LayerNorm keeps its input; gelu_new is five steps, of which four tensors are kept
-            return attention + 2 * e * (s.hidden + 2) + 4 * e * s.intermediate
+            return attention + 2 * self.width * (s.hidden + 2) + 4 * inner
         norms = 4 if s.kind in ("gemma2", "gemma3_text") else 2  # RMSNorm keeps its input in float32
         heads = 4 * (s.queries + s.keys) if s.kind in ("qwen3", "qwen3_moe", "gemma3_text") else 0
-        return attention + norms * self.norm() + heads + 3 * e * s.intermediate
+        return attention + norms * self.norm() + heads + 3 * inner
 
     def of_targets(self, targets: Mapping[str, tuple[int, int]]) -> int:
         """Bytes kept of a token for the targets' own sake: their inputs."""

@@ -15,8 +15,9 @@ from typing import Literal
 from gora_serve.config import PlanConfig
 from gora_serve.gora.ranks import lora_parameters
 from gora_serve.training.activations import Job, Pass
+from gora_serve.training.autocast import Autocast, autocast
 from gora_serve.training.selection import no_target, select
-from gora_serve.training.shapes import BLOCK, DTYPE_BYTES, BaseShapes
+from gora_serve.training.shapes import DTYPE_BYTES, BaseShapes
 
 GIB = 2**30
 Offload = Literal["none", "cpu", "disk"]
@@ -26,15 +27,18 @@ JOBS: tuple[Job, ...] = ("probe exact", "probe sketch", "train")
 PROCESS = 690 * 2**20  # Python with torch, transformers, peft, datasets and a tokenizer: measured, benchmarks/plan.py
 CONTEXT = 500 * 2**20  # a CUDA context with its libraries; depends on the driver
 SAMPLED_ROWS = 128  # rows of G that the sketch probe keeps whole, about: as many as --probe-error asks for
-AUTOCAST = {"bf16": ("bfloat16", 2), "fp16": ("float16", 2)}  # --mixed-precision -> dtype, bytes
 NF4_BITS = 4.5  # 4 a weight, and a float32 scale for 64 weights
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one memory, by what they are for. All parts stand at the same moment, the peak."""
+    """Bytes on one memory, by what they are for. All parts stand at the same moment, the peak.
+
+    copies: of weights, by autocast.
+    """
 
     weights: int = 0
+    copies: int = 0
     statistics: int = 0
     adapter: int = 0
     activations: int = 0
@@ -105,8 +109,7 @@ def estimate(shapes: BaseShapes, config: PlanConfig) -> MemoryPlan:
     targets = chosen_targets(shapes, config.model.targets)
     adapter = lora_parameters(targets, config.ranks.rank)
     width = DTYPE_BYTES.get(config.model.dtype, shapes.dtype_bytes)
-    sizes, casts = _sizes(shapes, width, nf4=config.model.quantize == "nf4"), _casts(shapes, config)
-    case = _Case(shapes, config, targets, adapter, width, sizes, casts)
+    case = _Case(shapes, config, targets, adapter, width, _sizes(shapes, width, nf4=config.model.quantize == "nf4"))
     needs = []
     for job in JOBS:
         needs.append(case.need(job, "none", checkpointing=False))
@@ -141,32 +144,6 @@ def _sizes(shapes: BaseShapes, width: int, *, nf4: bool) -> _Sizes:
 
 
 @dataclass(frozen=True)
-class _Casts:
-    """Bytes of the copies that autocast makes of linear layers' weights, and that autograd keeps: of all layers in
-    blocks, of those of the largest block, and of the head."""
-
-    blocks: int = 0
-    block: int = 0
-    head: int = 0
-
-
-def _casts(shapes: BaseShapes, config: PlanConfig) -> _Casts:
-    """Return the copies for --mixed-precision; none where the weights have its dtype. Packed weights are no copies."""
-    if config.mixed_precision == "no":
-        return _Casts()
-    dtype, width = AUTOCAST[config.mixed_precision]
-    if (shapes.dtype if config.model.dtype == "auto" else config.model.dtype) == dtype:
-        return _Casts()
-    blocks: dict[str, int] = {}
-    for path, (out, inside) in shapes.linears.items() if config.model.quantize == "none" else ():
-        found = BLOCK.match(path)
-        block = found[1] if found else path
-        blocks[block] = blocks.get(block, 0) + out * inside * width
-    head = shapes.settings.vocabulary * shapes.settings.hidden * width
-    return _Casts(sum(blocks.values()), max(blocks.values(), default=0), head)
-
-
-@dataclass(frozen=True)
 class _Weights:
     """Bytes of weights that a device holds while the logits are computed, and while a block is."""
 
@@ -184,43 +161,42 @@ class _Case:
     adapter: int
     width: int
     sizes: _Sizes
-    casts: _Casts
 
     def need(self, job: Job, offload: Offload, *, checkpointing: bool) -> Need:
         """Return the need at the peak: where the logits are, or in the backward pass of one block."""
         statistics, drawn = self.statistics(job)
-        weights, host_weights = self.weights(offload), self.host_weights(offload)
+        narrow = self.autocast(job)
+        weights, host_weights = self.weights(offload, narrow), self.host_weights(offload)
         kept, in_block, logits = self.forward(job, checkpointing=checkpointing)
         adapter = self.adapter_bytes() if job == "train" else 0
-        casts = self.casts if self.autocast(job) else _Casts()
-        kept_casts = 0 if checkpointing else casts.blocks
+        at_logits = narrow.at_logits(checkpointing=checkpointing) if narrow else 0
+        in_backward = narrow.in_block(checkpointing=checkpointing) if narrow else 0
         stages = [
-            Parts(weights.at_logits + kept_casts + casts.head, statistics, adapter, kept, logits),
-            Parts(weights.in_block + (kept_casts or casts.block), statistics, adapter, in_block),
+            Parts(weights.at_logits, at_logits, statistics, adapter, kept, logits),
+            Parts(weights.in_block, in_backward, statistics, adapter, in_block),
         ]
         peak = max(stages, key=lambda parts: parts.total)
         start = 4 * self.adapter if job == "train" else 0  # the factors that training starts from stay on the host
         processes = self.config.processes
         if self.config.device == "gpu":
-            host = Parts(host_weights, drawn, start, fixed=PROCESS).times(processes)
+            host = Parts(host_weights, statistics=drawn, adapter=start, fixed=PROCESS).times(processes)
             return Need(job, offload, checkpointing, replace(peak, fixed=CONTEXT), host)
         holes = self.one_pass(job).holes(self.tokens, checkpointing=checkpointing)
-        one = replace(
-            peak, statistics=statistics + drawn, adapter=adapter + start, holes=holes, fixed=PROCESS
-        )  # fmt: skip
+        one = replace(peak, statistics=statistics + drawn, adapter=adapter + start, holes=holes, fixed=PROCESS)
         return Need(job, offload, checkpointing, one.times(processes), Parts())
 
-    def weights(self, offload: Offload) -> _Weights:
+    def weights(self, offload: Offload, narrow: Autocast | None) -> _Weights:
         """Return the bytes of the weights on a device, for one process."""
         sizes = self.sizes
         if self.config.sharded:  # one block at work and the next on its way; embeddings and head stay whole
             share = sizes.outside + -(-sizes.whole // self.config.processes)
             return _Weights(share, share + 2 * sizes.block)
         if offload == "none" or (offload == "cpu" and self.config.device == "cpu"):
-            resident = sizes.whole + (self.dequantized() if self.config.model.quantize == "nf4" else 0)
+            resident = sizes.whole + (self.largest() if self.config.model.quantize == "nf4" else 0)
             return _Weights(resident, resident)
         times = 2 if offload == "disk" and self.config.device == "cpu" else 1  # the files' pages, and what is read
-        return _Weights(times * sizes.outsider, times * sizes.block)
+        copied = narrow is not None and narrow.block  # then autograd keeps the copies, and no weight of the block
+        return _Weights(times * sizes.outsider, times * (self.largest() if copied else sizes.block))
 
     def host_weights(self, offload: Offload) -> int:
         """Return the bytes of the weights on the host: loading goes through it even where nothing is offloaded.
@@ -230,8 +206,8 @@ class _Case:
         passing = offload == "disk" or self.config.model.quantize == "nf4"
         return self.sizes.block if passing else self.sizes.whole
 
-    def dequantized(self) -> int:
-        """Return the bytes of the largest weight in full: a quantized layer makes it when it computes."""
+    def largest(self) -> int:
+        """Return the bytes of the largest linear layer's weight in full: a quantized one makes it when it computes."""
         return max((out * inside * self.width for out, inside in self.shapes.linears.values()), default=0)
 
     def statistics(self, job: Job) -> tuple[int, int]:
@@ -254,19 +230,21 @@ class _Case:
         return self.config.data.batch_size * self.config.data.max_length
 
     def one_pass(self, job: Job) -> Pass:
-        length, padded, rank = self.config.data.max_length, self.config.padded, self.config.ranks.rank
-        return Pass(job, self.shapes.settings, self.width, length, padded, self.targets, rank, self.autocast(job))
+        data, narrow = self.config.data, self.autocast(job)
+        return Pass(
+            job, self.shapes.settings, 4 if narrow and narrow.promotes else self.width, data.max_length,
+            self.config.padded, self.targets, self.config.ranks.rank, narrow.width if narrow else None,
+            packed=self.config.model.quantize != "none",
+        )  # fmt: skip
 
-    def autocast(self, job: Job) -> int | None:
-        """Return the bytes of a number that autocast computes with, None without it: a probe does without for fp16."""
-        precision = self.config.mixed_precision
-        return None if precision == "no" or (precision == "fp16" and job != "train") else AUTOCAST[precision][1]
+    def autocast(self, job: Job) -> Autocast | None:
+        return autocast(self.shapes, self.config, job, self.adapter)
 
     def forward(self, job: Job, *, checkpointing: bool) -> tuple[int, int, int]:
         """Return the bytes of activations where the logits are, and in a block's backward pass; and of logits."""
         one = self.one_pass(job)
         kept = one.block_inputs() if checkpointing else one.all_blocks()
         working = one.working() + (one.block() if checkpointing else 0)
-        logits = self.tokens * self.shapes.settings.vocabulary * 2 * one.computed  # and their gradient
+        logits = self.tokens * self.shapes.settings.vocabulary * 2 * one.attended  # and their gradient
         product = one.product(widened=self.config.device == "cpu")
         return kept * self.tokens, (kept + working) * self.tokens + product, logits

@@ -160,5 +160,5 @@ def test_the_page_is_made_of_the_rows() -> None:
     keys = [(run.key(row), run.on_cpu(row)) for row in every]
     assert len(keys) == len(set(keys)), "a row was made twice"
     _, _, made = tables.PAGE.read_text(encoding="utf-8").partition(tables.BEGIN)
-    told = "run: python benchmarks/methods/tables.py"
-    assert made.strip() == tables.markdown([row for row in every if row["steps"] == run.STEPS]).strip(), told
+    value = tables.results([row for row in every if row["steps"] == run.STEPS])
+    assert made.strip() == tables.markdown(value).strip(), "run: python benchmarks/methods/tables.py"

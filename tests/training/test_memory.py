@@ -20,14 +20,19 @@ from torch import nn
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig
 from gora_serve.errors import GoraError
+from gora_serve.gora.ranks import lora_parameters
+from gora_serve.integrity.bases import locate_base
 from gora_serve.training import inject
 from gora_serve.training.activations import Job, Pass
 from gora_serve.training.advice import advise, free_memory, least
+from gora_serve.training.autocast import autocast
 from gora_serve.training.loss import mean_loss
 from gora_serve.training.memory import JOBS, OFFLOADS, MemoryPlan, chosen_targets, estimate
+from gora_serve.training.models import load_model
 from gora_serve.training.shapes import BaseShapes, read_shapes
 from gora_serve.training.taps import tapped
 from gora_serve.training.targets import find_targets
+from gora_serve.training.weights import weight_shape
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 LLAMA = {
@@ -158,7 +163,7 @@ def prepared(model: Any, job: Job, rank: int) -> tuple[Any, contextlib.AbstractC
     if job != "train":
         return model, tapped(modules, {path: lambda dY, X: None for path in modules})
     conv = any(hasattr(module, "nf") for module in modules.values())
-    shapes = {p: m.weight.T.shape if hasattr(m, "nf") else m.weight.shape for p, m in modules.items()}
+    shapes = {path: weight_shape(module) for path, module in modules.items()}
     factors = {p: LoraFactors(torch.ones(rank, i), torch.zeros(o, rank), 1.0) for p, (o, i) in shapes.items()}
     return inject.attach(model, factors, task_type=None, fan_in_fan_out=conv), contextlib.nullcontext()
 
@@ -187,35 +192,98 @@ def test_activations_are_what_autograd_saves(
     assert one.all_blocks() * rows * length == pytest.approx(found, rel=0.06)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("stored", "rank"), [("float32", 4), ("float32", 32), ("bfloat16", 4)])
 @pytest.mark.parametrize("job", ["probe exact", "train"])
 @pytest.mark.parametrize("name", [*CONFIGS, "gpt2", "t5"])
 def test_autocast_saves_narrower_numbers_and_copies_of_the_weights(
-    name: str, job: Job, stored: torch.dtype, padded: bool, tmp_path: Path
+    name: str, job: Job, stored: Any, rank: int, tmp_path: Path
 ) -> None:
-    """The copies are those of all layers but the first targets, before which nothing needs a gradient."""
+    """Planned: the copies of all layers, of which those are not made before which nothing needs a gradient."""
     builders = {"gpt2": build_gpt2, "t5": build_t5}
     model = builders[name]() if name in builders else build(name)
-    shapes = saved(model.to(stored), tmp_path)
-    rows, length, rank = 2, 48, 4
+    shapes = saved(model.to(getattr(torch, stored)), tmp_path)
+    config = PlanConfig(ModelConfig(dtype=stored), DataConfig(48, batch_size=2), RankConfig(rank))
+    check_autocast(model, shapes, config, job)
+    linear = sum(out * inside for out, inside in shapes.linears.values())
+    added = autocast(shapes, replace(config, mixed_precision="bf16"), job, 0)
+    assert added is not None
+    assert added.blocks == (2 * linear if stored == "float32" else 0)
+
+
+@pytest.mark.parametrize("job", ["probe exact", "train"])
+def test_autocast_over_packed_weights(job: Job, tmp_path: Path) -> None:
+    """bitsandbytes' layers give their input's dtype, and autograd keeps nothing of their weights."""
+    pytest.importorskip("bitsandbytes")
+    shapes = saved(build_llama(hidden_size=64, intermediate_size=128), tmp_path)
+    chosen = ModelConfig(dtype="float32", quantize="nf4")
+    model = load_model(locate_base(str(tmp_path)), chosen)
+    check_autocast(model, shapes, PlanConfig(chosen, DataConfig(48, batch_size=2), RankConfig(4)), job)
+
+
+def check_autocast(model: Any, shapes: BaseShapes, config: PlanConfig, job: Job) -> None:
+    """Compare what autograd saves under autocast to bfloat16 with the plan's activations and copies."""
+    rows, length, rank = config.data.batch_size, config.data.max_length, config.ranks.rank
     model, context = prepared(model, job, rank)
     ids = torch.randint(5, 90, (rows, length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    if padded or name == "t5":
-        batch["attention_mask"][0, -5:] = 0
-    forward = (lambda model, batch: model(**batch)) if name == "t5" else mean_loss
+    batch["attention_mask"][0, -5:] = 0
+    forward = (lambda model, batch: model(**batch)) if shapes.settings.kind == "t5" else mean_loss
     with context, torch.autocast("cpu", torch.bfloat16):
         found = saved_bytes(model, batch, forward, shapes.settings.vocabulary)
-    one = Pass(job, shapes.settings, stored.itemsize, length, padded, shapes.linears, rank, 2)
-    config = PlanConfig(data=DataConfig(length, batch_size=rows), mixed_precision="bf16", padded=padded)
-    need = {of: estimate(shapes, replace(config, mixed_precision=of)).need(job, "none", checkpointing=False).device
-            for of in ("no", "bf16")}  # fmt: skip
-    head = 2 * shapes.settings.vocabulary * shapes.settings.hidden if need["bf16"].logits else 0
-    copies = need["bf16"].weights - need["no"].weights - (head if stored == torch.float32 else 0)
-    linear = sum(out * inside for out, inside in shapes.linears.values())
-    assert copies == (2 * linear if stored == torch.float32 else 0)
-    assert one.all_blocks() * rows * length + copies == pytest.approx(found, rel=0.06)
+    config = replace(config, mixed_precision="bf16")
+    added = autocast(shapes, config, job, lora_parameters(shapes.linears, rank))
+    assert added is not None
+    need = estimate(shapes, config).need(job, "none", checkpointing=False).device
+    assert need.copies == (added.at_logits if need.logits else added.in_block)(checkpointing=False)
+    one = Pass(
+        job, shapes.settings, 4 if config.model.dtype == "float32" else 2, length, True, shapes.linears, rank,
+        autocast=2, packed=config.model.quantize == "nf4",
+    )  # fmt: skip
+    planned = one.all_blocks() * rows * length + added.in_block(checkpointing=False)
+    assert planned == pytest.approx(found, rel=0.06)
+
+
+def test_copies_are_made_where_weights_have_another_dtype(llama: BaseShapes) -> None:
+    head = 2 * math.prod(llama.tensors["lm_head.weight"])
+    factors = 2 * lora_parameters(llama.linears, 8)
+    block = sum(2 * o * i for path, (o, i) in llama.linears.items() if path.startswith("model.layers.0."))
+
+    def copies(job: Job, **changes: Any) -> set[int]:
+        plan = plan_of(llama, **changes)
+        return {plan.need(job, "none", checkpointing=True).device.copies}
+
+    stages = {head + factors, block}
+    assert copies("train", mixed_precision="bf16") <= stages
+    assert copies("probe exact", mixed_precision="bf16") <= {head, block}
+    assert copies("train", mixed_precision="bf16", model=ModelConfig(dtype="bfloat16")) <= {factors, 0}
+    assert copies("train", mixed_precision="fp16", model=ModelConfig(dtype="bfloat16")) <= stages
+    assert copies("train", mixed_precision="bf16", model=ModelConfig(quantize="nf4")) <= {head + factors, 0}
+    for job in JOBS:
+        assert copies(job) == {0}
+        assert copies(job, mixed_precision="fp16", device="cpu") == {0}, "Accelerate has no float16 on CPUs"
+    assert copies("probe exact", mixed_precision="fp16") == {0}, "a probe has no loss scaling"
+    without, fp16 = plan_of(llama), plan_of(llama, mixed_precision="fp16")
+    assert without.need("probe exact", "cpu", checkpointing=True) == fp16.need("probe exact", "cpu", checkpointing=True)
+
+
+def test_offloaded_weights_give_way_to_their_copies(llama: BaseShapes) -> None:
+    """Autograd keeps what a layer computed with: of a block at work one weight is there, and copies of all."""
+    plan = plan_of(llama, mixed_precision="bf16", data=DataConfig(64, batch_size=8))
+    device = plan.need("train", "disk", checkpointing=True).device
+    assert device.logits == 0, "the peak is in a block"
+    assert device.weights == 4 * max(out * inside for out, inside in llama.linears.values())
+    assert device.copies == sum(2 * o * i for path, (o, i) in llama.linears.items() if ".layers.0." in path)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_what_auto_takes_is_chosen_before_any_copy_is_made(llama: BaseShapes, precision: Any) -> None:
+    plans = {of: plan_of(llama, mixed_precision=of) for of in ("no", precision)}
+    for memory in range(least(plans[precision]), 4 * least(plans[precision]), 2**18):
+        chosen = advise(plans[precision], memory)
+        assert chosen is not None
+        exact = plans["no"].need("probe exact", chosen.offload, checkpointing=chosen.checkpointing).device
+        fits = exact.statistics <= (memory - exact.weights - exact.fixed) / 2
+        assert chosen.auto == ("exact" if fits else "sketch")
 
 
 @pytest.fixture(scope="module")
