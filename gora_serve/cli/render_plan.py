@@ -79,9 +79,11 @@ def _advice(plan: MemoryPlan, config: PlanConfig, memory: int, advice: Advice | 
 def _table(plan: MemoryPlan, config: PlanConfig) -> Table:
     left_out = {"holes": config.device != "cpu", "copies": config.mixed_precision == "no"}
     names = [field.name for field in fields(Parts) if not left_out.get(field.name)]
-    total = "device" if config.device == "gpu" else "resident set"
+    total = "device" if config.device == "gpu" else "total"
     host = ["host"] if config.device == "gpu" else []
-    table = Table("job", "saved by", *names, total, *host, title="GiB at the peak", title_justify="left")
+    table = Table(
+        "job", "saved by", *names, total, *host, title="GiB at the peak", title_justify="left", pad_edge=False
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for index, need in enumerate(plan.needs):
