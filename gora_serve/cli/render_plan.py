@@ -81,9 +81,8 @@ def _table(plan: MemoryPlan, config: PlanConfig) -> Table:
     names = [field.name for field in fields(Parts) if not left_out.get(field.name)]
     total = "device" if config.device == "gpu" else "total"
     host = ["host"] if config.device == "gpu" else []
-    table = Table(
-        "job", "saved by", *names, total, *host, title="GiB at the peak", title_justify="left", pad_edge=False
-    )
+    table = Table("job", "saved by", *names, total, *host, title="GiB at the peak", title_justify="left")
+    table.pad_edge = "copies" not in names  # so 120 columns hold all of them
     for column in table.columns[2:]:
         column.justify = "right"
     for index, need in enumerate(plan.needs):
