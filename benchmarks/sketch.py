@@ -3,12 +3,15 @@
     .venv/bin/python benchmarks/sketch.py gora-demo/base
 
 For each task of examples/data the same micro-batches are probed in sketch mode and in exact mode, and in exact mode
-by two disjoint halves: how much they differ is how much the data itself leaves open.
+by two disjoint halves: how much they differ is how much the data itself leaves open. And once more in exact mode with
+the products of a micro-batch in float32, which the exact probe has in the dtype of the forward pass.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from machine import facts, write
 
 from gora_serve.config import DataConfig, ModelConfig, ProbeConfig, RankConfig, TrainConfig
+from gora_serve.gora import statistics
 from gora_serve.gora.initialize import initialize
 from gora_serve.gora.ranks import allocate_ranks
 from gora_serve.gora.statistics import GradientStatistics
@@ -43,6 +47,17 @@ def measure(session: Session, batches: list[Any], mode: str) -> GradientStatisti
     )
 
 
+@contextmanager
+def products_in_float32() -> Iterator[None]:
+    """While open, an exact probe multiplies in float32, whatever the forward pass is in."""
+    own = statistics.operands
+    statistics.operands = lambda dY, X: tuple(one.float() for one in own(dY, X))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        statistics.operands = own
+
+
 def compare(exact: GradientStatistics, other: GradientStatistics) -> dict[str, float]:
     """Relative change of the importances, and of the ranks that follow, from `exact` to `other`."""
     before, after = exact.importances("sensitivity"), other.importances("sensitivity")
@@ -50,9 +65,9 @@ def compare(exact: GradientStatistics, other: GradientStatistics) -> dict[str, f
     one, two = (allocate_ranks(values, exact.shapes, RankConfig()).ranks for values in (before, after))
     off = np.array([abs(one[path] - two[path]) for path in one])
     return {
-        "median error": round(float(np.median(errors)), 5),
-        "95th percentile": round(float(np.quantile(errors, 0.95)), 5),
-        "largest error": round(float(errors.max()), 5),
+        "median error": round(float(np.median(errors)), 7),
+        "95th percentile": round(float(np.quantile(errors, 0.95)), 7),
+        "largest error": round(float(errors.max()), 7),
         "share of equal ranks": round(float((off == 0).mean()), 4),
         "largest rank difference": int(off.max()),
     }
@@ -77,12 +92,16 @@ def one_task(base: str, task: str) -> dict[str, Any]:
     batches = session.batches(examples, schedule(len(examples), ROWS, batches=STEPS, seed=42))
     sketch = measure(session, batches, "sketch")
     exact = measure(session, batches, "exact")
+    with products_in_float32():
+        precise = measure(session, batches, "exact")
     halves = [measure(session, batches[start::2], "exact") for start in (0, 1)]
     modules = sketch.modules.values()
     rows = sum(module.rows or 0 for module in modules) / sum(module.shape[0] for module in modules)
     errors = [module.importance_error for module in modules]
     return {
         "sketch against exact": compare(exact, sketch),
+        "products in bfloat16 against float32": compare(precise, exact)
+        | {"largest relative difference of B": largest_difference_of_b(precise, exact)},
         "one half of the data against the other": compare(*halves),
         "share of rows sampled": round(rows, 4),
         "stated error": ProbeConfig.error,
