@@ -3,10 +3,10 @@
     python benchmarks/methods/served.py BASE --keep DIR [--task sentiment] [--seed 0]
 
 Each method is trained as run.py trains it, and scored as trained, by PEFT in float32 (on CUDA with TF32). Its adapter
-is served twice beside those of the others, as training saved it and as `convert` wrote it, by vLLM's own LoRA layers in
-float32. The learning rate is what run.py's rows give; where a method has no whole sweep, the lowest of its sweep, and
-the table says so. What was trained stays in DIR, which is of one BASE, and is not trained again. `gora-serve serve`
-refuses those that are wrong unconverted, so vLLM is asked without it.
+is served twice beside those of the others, as training saved it and as `convert` wrote it, by vLLM in float32, on CPUs
+with gora-serve's plugin. The learning rate is what run.py's rows give; where a method has no whole sweep, the lowest of
+its sweep, and the table says so. What was trained stays in DIR, which is of one BASE, and is not trained again.
+`gora-serve serve` refuses those that are wrong unconverted, so vLLM is asked without it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
 from machine import facts, write
 
+from gora_serve.serving.plugin import plugin_environment
 from methods.bench import kept_name
 from methods.methods import methods
 from methods.run import SERVED, STEPS, Rows, Worker, best_rate, rows
@@ -32,6 +34,7 @@ from methods.tasks import TASKS, Task
 KINDS = ("trained", "converted")
 RANK = 32  # the largest, of GoRA
 ENVIRONMENT = {"VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+PLUGIN = not torch.cuda.is_available()  # on CPUs vLLM's own LoRA layers take minutes for what the plugin's take seconds
 
 
 def train(base: str, keep: Path, task: str, seed: int, found: Rows) -> dict[str, dict[str, Any]]:
@@ -60,7 +63,7 @@ def folder(keep: Path, row: dict[str, Any]) -> Path:
 
 def ask(base: str, adapters: dict[str, Path], task: Task) -> dict[str, float]:
     """Return the score of the base, "", and of each adapter, all in one engine."""
-    os.environ |= ENVIRONMENT  # before vLLM is imported
+    os.environ |= ENVIRONMENT | (plugin_environment(None) if PLUGIN else {})  # before vLLM is imported
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -98,7 +101,7 @@ def main() -> None:
     asked = parser.parse_args()
     made = train(asked.base, asked.keep, asked.task, asked.seed, rows())
     head = facts(f"python benchmarks/methods/served.py BASE --keep DIR --task {asked.task} --seed {asked.seed}")
-    settings = {"engine": engine_name(), "task": asked.task, "seed": asked.seed, "steps": STEPS}
+    settings = {"engine": engine_name(), "plugin": PLUGIN, "task": asked.task, "seed": asked.seed, "steps": STEPS}
     folders = {f"{name}-{kind}": folder(asked.keep, row) / kind for name, row in made.items() for kind in KINDS}
     scores = ask(asked.base, folders, TASKS[asked.task])
     table = {
