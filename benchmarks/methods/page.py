@@ -95,9 +95,10 @@ def served(rows: Rows) -> str:
 
 def by_vllm(result: dict[str, Any]) -> str:
     """Scores of all methods' adapters in one engine, beside those that training ended with."""
+    engine = result["engine"] + (" with the plugin" if result["plugin"] else "")
     lines = [
-        f"{result['task'].capitalize()}, seed {result['seed']}: all in one {result['engine']}, in float32"
-        f"{', with the plugin' if result['plugin'] else ''}, on the base as it is, which scores {result['base']:.3f} itself.\n",
+        f"{result['task'].capitalize()}, seed {result['seed']}: all in one {engine}, in float32, on the base as it is, "
+        f"which scores {result['base']:.3f} itself.\n",
         "| method | rate | as trained, by PEFT | unconverted, by vLLM | converted, by vLLM |", "| --- " * 5 + "|",
     ]  # fmt: skip
     for name, one in result["methods"].items():
