@@ -58,6 +58,7 @@ def hash_summary(base: Base, manifest: Manifest, outputs: Sequence[Path], level:
 
 
 def verify_summary(done: Verified) -> Summary:
+    """What was proved: how deep it was looked, the root, and the base that it belongs to."""
     said = f"verified {done.path}: every byte hashed" if done.level.verifies else f"unchanged {done.path}"
     lines = [f"{said} ({done.level.value}{'' if done.level.verifies else UNVERIFIED})", f"root {done.root}"]
     if done.base and not done.warnings:
