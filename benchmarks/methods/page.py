@@ -10,6 +10,10 @@ from methods.run import STEPS, is_whole
 from methods.tasks import TASKS
 
 Rows = Sequence[dict[str, Any]]
+OF_PAIRS = (
+    "On tasks with sweeps of their own: the method's less the other's, of the same seed and device (of `-32` less "
+    "`-32`), with the standard error over seeds; in the mean over tasks."
+)
 
 
 def sweep(losses: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -60,11 +64,11 @@ def told(cell: dict[str, Any] | None) -> str:
     return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g}{mark})"
 
 
-def against(value: dict[str, Any]) -> str:
-    """The paired differences from LoRA of the same rank, for each task and over all that there are; "" of none."""
-    lines = []
+def against(value: dict[str, Any], rival: str) -> str:
+    """The paired differences from the rival, for each task and over all that there are."""
+    lines = ["| method | task | score | loss | seeds |", "| --- " * 5 + "|"]
     for name, one in value.items():
-        score, loss = one["score against"], one["loss against"]
+        score, loss = one["against"][rival]["score"], one["against"][rival]["loss"]
         if score is None:
             continue
         for task, of_task in score["by task"].items():
@@ -72,13 +76,7 @@ def against(value: dict[str, Any]) -> str:
             lines.append(f"| {name} | {task} | {cells} |")
         if score["count"] > 1:
             lines.append(f"| {name} | mean of {score['count']} | {difference(score)} | {difference(loss)} | |")
-    if not lines:
-        return ""
-    told = (
-        "On tasks with sweeps of their own: the method's less LoRA's, of the same seed and device (of `-32` less "
-        "`lora-32`'s), with the standard error over seeds; in the mean over tasks.\n"
-    )
-    return "\n".join([told, "| method | task | score | loss | seeds |", "| --- " * 5 + "|", *lines])
+    return "\n".join(lines)
 
 
 def difference(one: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 DEPLOYED = (1, 10, 100)  # tasks
+RIVALS = ("lora", "gora")  # what every method is held against
 BEGIN = "<!-- made by benchmarks/methods/tables.py -->"
 
 Rows = Sequence[dict[str, Any]]
@@ -37,13 +38,14 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def paired(every: Rows, method: str, what: str) -> dict[str, Any] | None:
-    """Return the mean difference from LoRA of the same rank over the tasks that both have, with its standard error;
-    and of each task over its seeds. None without any, and of LoRA itself. every: test rows of tasks that were swept.
+def paired(every: Rows, method: str, rival: str, what: str) -> dict[str, Any] | None:
+    """Return the mean difference from the rival (of rank 32 for a method of rank 32) over the tasks that both have,
+    with its standard error; and of each task over its seeds. None without any, and of the rival itself.
+    every: test rows of tasks that were swept.
 
     Both rows of a difference are of a CPU, or both of an accelerator, which goes first.
     """
-    against = "lora-32" if method.endswith("-32") else "lora"
+    against = f"{rival}-32" if method.endswith("-32") else rival
     by = {(row["method"], row["task"], row["seed"], on_cpu(row)): row[what] for row in every}
     differences: dict[str, dict[int, float]] = {}
     for (name, *rest), value in sorted(by.items()):
@@ -81,8 +83,10 @@ def tables(every: Rows) -> dict[str, Any]:
                 for task, some in by_task.items() if some
             },
             "parameters": own[0]["parameters"],
-            "score against": paired(pairs, name, "score"),
-            "loss against": paired(pairs, name, "eval_loss"),
+            "against": {
+                rival: {"score": paired(pairs, name, rival, "score"), "loss": paired(pairs, name, rival, "eval_loss")}
+                for rival in RIVALS
+            },
         }  # fmt: skip
     return value
 
@@ -171,8 +175,8 @@ def markdown(value: dict[str, Any]) -> str:
     made += ["### The same row on two devices", page.twice(value["twice"])]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
     made += ["### Test rows", cells, page.test(value["methods"])]
-    if against := page.against(value["methods"]):
-        made += ["### Against LoRA", against]
+    made += ["### Against LoRA", page.OF_PAIRS, page.against(value["methods"], "lora")]
+    made += ["### Against GoRA", page.against(value["methods"], "gora")]
     made += ["### Served", page.served(value["served"])]
     if value["MB"]:
         made += [page.deployed(value["MB"])]

@@ -84,20 +84,23 @@ def test_differences_are_of_the_same_seed_and_device() -> None:
         row_of("lora", "mnli", 0, 0.7), row_of("gora", "mnli", 0, 0.6),
         row_of("gora-32", "mnli", 0, 0.9), row_of("lora-32", "mnli", 0, 0.8),
     ]  # fmt: skip
-    found = tables.paired(rows, "gora", "score")
+    found = tables.paired(rows, "gora", "lora", "score")
     assert found is not None
     # snips: +0.1 and +0.3, so 0.2 with an error of 0.1414 / sqrt(2); mnli: -0.1; in the mean 0.05
     assert found["by task"]["snips"] == {"mean": 0.2, "error": 0.1, "count": 2}
     assert found["by task"]["mnli"] == {"mean": -0.1, "error": None, "count": 1}
     assert (found["mean"], found["error"], found["count"], found["better on"]) == (0.05, 0.15, 2, 1)
-    losses = tables.paired(rows, "gora", "eval_loss")
+    losses = tables.paired(rows, "gora", "lora", "eval_loss")
     assert losses is not None
     assert (losses["mean"], losses["better on"]) == (-0.05, 1)
-    large = tables.paired(rows, "gora-32", "score")
+    large = tables.paired(rows, "gora-32", "lora", "score")
     assert large is not None
     assert large["mean"] == 0.1
-    assert tables.paired(rows, "lora", "score") is None
-    assert tables.paired(rows[:1], "gora", "score") is None
+    assert tables.paired(rows, "lora", "lora", "score") is None
+    mirrored = tables.paired(rows, "lora", "gora", "score")
+    assert mirrored is not None
+    assert mirrored["mean"] == -0.05
+    assert tables.paired(rows[:1], "gora", "lora", "score") is None
 
 
 def test_bytes_of_many_tasks() -> None:
