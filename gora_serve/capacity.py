@@ -20,6 +20,7 @@ from gora_serve.serving.plan import architecture, plugin_settings, uses_plugin
 from gora_serve.serving.plugin import Declared
 from gora_serve.serving.room import rank_bucket, slots, target_modules
 from gora_serve.serving.served import ServedAdapter, read_served_adapters
+from gora_serve.serving.served_dtype import served_dtype
 from gora_serve.serving.slots import AdapterShapes, PoolPlan, Shape, SlotPlan, plan_pools, plan_slots, wrapped_layers
 from gora_serve.training.shapes import DTYPE_BYTES, BaseShapes, read_shapes
 from gora_serve.vllm_plugin.sizes import declared_in, layer_of, pool_rows, slot_rank
@@ -59,7 +60,7 @@ def capacity(
     """Reckon what these adapters take in a server, and how many adapters of their ranks `memory` bytes hold.
 
     Adapters that `serve` would refuse by their headers are refused here too, all faults at once. dtype: of weights and
-    slots; "auto" is as the base is stored. plugin: as for `serve`. given: the base in the commands that are advised.
+    slots, as vLLM's `--dtype` has it. plugin: as for `serve`. given: the base in the commands that are advised.
     Raises what the readers of bases and adapters raise.
     """
     served = read_served_adapters(named, given)
@@ -70,7 +71,7 @@ def capacity(
     config = ServeConfig(device="cpu" if device == "cpu" else "cuda", plugin=plugin)
     targets = target_modules(served, kind)
     wrapped = wrapped_layers(shapes.linears, _ends(shapes, kind), targets)
-    width = DTYPE_BYTES.get(dtype, shapes.dtype_bytes)
+    width = DTYPE_BYTES.get(served_dtype(dtype, shapes.dtype, shapes.settings.kind), shapes.dtype_bytes)
     weights, engine = shapes.parameters * width, ENGINE if device == "cpu" else None
     room = max(0, memory - weights - CACHE - (engine or 0))
     plan = _plan(served, found, wrapped, config, kind, width, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from gora_serve.serving.canary import tolerance
 from gora_serve.serving.client import complete
 from gora_serve.serving.keys import read_keys
 from gora_serve.serving.plan import ServePlan
+from gora_serve.serving.served_dtype import dtype_served
 
 STEPS = 8  # tokens that continue each prompt
 TOP = 5  # log probabilities compared at each of them
@@ -43,7 +45,7 @@ def check_parity(plan: ServePlan, *, token: str | None = None, listen: Listener 
     reference = Reference(plan.base, {one.name: one.path for one in plan.adapters}, torch.float32)
     texts = prompts(plan.base)
     key = next(iter(read_keys(os.environ, plan.key_file)), None)
-    allowed = tolerance(plan.dtype, plan.base)
+    allowed, dtype = tolerance(plan.dtype, plan.base), dtype_served(plan.dtype, plan.base)
     for index, model in enumerate(plan.models):
         worst, count = 0.0, 0
         for tokens in texts:
@@ -53,12 +55,13 @@ def check_parity(plan: ServePlan, *, token: str | None = None, listen: Listener 
             rows = reference.logprobs(name, [*tokens, *served[:-1]], len(served))  # (steps, vocabulary)
             off = [abs(value - float(row[token])) for step, row in zip(answer.top, rows, strict=True)
                    for token, value in step.items()]  # fmt: skip
-            worst, count = max([worst, *off]), count + len(off)
+            worst = max([worst, *(math.inf if math.isnan(one) else one for one in off)])
+            count += len(off)
         listen(Progress("verify", index + 1, len(plan.models)))
-        if not worst <= allowed:
+        if worst > allowed:
             raise RunError(
                 f"{model} does not answer as PEFT does", code="GS-7353",
                 expected=f"log probabilities within {allowed:g}",
                 actual=f"off by {worst:.3g}", hint="--dtype float32 tells rounding from a wrong answer",
             )  # fmt: skip
-        yield Compared(model, worst, count, plan.dtype)
+        yield Compared(model, worst, count, dtype)

@@ -7,7 +7,6 @@ fingerprint, the log probabilities that PEFT computed in float64, it must be tho
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from pathlib import Path
 
 from gora_serve.errors import RunError
 from gora_serve.integrity.fingerprint import Answer, Expected
+from gora_serve.serving.served_dtype import dtype_served
 
 ASKED = 20  # tokens whose log probabilities the engine is asked for: its default limit
 SAME = 1e-6  # log probabilities nearer than this are the same answer
 # dtype that is served -> the largest difference of a log probability to the fingerprint's. float32 on CPU differs by
 # 1e-4 at most (tests/e2e); TF32, other kernels and half precision by more.
-TOLERANCES: Mapping[str, float] = {"float32": 0.01, "float": 0.01, "float16": 0.1, "half": 0.1, "bfloat16": 0.25}
+TOLERANCES: Mapping[str, float] = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.25}
 WIDEST = max(TOLERANCES.values())
 # Any tokens show whether an adapter does anything; these exist in every vocabulary of 256 or more.
 PROMPTS = ((17, 45, 96, 130, 52, 201, 88, 19), (64, 33, 71, 12, 250, 9, 180, 41), (111, 7, 58, 222, 140, 36, 99, 5))
@@ -48,11 +48,8 @@ class Checked:
 
 
 def tolerance(dtype: str, base: Path) -> float:
-    """Return what log probabilities may differ by where `dtype` is served; "auto" is that of the base's weights."""
-    if dtype == "auto":
-        config = json.loads((base / "config.json").read_bytes())
-        dtype = str(config.get("dtype") or config.get("torch_dtype"))
-    return TOLERANCES.get(dtype, WIDEST)
+    """Return what log probabilities may differ by where `--dtype` is this one."""
+    return TOLERANCES.get(dtype_served(dtype, base), WIDEST)
 
 
 def check_canary(name: str, base: str, expected: Sequence[Expected], allowed: float, ask: Ask) -> Checked:

@@ -11,6 +11,7 @@ import pytest
 from gora_serve.errors import InputError, RunError
 from gora_serve.integrity.fingerprint import Expected, fingerprint_json, read_fingerprint
 from gora_serve.serving.canary import PROMPTS, WIDEST, Ask, check_canary, tolerance
+from gora_serve.serving.served_dtype import served_dtype
 
 BASE = {1: -0.5, 2: -1.5, 3: -2.5, 4: -3.0}
 OURS = {1: -2.0, 2: -0.3, 3: -2.4, 4: -4.0}
@@ -109,3 +110,21 @@ def test_the_tolerance_is_that_of_the_dtype(tmp_path: Path) -> None:
     assert tolerance("auto", tmp_path) == tolerance("bfloat16", tmp_path) == WIDEST
     assert tolerance("float32", tmp_path) < tolerance("half", tmp_path) < WIDEST
     assert tolerance("fp8", tmp_path) == WIDEST
+
+
+def test_auto_serves_a_float32_base_in_bfloat16(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"dtype": "float32"}, "dtype": None}))
+    assert tolerance("auto", tmp_path) == WIDEST
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"dtype": "float16"}}))
+    assert tolerance("auto", tmp_path) == tolerance("half", tmp_path)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gemma3_text", "glm4", "qwen3"])
+def test_auto_is_what_vllm_makes_of_it(kind: str, stored: str) -> None:
+    import torch
+    from vllm.config.model import _resolve_auto_dtype
+
+    made = _resolve_auto_dtype(kind, getattr(torch, stored), is_pooling_model=False)
+    assert served_dtype("auto", stored, kind) == str(made).removeprefix("torch.")
