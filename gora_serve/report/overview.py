@@ -31,7 +31,7 @@ def _result(index: int, run: Run) -> list[object]:
     result, ranks = run.record.part("result"), run.ranks
     parameters, lora = (ranks.whole(name) if ranks else None for name in ("parameters", "lora_parameters"))
     share = parameters / lora if parameters is not None and lora else None
-    gamma, seconds = result.number("gamma"), run.record.number("seconds")
+    gamma, seconds = result.number("gamma"), seconds_of(run)
     return [
         named(index, run), exact(run.final_loss, short(run.final_loss)), exact(run.base_loss, short(run.base_loss)),
         exact(parameters, "" if parameters is None else f"{parameters:,}"), exact(share, percent(share)), run.method,
@@ -61,6 +61,8 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     found = [_unfinished(run) for run in runs if not run.is_complete]
     found += [f"{run.label}: no evaluation rows, so there is no loss on unseen data." for run in runs
               if run.is_complete and not run.evaluations]  # fmt: skip
+    found += [f"{run.label} was resumed: its time is that of all training, and of the last process besides."
+              for run in runs if run.is_resumed]  # fmt: skip
     lost = [(run, sum(y is None for _, y in (*run.losses, *run.evaluations))) for run in runs]
     found += [
         f"{run.label}: {count} of the losses {'is' if count == 1 else 'are'} not finite; the curves have a cross there."
@@ -156,13 +158,24 @@ def bars_legend(names: Sequence[tuple[int, str]]) -> Html:
     return Html(legend(names, line=False).replace('class="legend"', 'class="legend bars"'))
 
 
+def seconds_of(run: Run) -> float | None:
+    """Seconds of the whole run, as `stages_of` has them; None where it does not say so."""
+    whole = run.record.number("seconds")
+    return sum(stages_of(run).values()) if whole is not None and run.is_resumed else whole
+
+
 def stages_of(run: Run) -> dict[str, float]:
-    """Seconds of every stage, and the rest of the run's."""
+    """Seconds of every stage, and the rest of the run's. Of a resumed run, run.json has those of the last process;
+    metrics.jsonl has those of training in all of them.
+    """
     known = run.record.part("result").part("seconds_by_stage").numbers()
     if not known and run.seconds is not None:
         known = {"train": run.seconds}
     stages = {name: known.get(name, 0.0) for name in STAGES}
-    return {**stages, "rest": max(0.0, (run.record.number("seconds") or 0.0) - sum(stages.values()))}
+    rest = max(0.0, (run.record.number("seconds") or 0.0) - sum(stages.values()))
+    if run.is_resumed:
+        stages["train"] = max(stages["train"], run.seconds or 0.0)
+    return {**stages, "rest": rest}
 
 
 def cost_table(runs: Sequence[Run]) -> Table:
@@ -180,7 +193,7 @@ def cost_table(runs: Sequence[Run]) -> Table:
 
 
 def _cost(index: int, run: Run) -> list[object]:
-    seconds, peak = run.record.number("seconds"), run.record.part("result").part("peak_bytes")
+    seconds, peak = seconds_of(run), run.record.part("result").part("peak_bytes")
     host, device = peak.whole("host"), peak.whole("device")
     speed = run.tokens / run.seconds if run.tokens is not None and run.seconds else None
     return [

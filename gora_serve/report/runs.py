@@ -61,6 +61,10 @@ class Run:
         return self.status == "complete"
 
     @property
+    def is_resumed(self) -> bool:
+        return self.record.whole("resumed_from") is not None
+
+    @property
     def method(self) -> str:
         return self.record.part("config").part("train").text("method") or "unknown"
 
@@ -133,7 +137,7 @@ def read_run(folder: Path, label: str) -> Run:
         tokens=last.whole("tokens"), seconds=last.number("seconds"),
         ranks=_optional(folder / "ranks.json", RANKS_SCHEMA), gamma=_optional(folder / "gamma.json", GAMMA_SCHEMA),
         probe=_optional(folder / "probe" / "probe.json", PROBE_SCHEMA), adapter_root=root,
-        shapes=shapes or measured, updates=updates,
+        shapes={**shapes, **measured}, updates=updates,
     )  # fmt: skip
 
 

@@ -137,6 +137,34 @@ def test_time_and_memory(page: Element, runs: Path) -> None:
     assert stages[3] == repr(content(runs / "gora" / "run.json")["result"]["seconds_by_stage"]["train"])
 
 
+def test_time_of_a_resumed_run(copied: Callable[..., Path]) -> None:
+    """run.json has the seconds of the last process, metrics.jsonl those of all training."""
+
+    def run(value: dict[str, Any]) -> None:
+        value |= {"resumed_from": 900, "seconds": 130.0}
+        value["result"]["seconds_by_stage"] = {"train": 100.0, "verify": 10.0}
+
+    folder = copied("gora", run=run)
+    file = folder / "metrics.jsonl"
+    changed = [line | {"seconds": 3600.0} if "tokens" in line else line for line in lines(folder)]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in changed))
+    page = page_of(folder)
+    assert tables(page)["Seconds by stage"][0][1:] == ["0.0", "0.0", "3600.0", "10.0", "20.0"]
+    assert tables(page)["Time and memory"][0][1] == "3630.0"
+    assert "copy was resumed" in page.one("aside").text
+
+
+def test_a_module_that_the_probe_does_not_know(copied: Callable[..., Path]) -> None:
+    """Its shape is that of its factors."""
+    folder = copied("gora")
+    probe = content(folder / "probe" / "probe.json")
+    probe["modules"].pop("model.layers.1.mlp.down_proj")
+    (folder / "probe" / "probe.json").write_text(json.dumps(probe))
+    assert page_of(folder).text.count("model.layers.1.mlp.down_proj") == page_of(copied("gora", "b")).text.count(
+        "model.layers.1.mlp.down_proj"
+    )
+
+
 def test_the_base(page: Element, runs: Path) -> None:
     run = content(runs / "gora" / "run.json")
     base = run["base"]["name"]
