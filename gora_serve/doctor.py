@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gora_serve.config import ServeConfig
+from gora_serve.container import memory_left, memory_limit
 from gora_serve.errors import GoraError
 from gora_serve.integrity.advisories import PACKAGES, advisories_for, installed_versions, order_of
 from gora_serve.integrity.cache import cache_folder, write_private
@@ -150,11 +152,11 @@ def memory() -> tuple[int | None, int | None]:
         return None, None
     fields = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
     total, available = fields.get("MemTotal"), fields.get("MemAvailable")
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no such group, or "max"
-        return total, available
-    return (min(total, limit) if total else limit), available
+    return _at_most(total, memory_limit()), _at_most(available, memory_left())
+
+
+def _at_most(size: int | None, limit: float) -> int | None:
+    return int(limit) if limit < (math.inf if size is None else size) else size
 
 
 def cpu_name() -> str:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from gora_serve import doctor
+from gora_serve import container, doctor
 from gora_serve.cli.render_doctor import doctor_summary
 from gora_serve.doctor import Finding, Report
 from gora_serve.integrity.staging import probe_folder
+from gora_serve.training.advice import free_memory
 
 sys.path.insert(0, str(Path(__file__).parent / "cli"))
 from shell import gora_here
@@ -115,6 +116,23 @@ def test_memory_and_cpu_are_known_here() -> None:
     assert total is None or total > 2**28
     assert available is None or available > 0
     assert doctor.cpu_name()
+
+
+def test_a_container_leaves_what_its_processes_have_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its limit, less what is used, but for cached pages of files; never more than the machine has free."""
+    monkeypatch.setattr(container, "GROUP", tmp_path)
+    whole, free = doctor.memory()
+    for name, text in {
+        "memory.max": f"{64 << 20}\n", "memory.current": f"{48 << 20}\n",
+        "memory.stat": f"anon 7\nactive_file 9\ninactive_file {8 << 20}\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+    assert doctor.memory() == (64 << 20, 24 << 20)
+    assert free_memory("cpu") == ("cpu", 24 << 20)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert doctor.memory()[0] == whole
+    assert free is not None
+    assert free_memory("cpu")[1] > 24 << 20
 
 
 def test_strict_answers_by_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:

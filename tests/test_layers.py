@@ -35,6 +35,7 @@ ROOT_FILES = (
     "gora_serve/__init__.py",
     "gora_serve/errors.py",
     "gora_serve/config.py",
+    "gora_serve/container.py",
     "gora_serve/progress.py",
     "gora_serve/signals.py",
 )

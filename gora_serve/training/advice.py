@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gora_serve.container import memory_left
 from gora_serve.errors import MachineError
 from gora_serve.training.activations import Job
 from gora_serve.training.memory import MemoryPlan, Need, Offload
@@ -78,7 +79,8 @@ def least(plan: MemoryPlan) -> int:
 
 
 def free_memory(device: Device | None) -> tuple[Device, int]:
-    """Return (device, free bytes) of this machine: of the fullest GPU where there is one, else of the host.
+    """Return (device, free bytes) of this machine: of the fullest GPU where there is one, else of the host, or of our
+    container on it.
 
     `device` says which to ask. Raises MachineError (GS-589) where the machine does not tell.
     """
@@ -91,7 +93,7 @@ def free_memory(device: Device | None) -> tuple[Device, int]:
     if device != "gpu":
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", _meminfo(), re.MULTILINE)
         if found:
-            return "cpu", int(found[1]) * 1024
+            return "cpu", int(min(int(found[1]) * 1024, memory_left()))
     raise MachineError(
         "this machine does not say how much memory is free", code="GS-589", actual=device or "no GPU, no /proc/meminfo",
         hint="give --memory and --device",

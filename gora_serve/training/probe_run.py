@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gora_serve.config import FitConfig, ProbeConfig, RankConfig
+from gora_serve.container import memory_left
 from gora_serve.gora.ranks import lora_parameters
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.bases import locate_base
@@ -116,7 +117,8 @@ def _free_bytes(accelerator: Any) -> float:
     """The free memory of the device; of the host, this process's share."""
     if accelerator.device.type == "cuda":
         return float(torch.cuda.mem_get_info(accelerator.device)[0])
-    return float(psutil.virtual_memory().available) / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    free = min(float(psutil.virtual_memory().available), memory_left())
+    return free / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> Tensor:
