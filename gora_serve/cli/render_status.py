@@ -35,7 +35,7 @@ def status_summary(found: ServerStatus) -> Summary:
 
 
 def not_ready(found: ServerStatus) -> MismatchError | None:
-    """Return the answer no (GS-1470) of a server that is degraded, or not ready."""
+    """Return the answer no (GS-1470) of a server that is degraded, stopping, or not ready."""
     if found.state == "ready":
         return None
     hint = "see its log; a restart verifies everything anew" if found.state == "degraded" else "ask again in a while"

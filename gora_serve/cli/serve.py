@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,8 +156,11 @@ def _serve(
     from gora_serve.cli.render_serve import plan_summary
     from gora_serve.serving.engine import Server, serve_forever
     from gora_serve.serving.live import watch_directory
+    from gora_serve.serving.process import open_log
     from gora_serve.serving.start import prepare
 
+    if options["log"] and not options["dry_run"]:
+        open_log(options["log"]).close()  # what cannot be written is told before the base is hashed
     with told.watching() as listen:
         plan, warnings = prepare(
             base, named, config, vllm_options, strict=options["strict"], dry=options["dry_run"], listen=listen
@@ -177,7 +180,7 @@ def _serve(
         lora_layers=plan.lora_layers,
     )
 
-    def proof(server: Server) -> None:
+    def proof(server: Server) -> Iterator[None]:
         for checked in server.checked[: len(plan.adapters)]:  # those of a directory were told as they came
             told.tell("canary", f"canary: {checked}", model=checked.name, distance=checked.distance)
         if options["verify"]:
@@ -187,6 +190,7 @@ def _serve(
                 served = replace(plan, adapters=server.adapters, models=server.models)
                 for compared in check_parity(served, token=server.token, listen=listen):
                     told.tell("verified against PEFT", f"verified: {compared}", model=compared.name)
+                    yield
 
     def announce(server: Server) -> None:
         what = f"ready: {server.url}/v1 serves {', '.join(server.models)}"

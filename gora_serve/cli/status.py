@@ -22,18 +22,19 @@ from gora_serve.config import ServeConfig
 )
 @json_option
 def status(url: str, key_file: Path | None, as_json: bool) -> int:
-    """Ask a server of gora-serve how it stands: ready or degraded, and for each model requests, tokens and latency.
+    """Ask a server of gora-serve how it stands: ready or not, and for each model requests, tokens and latency.
 
-    URL is http://127.0.0.1:8000 where none is given. Exit status: 0 ready; 1 not ready, or degraded; 5 nobody answers.
+    URL is http://127.0.0.1:8000 where none is given. Exit status: 0 ready; 1 not ready, degraded or stopping;
+    5 nobody answers.
 
     Latencies are estimated from histograms, over all answers since the start.
     """
     from gora_serve.cli.render import answer
     from gora_serve.cli.render_status import not_ready, status_summary
-    from gora_serve.serving.keys import KEY_VARIABLE, read_keys
+    from gora_serve.serving.keys import read_keys
     from gora_serve.serving.status import read_status, server_address
 
     address = server_address(url)
-    key = read_keys({}, key_file)[0] if key_file else os.environ.get(KEY_VARIABLE)
-    found = read_status(address, key or None)
+    keys = read_keys({} if key_file else os.environ, key_file)
+    found = read_status(address, keys[0] if keys else None)
     return answer(status_summary(found), not_ready(found), as_json=as_json)

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ def serve_forever(
     *,
     listen: Listener = silent,
     log: Path | None = None,
-    proof: Callable[[Server], None] = lambda _: None,
+    proof: Callable[[Server], Iterable[None]] = lambda _: (),
     announce: Callable[[Server], None] = lambda _: None,
     stopping: Callable[[float], None] = lambda _: None,
     pump: Pump | None = None,
@@ -136,15 +136,18 @@ def serve_forever(
 ) -> int:
     """Serve until a signal asks to stop, and return the exit code: 130 for SIGINT, 143 for SIGTERM.
 
-    `proof` may look at the server when it has loaded everything and before anybody else is served, and raises to end
-    it; `announce` is called once, when the server is ready, and `stopping` when it was asked to stop, with the seconds
-    that running requests have; from then on the guard lets nobody else in. `pump` takes the engine's output. `beside`
-    works from when the engine runs until it is asked to stop, and the server is not ready before it has caught up. A
-    second signal kills the engine at once. Only the main thread may call this, because it sets the process's signal
-    handlers; they are put back.
+    `proof` may look at the server when it has loaded everything and before anybody else is served, step by step, and
+    raises to end it; `announce` is called once, when the server is ready, and `stopping` when it was asked to stop,
+    with the seconds that running requests have; from then on the guard lets nobody else in. `pump` takes the engine's
+    output. `beside` works from when the engine runs until it is asked to stop, and the server is not ready before it
+    has caught up. A second signal kills the engine at once. Only the main thread may call this, because it sets the
+    process's signal handlers; they are put back. SIGHUP that is ignored, as under nohup, stays so.
     """
     stop = StopRequest()
-    with _handling(stop), _engine(plan, log, pump) as (child, watch), _ending(child, plan) as patience:
+    with (
+        _handling(stop), _in_vain_once(stop.asked), _engine(plan, log, pump) as (child, watch),
+        _ending(child, plan) as patience,
+    ):  # fmt: skip
         stop.child = child
         checked = _await_ready(plan, child, watch.token, listen, stop.asked)
         if checked is not None:
@@ -153,8 +156,10 @@ def serve_forever(
             with beside(server, watch) if beside else contextlib.nullcontext() as companion:
                 _look_after(child, watch, companion, stop, until=companion.caught_up if companion else lambda: True)
                 server = companion.joined(server) if companion else server
+                for _ in proof(server) if not stop.asked() else ():
+                    if stop.asked():
+                        break
                 if not stop.asked():
-                    proof(server)
                     watch.started()
                     announce(server)
                 _look_after(child, watch, companion, stop)
@@ -220,12 +225,26 @@ class StopRequest:
 def _handling(stop: StopRequest) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise UsageError("serve_forever must run in the main thread", code="GS-287", hint="use running_server")
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # by nohup: it is to outlive its terminal
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _in_vain_once(asked: Callable[[], bool]) -> Iterator[None]:
+    """Swallow what an engine that was killed, or waits no more, says to questions, once it was asked to stop."""
+    try:
+        yield
+    except RunError:
+        if not asked():
+            raise
 
 
 def child_environment(plan: ServePlan, environ: Mapping[str, str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ CLOSED = (
     "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/start_profile", "/stop_profile", "/server_info",
     "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update", "/update_weights",
     "/start_draft_weight_update", "/finish_weight_update", "/update_weight_version", "/weight_checker",
-    "/fault_tolerance",
+    "/fault_tolerance", "/inference/v1/abort_requests",
 )  # fmt: skip
 
 

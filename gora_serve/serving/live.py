@@ -118,6 +118,7 @@ class LiveAdapters:
         self._leaving: list[tuple[Loaded, int]] = []
         self._refused: dict[str, Refused] = {}
         self._crowded: set[str] = set()  # of the refused, those that had no place
+        self._namesakes: set[str] = set()  # and those whose name another has
         self._complaint = ""
         self._begun, self._caught_up = self._pace.clock(), False
         self._failure: Exception | None = None
@@ -203,6 +204,7 @@ class LiveAdapters:
     def _remove(self, name: str) -> None:
         self._engine.withdraw(name)
         self._leaving.append(self._served.pop(name))
+        self._try_again(self._namesakes)
         if self._ledger:
             self._ledger.removed(name)
         self._say(f"withdrawn: {name}: its folder is gone", model=name)
@@ -218,9 +220,13 @@ class LiveAdapters:
             left = one[0].adapter
             self._say(f"unloaded: {left.name}, version {_version(left)}", model=left.name)
         if self._fixed + len(self._served) < self._watched.room.adapters:
-            for name in self._crowded & set(self._known):
-                self._known = tried(self._known, name, again=0.0)
-            self._crowded.clear()
+            self._try_again(self._crowded)
+
+    def _try_again(self, refused: set[str]) -> None:
+        """Have these loaded again: what they waited for has come."""
+        for name in refused & set(self._known):
+            self._known = tried(self._known, name, again=0.0)
+        refused.clear()
 
     def _try(self, name: str, seen: Seen) -> None:
         again = NEVER
@@ -249,7 +255,7 @@ class LiveAdapters:
 
     def _serve(self, name: str, seen: Seen) -> None:
         """Examine, store, load and publish one adapter; raise why it is not served."""
-        require_free(name, [*self._server.models, *(other for other in self._served if other != name)])
+        self._require_name(name)
         found = examined(name, seen, self._base, strict=self._watched.strict)
         before = self._served.get(name)
         planned = served_from(found, self._store.place(content_in(found)))
@@ -273,6 +279,13 @@ class LiveAdapters:
             self._say(f"warning: {warning}", level="warning", model=name)
         what = "a new version is served" if before is not None else "served"
         self._say(f"{what}: {loaded.checked}; version {_version(adapter)}", model=name, root=adapter.root)
+
+    def _require_name(self, name: str) -> None:
+        try:
+            require_free(name, [*self._server.models, *(other for other in self._served if other != name)])
+        except UsageError:
+            self._namesakes.add(name)
+            raise
 
     def _require_place(self, adapter: ServedAdapter) -> None:
         if adapter.name in self._served:

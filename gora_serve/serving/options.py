@@ -13,6 +13,7 @@ from gora_serve.errors import UsageError
 REFUSED: Mapping[str, str] = {
     "--api-key": "a key on the command line is visible to every process: set VLLM_API_KEY in the environment",
     "--lora-modules": "adapters are checked before they are served: name them with -a NAME=DIR",
+    "--default-mm-loras": "adapters are checked before they are served: name them with -a NAME=DIR",
     "--model": "the base is the first argument of the command",
     "--config": "options in a file cannot be checked: write them after --",
     "--no-enable-lora": "leave out the adapters to serve the base alone",
@@ -51,10 +52,11 @@ def group_options(extra: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def check_options(options: Mapping[str, Sequence[str]], ours: Sequence[str]) -> None:
     """Refuse the options of `REFUSED`, and abbreviations of these or of our flags, which argparse would
-    accept.
+    accept. A dotted option is judged by what stands before the dot: vLLM makes one value of all of these.
     """
     guarded = (*REFUSED, *ours)
-    for option in options:
+    for given in options:
+        option = given.partition(".")[0].replace("_", "-") if given.startswith("--") else given
         if option in REFUSED:
             raise UsageError(f"{option} cannot be passed on", code="GS-284", hint=REFUSED[option])
         full = [name for name in guarded if name.startswith(option) and name != option]

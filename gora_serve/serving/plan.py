@@ -124,6 +124,7 @@ def plan_server(
     url, guard = listening(config, options, os.environ if environ is None else environ)
     ours = {flag: values for flag, values in flags.items() if flag not in options}
     plugin = plugin_settings((*adapters, *watched) if live else adapters, config, architecture(base))
+    drain = whole_number(options, "--shutdown-timeout")
     return ServePlan(
         argv=(*_command(base, config.device), *_words(ours), *extra, *MIDDLEWARE),  # the last one is the outermost
         environment=_environment(config, options) | plugin | guard,
@@ -133,7 +134,7 @@ def plan_server(
         url=url,
         models=(served, *(adapter.name for adapter in adapters)),
         ready_timeout=config.ready_timeout,
-        shutdown_timeout=float(whole_number(options, "--shutdown-timeout") or config.shutdown_timeout),
+        shutdown_timeout=float(config.shutdown_timeout if drain is None else drain),
         dtype=single(options, "--dtype") or config.dtype,
         key_file=config.key_file,
         watched=_watched(config.adapters_dir, room_in(lora, options, config.device), watched),

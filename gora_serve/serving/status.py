@@ -17,7 +17,7 @@ from typing import Any, Literal
 from gora_serve.errors import MachineError, RunError, UsageError
 from gora_serve.serving.status_route import ROUTE, SCHEMA
 
-State = Literal["ready", "degraded", "not ready"]
+State = Literal["ready", "degraded", "stopping", "not ready"]
 TIMEOUT = 10.0  # seconds
 _LIMIT = 16 << 20  # bytes of an answer
 
@@ -32,7 +32,9 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay())
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """A server that answers. reason: why it is not ready, or degraded. told: what its status route says."""
+    """A server that answers. reason: why it is not ready, or what else it says of its state. told: what its status
+    route says.
+    """
 
     url: str
     state: State
@@ -92,7 +94,9 @@ def read_status(url: str, key: str | None = None) -> ServerStatus:
         )  # fmt: skip
     healthy, body = _get(url, "/health", key)
     if healthy != 200:
-        return ServerStatus(url, "degraded", _reason(body) or "the engine is not healthy", told)
+        reason = _reason(body) or "the engine is not healthy"
+        stopping = reason.removeprefix("stopping: ")
+        return ServerStatus(url, "degraded" if stopping == reason else "stopping", stopping, told)
     return ServerStatus(url, "degraded" if told.get("state") != "ready" else "ready", told.get("degraded"), told)
 
 

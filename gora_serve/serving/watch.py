@@ -63,22 +63,34 @@ class FileWatch:
         self._next = time.monotonic() + self._every
 
     def look(self) -> None:
-        """Compare, if it is time to. A change is told once, and stays: only a new start verifies the files again."""
+        """Compare, if it is time to. A change is told once, and stays: only a new start verifies the files again.
+
+        Where the files cannot be looked at, or the guard not told, that is logged and tried again next time.
+        """
         if self.degraded is not None or time.monotonic() < self._next:
             return
         self._again()
         try:
             check_unchanged(self._stamps)
         except MismatchError as err:
-            self.degraded = f"a verified file changed: {err.fields['file']}"
-            what = "DEGRADED: %s. The engine serves what it has in memory; restart it to verify anew"
-            log.error(what, self.degraded, extra={"event": "degraded"})
-            self.tell(degraded=self.degraded)
+            self._degrade(f"a verified file changed: {err.fields['file']}")
+        except OSError as err:  # of a network's file system, say
+            log.error("the verified files cannot be looked at: %s", err, extra={"event": "unwatched"})
+
+    def _degrade(self, why: str) -> None:
+        what = "DEGRADED: %s. The engine serves what it has in memory; restart it to verify anew"
+        log.error(what, why, extra={"event": "degraded"})
+        try:
+            self.tell(degraded=why)
+            self.degraded = why
+        except OSError as err:
+            log.error("/health does not say so: %s", err, extra={"event": "unwatched"})
 
     def tell(self, **more: object) -> None:
         """Add to what the guard is told, or replace it by name. Threads may call this."""
         with self._lock:
             self._state |= more
+            self._folder.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary files may have taken it
             temporary = self._folder / "state.tmp"
             temporary.write_text(json.dumps(self._state), encoding="utf-8")
             temporary.replace(self._folder / "state.json")

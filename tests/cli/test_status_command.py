@@ -80,6 +80,21 @@ def test_a_server_that_is_degraded(bench: Bench, key_file: Path) -> None:
     assert "│ a " in answer.out
 
 
+def test_a_server_that_is_stopping(bench: Bench, key_file: Path) -> None:
+    bench.watch.tell(stopping=True)
+    answer = gora_here("status", bench.url, "--api-key-file", key_file)
+    assert (answer.code, answer.gs) == (1, "GS-1470")
+    assert answer.out.startswith(f"stopping: {bench.url}: what had begun is still answered")
+    assert "a restart" not in answer.err
+
+
+def test_a_key_of_the_environment_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", f"{KEY}\n")
+    answer = gora_here("status", "http://127.0.0.1:1")
+    assert (answer.code, answer.gs) == (2, "GS-289")
+    assert KEY not in answer.err
+
+
 def test_a_server_that_is_not_ready(key_file: Path) -> None:
     with make_bench() as made:
         answer = gora_here("status", made.url, "--api-key-file", key_file, "--json")

@@ -331,6 +331,44 @@ def test_the_guard_is_told_before_running_requests_are_waited_for(log: Path, mon
     assert order == ["ready", "stopping", "5 s", "left"]
 
 
+def test_a_signal_during_the_proof_ends_it_and_nothing_is_announced(log: Path) -> None:
+    steps: list[int] = []
+
+    def proof(_: engine.Server) -> Iterator[None]:
+        for step in range(3):
+            steps.append(step)
+            signal.raise_signal(signal.SIGTERM)
+            yield
+
+    announced: list[engine.Server] = []
+    assert engine.serve_forever(make_plan(), log=log, proof=proof, announce=announced.append) == 143
+    assert steps == [0]
+    assert announced == []
+
+
+def test_what_a_killed_engine_does_not_answer_is_no_fault_once_it_was_asked_to_stop(log: Path) -> None:
+    def proof(_: engine.Server) -> Iterator[None]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the second kills the engine
+        raise RunError("no answer", code="GS-786", hint="x")
+        yield
+
+    assert engine.serve_forever(make_plan(), log=log, proof=proof) == 130
+
+
+def test_a_server_outlives_its_terminal_under_nohup(log: Path) -> None:
+    def announce(_: engine.Server) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert engine.serve_forever(make_plan(), log=log, announce=announce) == 143
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("manners", ["polite", "stubborn"])
 def test_a_killed_parent_leaves_no_orphan(log: Path, manners: str) -> None:
     with driver(manners, log) as (running, pid):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,40 @@ def test_a_file_that_changes_under_a_server_degrades_it(tmp_path: Path, caplog: 
         assert str(file) in state["degraded"]
         assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert not Path(watch.environment["GORA_SERVE_STATE"]).parent.exists()
+
+
+def test_a_file_that_cannot_be_looked_at_ends_no_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gora_serve.serving import watch as module
+
+    def stale(_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    file = tmp_path / "model.safetensors"
+    with FileWatch({file: (1,)}, every=0.0) as watch:
+        watch.started()
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "check_unchanged", stale)
+            watch.look()
+        assert watch.degraded is None, "nothing was seen to have changed"
+        assert "Stale file handle" in caplog.text
+        shutil.rmtree(watch.ledger.file.parent)  # as cleaners of temporary files do
+        watch.look()
+        assert ask(LOOPBACK | watch.environment, "/health", method="GET") == 503
+
+
+def test_a_guard_that_cannot_be_told_is_told_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with FileWatch({tmp_path / "gone": (1,)}, every=0.0) as watch:
+        watch.started()
+        blocked = watch.ledger.file.parent / "state.tmp"
+        blocked.mkdir()
+        watch.look()
+        assert watch.degraded is None
+        assert "/health does not say so" in caplog.text
+        blocked.rmdir()
+        watch.look()
+        assert ask(LOOPBACK | watch.environment, "/health", method="GET") == 503
 
 
 def test_before_it_is_ready_only_its_parent_is_served() -> None:

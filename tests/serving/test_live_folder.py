@@ -318,6 +318,18 @@ def test_names_that_differ_by_case_alone(place: Place, make: Callable[..., Path]
     assert place.engine.names == {"a": 1}
 
 
+def test_a_name_is_free_again_when_the_other_has_gone(place: Place, make: Callable[..., Path]) -> None:
+    """As it would be after a restart."""
+    drop(place, make("a"))
+    place.wait()
+    drop(place, make("b", 1), "A")
+    assert place.refused() == {"A": "GS-282"}
+    shutil.rmtree(place.folder / "a")
+    place.wait()
+    assert set(place.engine.names) == {"A"}
+    assert place.refused() == {}
+
+
 def test_what_is_not_looked_at(place: Place, make: Callable[..., Path]) -> None:
     drop(place, make("a"), ".a.partial")
     drop(place, make("b"), ".git")

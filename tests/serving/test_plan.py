@@ -234,13 +234,19 @@ def test_a_users_option_replaces_ours_and_comes_last(base: Path) -> None:
     [
         ["--api-key", "secret"], ["--api_key=secret"], ["--api-k", "secret"], ["--lora-modules", "x=/tmp"],
         ["--config", "f.yaml"], ["--uds", "/tmp/s"], ["--ssl-keyfile", "k"], ["stray"], ["--max-lora", "3"],
-        ["--port", "many"],
+        ["--port", "many"], ["--lora-modules.name=e", "--lora-modules.path=/x"], ["--lora_modules.name", "e"],
+        ["--lora-mod.name=e"], ["--default-mm-loras", '{"audio": "/x"}'], ["--default_mm_loras.audio=/x"],
     ],
 )  # fmt: skip
 def test_options_that_would_undo_a_check_are_refused(base: Path, extra: list[str]) -> None:
     with pytest.raises(UsageError, match="GS-284") as caught:
         plan(base, adapter(), extra=extra)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("extra", "seconds"), [((), 10.0), (("--shutdown-timeout", "0"), 0.0)])
+def test_seconds_of_running_requests(base: Path, extra: Sequence[str], seconds: float) -> None:
+    assert plan(base, adapter(), extra=list(extra)).shutdown_timeout == seconds
 
 
 @pytest.mark.parametrize(
