@@ -15,7 +15,7 @@ KEY_FILE = "GORA_SERVE_API_KEY_FILE"
 INNER_KEY = "GORA_SERVE_API_KEY"
 SHORTEST = 16  # characters
 _LIMIT = 64 << 10  # bytes
-_NEW_KEY = "python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
+_NEW_KEY = """python -c 'import secrets; print(secrets.token_urlsafe(32), end="")' makes one"""
 
 
 def read_keys(environ: Mapping[str, str], file: Path | None) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def read_keys(environ: Mapping[str, str], file: Path | None) -> tuple[str, ...]:
     if own and not _usable(own):
         raise UsageError(
             f"{KEY_VARIABLE} is no usable key", code="GS-289",
-            expected=f"{SHORTEST} characters or more, without spaces", hint=_NEW_KEY,
+            expected=f"{SHORTEST} characters or more, without spaces and line ends", hint=_NEW_KEY,
         )  # fmt: skip
     return (*((own,) if own else ()), *(_keys_in(file) if file is not None else ()))
 
