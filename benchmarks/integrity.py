@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/integrity.py [--base FOLDER] [--flips N] [--only PART ...]
 
-flips: random single bits of a model of every dtype, in its files; each must be found and located to the tensor and the
-4 MiB chunk; as many as a tenth of them in torch's tensors in memory. speed: against
+flips: random single bits of a model of every dtype, in its files; each must be found and located to the tensor, and
+those in tensors of several chunks, a tenth, to the chunk of 4 MiB; as many as a tenth of them in torch's tensors in
+memory. speed: against
 hashlib.sha256 on the same bytes, on one core and on two, in one run. verify: wall clock of fresh processes over BASE
 (SmolLM2-135M in bf16, 269 MB), start-up apart; peak memory by file size. layouts: 50 that keep the root, 50 edits that
 change it. hostile: adapters that must be refused in a second and 100 MB, before torch is imported.
@@ -73,7 +74,7 @@ def all_dtypes(chance: random.Random) -> dict[str, tuple[str, tuple[int, ...], b
 
 
 def flips(work: Path, count: int) -> dict[str, Any]:
-    """Half of the flips fall on the two large tensors and half on the others, whatever their size."""
+    """A tenth of the flips falls on the two large tensors, which have several chunks, the others on the small ones."""
     chance = random.Random(0)
     tensors = all_dtypes(chance)
     write_model(work / "flips", tensors, files=2)
@@ -147,7 +148,7 @@ def memory_flips(count: int) -> dict[str, Any]:
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int64,
               torch.float8_e4m3fn, torch.float8_e5m2, torch.bool)  # fmt: skip
     sizes = {dtype: torch.empty(0, dtype=dtype).element_size() for dtype in dtypes}
-    state = {str(dtype): torch.zeros(64 * sizes[dtype], dtype=torch.uint8) for dtype in dtypes}
+    state = {str(dtype): torch.zeros(64 * sizes[dtype], dtype=torch.uint8) for dtype in dtypes}  # bytes of such a one
     digest = {name: tensor_digest([memoryview(tensor.numpy())]) for name, tensor in state.items()}
     hits = 0
     for _ in range(count):

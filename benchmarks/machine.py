@@ -44,8 +44,13 @@ def vector_units() -> list[str]:
 
 
 def commit() -> str:
-    """Return the commit of the checkout; of a copy without git, what GORA_COMMIT says."""
+    """Return the commit of the checkout, and whether code differs from it; of a copy without git, what GORA_COMMIT
+    says.
+    """
     if told := os.environ.get("GORA_COMMIT"):
         return told
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno", "--", "*.py") else "")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()

@@ -62,17 +62,19 @@ class DemoResult:
 
 
 class Clock:
-    """Seconds by stage, announced as they begin."""
+    """Seconds by stage, announced as they begin; those of a stage inside another count for that one alone."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say, self.seconds = say, dict[str, float]()
+        self._inside = 0.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         self.say(f"== {name}")
-        started = time.perf_counter()
+        started, self._inside = time.perf_counter(), 0.0
         yield
-        self.seconds[name] = round(time.perf_counter() - started, 1)
+        took = time.perf_counter() - started
+        self.seconds[name], self._inside = round(took - self._inside, 1), took
 
 
 def run_demo(

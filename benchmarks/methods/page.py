@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from methods.methods import methods
-from methods.run import STEPS, is_whole
+from methods.run import STEPS, beyond, is_whole
 from methods.tasks import TASKS
 
 Rows = Sequence[dict[str, Any]]
@@ -19,7 +19,8 @@ OF_PAIRS = (
 def sweep(losses: dict[str, dict[str, dict[str, float]]]) -> str:
     """One table a task: methods by their lowest loss, with all rates that were tried, the lowest in bold.
 
-    A method that lacks some of its rates comes after those that have all, and is marked.
+    A method that lacks some of its rates comes after those that have all, and is marked; so is one whose best rate is
+    the last that was tried, where more was to be tried.
     """
     every = methods(STEPS)
 
@@ -32,7 +33,10 @@ def sweep(losses: dict[str, dict[str, dict[str, float]]]) -> str:
         for name, at in sorted(of_task.items(), key=lambda one: (lacks(*one), min(one[1].values()))):
             least = min(at.values())
             shown = [f"**{lr}** {loss:.4f}" if loss == least else f"{lr} {loss:.4f}" for lr, loss in at.items()]
-            mark = " (not whole)" if lacks(name, at) else ""
+            numbers = {float(lr): loss for lr, loss in at.items()}
+            mark = (
+                " (not whole)" if lacks(name, at) else " (its best at an edge)" if beyond(every[name], numbers) else ""
+            )
             lines.append(f"| {name}{mark} | {least:.4f} | {', '.join(shown)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -61,18 +65,20 @@ def told(cell: dict[str, Any] | None) -> str:
     score, loss = cell["score"], cell["eval_loss"]
     mark = "" if cell["swept"] else "*"
     spread_of = f" ± {score['deviation']:.3f}" if score["deviation"] is not None else ""
-    return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g}{mark})"
+    place = ", GPU" if cell["accelerator"] else ""
+    return f"{score['mean']:.3f}{spread_of}, {loss['mean']:.4f} ({score['rows']}; {cell['lr']:g}{mark}{place})"
 
 
 def against(value: dict[str, Any], rival: str) -> str:
     """The paired differences from the rival, for each task and over all that there are."""
-    lines = ["| method | task | score | loss | seeds |", "| --- " * 5 + "|"]
+    lines = ["| method | task | score | loss | score of each seed |", "| --- " * 5 + "|"]
     for name, one in value.items():
         score, loss = one["against"][rival]["score"], one["against"][rival]["loss"]
         if score is None:
             continue
         for task, of_task in score["by task"].items():
-            cells = f"{difference(of_task)} | {difference(loss['by task'][task])} | {of_task['count']}"
+            each = ", ".join(f"{one:+.3f}" for one in of_task["of seeds"])
+            cells = f"{difference(of_task)} | {difference(loss['by task'][task])} | {each}"
             lines.append(f"| {name} | {task} | {cells} |")
         if score["count"] > 1:
             lines.append(f"| {name} | mean of {score['count']} | {difference(score)} | {difference(loss)} | |")

@@ -91,11 +91,11 @@ def beyond(method: Method, losses: dict[float, float]) -> tuple[float, ...]:
 
 def tried(found: Rows, method: Method, task: str, steps: int) -> dict[float, float]:
     """Return the loss on validation rows at each learning rate that was tried."""
-    name = method.like or method.name
+    swept = (method.like or method.name, task, SWEEP_SEED, "valid", steps)
     return {
         row["lr"]: row["eval_loss"] if math.isfinite(row["eval_loss"]) else math.inf
         for row in found
-        if (row["method"], row["task"], row["split"], row["steps"]) == (name, task, "valid", steps)
+        if tuple(row[name] for name in ("method", "task", "seed", "split", "steps")) == swept
     }
 
 

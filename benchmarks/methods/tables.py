@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def paired(every: Rows, method: str, rival: str, what: str) -> dict[str, Any] | 
     of_tasks = [list(one.values()) for one in differences.values()]
     means = [statistics.fmean(values) for values in of_tasks]
     better = sum(value > 0 if what == "score" else value < 0 for value in means)
-    by_task = {task: with_error(values) for task, values in zip(differences, of_tasks, strict=True)}
+    by_task = {
+        task: with_error(values) | {"of seeds": [round(value, 3) for value in values]}
+        for task, values in zip(differences, of_tasks, strict=True)
+    }
     return with_error(means) | {"better on": better, "by task": by_task}
 
 
@@ -69,8 +73,9 @@ def with_error(values: Sequence[float]) -> dict[str, Any]:
 def tables(every: Rows) -> dict[str, Any]:
     """Return of each method what its test rows at its learning rate say; every: those that were made twice too."""
     found = shadowed(every)
-    test = at_best(found, found)
-    pairs = [row for row in at_best(every, found) if swept_whole(row["method"], row["task"], found)]
+    best = at_best(every, found)
+    test = of_one_device(best)
+    pairs = [row for row in best if swept_whole(row["method"], row["task"], found)]
     names = list(dict.fromkeys(row["method"] for row in test))
     value: dict[str, Any] = {}
     for name in names:
@@ -79,7 +84,7 @@ def tables(every: Rows) -> dict[str, Any]:
         value[name] = {
             "tasks": {
                 task: {what: spread([row[what] for row in some]) for what in ("score", "eval_loss")}
-                | {"lr": some[0]["lr"], "swept": swept_whole(name, task, found)}
+                | {"lr": some[0]["lr"], "swept": swept_whole(name, task, found), "accelerator": not on_cpu(some[0])}
                 for task, some in by_task.items() if some
             },
             "parameters": own[0]["parameters"],
@@ -89,6 +94,18 @@ def tables(every: Rows) -> dict[str, Any]:
             },
         }  # fmt: skip
     return value
+
+
+def of_one_device(some: Rows) -> Rows:
+    """Return the rows of a CPU, or those of an accelerator, of each method and task: where there are more seeds, and of
+    as many the accelerator's. A mean over both would mix two arithmetics."""
+    counts = Counter((row["method"], row["task"], on_cpu(row)) for row in some)
+
+    def is_first(row: dict[str, Any]) -> bool:
+        here, there = (counts[row["method"], row["task"], cpu] for cpu in (on_cpu(row), not on_cpu(row)))
+        return here > there or (here == there and not on_cpu(row))
+
+    return [row for row in some if is_first(row)]
 
 
 def at_best(some: Rows, found: Rows) -> Rows:
@@ -174,6 +191,7 @@ def markdown(value: dict[str, Any]) -> str:
     made += ["### Learning rates", page.sweep(value["sweep"])]
     made += ["### The same row on two devices", page.twice(value["twice"])]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
+    cells += " All of a cell are of a CPU, or where it says GPU of an accelerator."
     made += ["### Test rows", cells, page.test(value["methods"])]
     made += ["### Against LoRA", page.OF_PAIRS, page.against(value["methods"], "lora")]
     made += ["### Against GoRA", page.against(value["methods"], "gora")]

@@ -70,7 +70,7 @@ def demo_summary(result: DemoResult) -> Summary:
     scores = Table("task", "exact match, base", "exact match, adapter")
     for task, (before, after) in result.exact.items():
         scores.add_row(task, f"{before:.2f}", f"{after:.2f}")
-    total = sum(seconds for name, seconds in result.seconds.items() if name != "ask")
+    total = sum(result.seconds.values())
     lines = [f"wrote {result.folder}: base, runs, adapters, demo.json", f"{total:.0f} seconds; base unchanged"]
     return Summary({"demo": str(result.folder), **result.to_json()}, lines, [table, scores])
 

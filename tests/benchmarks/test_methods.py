@@ -87,8 +87,8 @@ def test_differences_are_of_the_same_seed_and_device() -> None:
     found = tables.paired(rows, "gora", "lora", "score")
     assert found is not None
     # snips: +0.1 and +0.3, so 0.2 with an error of 0.1414 / sqrt(2); mnli: -0.1; in the mean 0.05
-    assert found["by task"]["snips"] == {"mean": 0.2, "error": 0.1, "count": 2}
-    assert found["by task"]["mnli"] == {"mean": -0.1, "error": None, "count": 1}
+    assert found["by task"]["snips"] == {"mean": 0.2, "error": 0.1, "count": 2, "of seeds": [0.1, 0.3]}
+    assert found["by task"]["mnli"] == {"mean": -0.1, "error": None, "count": 1, "of seeds": [-0.1]}
     assert (found["mean"], found["error"], found["count"], found["better on"]) == (0.05, 0.15, 2, 1)
     losses = tables.paired(rows, "gora", "lora", "eval_loss")
     assert losses is not None
@@ -101,6 +101,15 @@ def test_differences_are_of_the_same_seed_and_device() -> None:
     assert mirrored is not None
     assert mirrored["mean"] == -0.05
     assert tables.paired(rows[:1], "gora", "lora", "score") is None
+
+
+def test_a_mean_is_of_one_kind_of_device() -> None:
+    slow = [row_of("lora", "snips", seed, 0.5) for seed in (0, 1)]
+    fast = [row_of("lora", "snips", seed, 0.6, "NVIDIA x") for seed in (0, 1, 2)]
+    assert tables.of_one_device([*slow, *fast[:1]]) == slow
+    assert tables.of_one_device([*slow, *fast[:2]]) == fast[:2]
+    other = row_of("lora", "mnli", 0, 0.7)
+    assert tables.of_one_device([other, *slow, *fast]) == [other, *fast]
 
 
 def test_bytes_of_many_tasks() -> None:
