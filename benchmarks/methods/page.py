@@ -34,9 +34,8 @@ def sweep(losses: dict[str, dict[str, dict[str, float]]]) -> str:
             least = min(at.values())
             shown = [f"**{lr}** {loss:.4f}" if loss == least else f"{lr} {loss:.4f}" for lr, loss in at.items()]
             numbers = {float(lr): loss for lr, loss in at.items()}
-            mark = (
-                " (not whole)" if lacks(name, at) else " (its best at an edge)" if beyond(every[name], numbers) else ""
-            )
+            edge = " (its best at an edge)" if beyond(every[name], numbers) else ""
+            mark = " (not whole)" if lacks(name, at) else edge
             lines.append(f"| {name}{mark} | {least:.4f} | {', '.join(shown)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
