@@ -42,7 +42,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     modules = LazyModules([*low_rank, *rows], factors)
     whole = sort_whole(source, inputs, modules)
     embeddings = frozenset(path for path, pair in pairs.items() if pair.embedding)
-    embeddings |= {path for path in rows if inputs.need_base("lora").is_embedding(path)}
+    embeddings |= {path for path in rows if not inputs.need_base("lora").is_head(path)}
     adapter = Adapter(
         modules,
         base_id(source),
