@@ -13,13 +13,14 @@ from converters.pairs import Pair, factors_of, pairs_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from converters.token_rows import row_factors, rows_of
-from converters.whole import sort_whole
+from converters.whole import Whole, sort_whole
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.adapter.format import ENGINE_RANKS
 from gora_serve.errors import InputError
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
-    """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one, but for fused experts."""
+    """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one, where an engine takes it."""
     pairs, rows = pairs_of(source), rows_of(source, inputs)
     if not pairs and not rows:
         raise InputError(
@@ -58,10 +59,16 @@ def read(source: Source, inputs: Inputs) -> Reading:
         whole.known,
         lost=whole.lost,
         beyond=replace(whole.beyond(lambda path: low_rank[path].scale), stacks=wrapped.stacks),
-        served=None if wrapped.fused else modules,
+        served=modules if _is_served(source, pairs, wrapped, whole) and not rows else None,
         method="scale * B A",
         notes=(*whole.notes, *wrapped.notes),
     )
+
+
+def _is_served(source: Source, pairs: Mapping[str, Pair], wrapped: Wrapped, whole: Whole) -> bool:
+    """Tell whether an engine takes the file as it is."""
+    largest = max((source.tensors.shape(pair.A)[0] for pair in pairs.values()), default=0)
+    return not wrapped.fused and whole.is_served and largest <= ENGINE_RANKS[-1]
 
 
 def modules_of(source: Source, inputs: Inputs) -> LazyModules:

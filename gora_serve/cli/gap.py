@@ -107,14 +107,18 @@ def gap(
         plot_gap(report.gap, plot, dtype=dtype, title=f"{adapter.name} ({report.detection.family}) on {located.name}")
     for warning in report.warnings:
         say(f"warning: {warning}")
-    refused = None if report.gap.within(threshold) else refusal(report, _said_again(inputs))
+    refused = None if report.gap.within(threshold) else refusal(report, _sources(inputs), _kept(inputs))
     return answer(gap_summary(report, plot), refused, as_json=as_json)
 
 
-def _said_again(inputs: Inputs) -> list[str]:
-    """Return the options that `convert` needs too."""
+def _sources(inputs: Inputs) -> list[str]:
+    """Return the options that other commands need too, to read the adapter."""
     given = {"--init-adapter": inputs.init_adapter, "--mutated-base": inputs.mutated_base, "--cache": inputs.cache}
     words = [word for option, path in given.items() if path is not None for word in (option, str(path))]
-    words += [word for name in inputs.leave_out for word in ("--leave-out", name)]
-    words += [word for name in inputs.carry for word in ("--carry", name)]
     return words + (["--allow-pickle"] if inputs.pickles else [])
+
+
+def _kept(inputs: Inputs) -> list[str]:
+    """Return the options that `convert` needs too, to drop or keep tensors."""
+    words = [word for name in inputs.leave_out for word in ("--leave-out", name)]
+    return words + [word for name in inputs.carry for word in ("--carry", name)]
