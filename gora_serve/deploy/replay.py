@@ -130,10 +130,11 @@ class Job:
     stop: int
 
     def run(self) -> Held:
-        size = self.theirs.entry.nbytes // max(self.theirs.elements, 1)
-        data = self.theirs.read(self.start * size, self.stop * size)
+        nbytes, elements = self.theirs.entry.nbytes, max(self.theirs.elements, 1)
+        first, last = (index * nbytes // elements for index in (self.start, self.stop))  # some types have 4 or 6 bits
+        data = self.theirs.read(first, last)
         if self.total is None and self.source is not None and self.source.entry.dtype == self.theirs.entry.dtype:
-            same = data == self.source.read(self.start * size, self.stop * size)
+            same = data == self.source.read(first, last)
             count = self.stop - self.start
             return Held(self.target.name, count, count if same else 0, 0 if same else count)
         return _held(self, as_tensor(data, self.theirs.entry.dtype))
