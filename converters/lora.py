@@ -17,6 +17,7 @@ from converters.whole import Whole, sort_whole
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.format import ENGINE_RANKS
 from gora_serve.errors import InputError
+from gora_serve.integrity.record import read_record, trained_on
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
@@ -48,6 +49,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
         modules,
         base_id(source),
         carried=whole.tensors(source),
+        origin=_lay_in(source),
         task_type=source.config.get("task_type"),
         embeddings=embeddings,
     )
@@ -79,6 +81,12 @@ def modules_of(source: Source, inputs: Inputs) -> LazyModules:
 
 def _beside(wrapped: Wrapped, source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
     return wrapped.beside(factors_of(source, {path: pairs[path] for path in pairs if path not in wrapped.taken}))
+
+
+def _lay_in(source: Source) -> dict[str, str]:
+    """Return what our own record says of a base that was quantized in training, as an origin."""
+    origin = read_record(source.tensors.metadata, source.weights).get("origin", {})
+    return {"trained_on": origin["trained_on"]} if trained_on(origin, source.weights) else {}
 
 
 def base_id(source: Source) -> BaseId:
