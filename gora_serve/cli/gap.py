@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from gora_serve.cli.options import FILE, data_options, json_option, keep_options, source_options
+from gora_serve.cli.options import FILE, data_options, json_option, keep_options, overwrite_option, source_options
 from gora_serve.config import DataConfig, ExportDtype, GapConfig, TrainedOn
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 @click.option("--max-rows", default=GapConfig.max_rows, show_default=True, help="Most rows of --data.")
 @data_options
 @click.option("--plot", type=FILE, help="Write the picture: PNG, SVG or PDF.")
+@overwrite_option
 @json_option
 def gap(
     adapter: Path,
@@ -71,6 +72,7 @@ def gap(
     chat_template: bool,
     batch_size: int,
     plot: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> int:
     """Measure what serving an adapter as it is would cost, on the untouched base.
@@ -95,7 +97,7 @@ def gap(
     if plot:
         from gora_serve.pictures import check_picture
 
-        check_picture(plot, overwrite=True)
+        check_picture(plot, overwrite=overwrite)
     with watching() as listen, naming_inputs():
         inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen, leave_out, carry)
         located = locate_base(base)

@@ -247,6 +247,11 @@ def test_the_picture(edited: Edited, dora: Path, tiny_base: Path, tmp_path: Path
     start = file.read_bytes()[:100]
     assert start.startswith(b"\x89PNG") if ending == "png" else b"<?xml" in start
     assert gora_here("gap", dora, "--base", tiny_base, "--plot", tmp_path / f"dora.{ending}").code == 1
+    before = file.read_bytes()
+    assert gora_here("gap", dora, "--base", tiny_base, "--plot", file).gs == "GS-601"
+    assert file.read_bytes() == before
+    assert gora_here("gap", dora, "--base", tiny_base, "--plot", file, "--overwrite").code == 1
+    assert file.read_bytes() != before
     assert (tmp_path / f"dora.{ending}").is_file()
 
 
