@@ -287,6 +287,22 @@ def test_what_is_bound_already(foreign: Path, tiny_base: Path, tmp_path: Path) -
         bind(foreign, str(tiny_base), tmp_path / "bound")
 
 
+@pytest.mark.parametrize("root", [5, ["x"], "", "gb1:sha256:\0", "gb1:sha256:" + "a" * 3000])
+@pytest.mark.parametrize("key", ["weights_root", "config_root", "tokenizer_root"])
+def test_a_root_that_is_none(foreign: Path, tiny_base: Path, tmp_path: Path, key: str, root: object) -> None:
+    """In the record of an adapter that somebody else made."""
+    bind(foreign, str(tiny_base), tmp_path / "bound")
+    file, out = tmp_path / "bound" / WEIGHTS, ("--output", tmp_path / "out")
+    metadata = read_header(file).metadata
+    record = json.loads(metadata["gora_serve"])
+    record["base"][key] = root
+    save_file(load_file(file), file, {**metadata, "gora_serve": json.dumps(record)})
+    assert gora_here("merge", tiny_base, "-a", tmp_path / "bound", *out).gs == "GS-363"
+    for command, *more in (("gap",), ("bind", *out), ("convert", *out)):
+        assert gora_here(command, tmp_path / "bound", "--base", tiny_base, *more).gs == "GS-363"
+    assert not (tmp_path / "out").exists()
+
+
 def test_claims() -> None:
     base = {"weights_root": "gb1:sha256:" + "0" * 64}
     assert claim_of({}) is None
