@@ -166,7 +166,7 @@ def _model(path: Path) -> Inspected:
     entries = [entry for file in files.values() for entry in read_header(file).entries.values()]
     config = _receipt(path / "config.json")
     facts = {
-        "architectures": config.get("architectures"),
+        "architectures": [str(one) for one in _list(config.get("architectures"))] or None,
         "type": config.get("model_type"),
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "files": len(files),
@@ -176,7 +176,7 @@ def _model(path: Path) -> Inspected:
     merged = _receipt(path / MERGE)
     if not merged:
         return Inspected("base", path, facts)
-    adapters = [one for one in merged.get("adapters", []) if isinstance(one, dict)]
+    adapters = [one for one in _list(merged.get("adapters")) if isinstance(one, dict)]
     facts |= {
         "base": _object(merged.get("base")),
         "weights_root": merged.get("weights_root"),
@@ -201,3 +201,7 @@ def _receipt(file: Path) -> dict[str, Any]:
 
 def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
