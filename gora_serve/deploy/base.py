@@ -53,6 +53,7 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
     fits = {
         "architectures": ("a list of names", isinstance(names, list) and all(isinstance(one, str) for one in names)),
         "id2label": ("an object", isinstance(config.get("id2label"), dict)),
+        "text_config": ("an object", isinstance(config.get("text_config"), dict)),
         "tie_word_embeddings": ("true or false", isinstance(config.get("tie_word_embeddings"), bool)),
     }
     for key, (expected, right) in fits.items():
