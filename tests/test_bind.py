@@ -201,6 +201,20 @@ def test_embeddings_fit_the_other_way_round(tiny_base: Path, tmp_path: Path) -> 
         bind(folder, str(tiny_base), tmp_path / "other")
 
 
+def test_embeddings_of_any_name(tmp_path: Path) -> None:
+    """GPT-2's positions, by PEFT itself."""
+    from peft import LoraConfig, get_peft_model
+    from tiny_models import build_gpt2
+
+    build_gpt2().save_pretrained(tmp_path / "base")
+    model = get_peft_model(build_gpt2(), LoraConfig(r=2, target_modules=["wpe", "wte"]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert bind(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "bound").modules == 2
+    answer = gora_here("inspect", tmp_path / "bound", "--json")
+    shapes = {path: tuple(one["shape"]) for path, one in json.loads(answer.out)["modules"].items()}
+    assert shapes == {path: tuple(build_gpt2().get_submodule(path).weight.shape) for path in shapes}
+
+
 Spoil = Callable[[Path], Any]
 
 
