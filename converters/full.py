@@ -134,8 +134,8 @@ def _tied_head(model: BaseWeights, base: BaseWeights, found: _Sorted) -> None:
         found.modules[own[0].removesuffix(".weight")] = tied
         return
     names = [name for parameter, name in found.carried.items() if parameter.split(".")[-2] in EMBEDDINGS]
-    if _task(model) != "SEQ_CLS" and (tied := model.find("lm_head")) in names:
-        found.carried["lm_head.weight"] = str(tied)
+    if _task(model) != "SEQ_CLS" and (tied := model.find(model.head)) in names:
+        found.carried[f"{model.head}.weight"] = str(tied)
 
 
 def _carry_shared(model: BaseWeights, found: _Sorted) -> None:

@@ -85,7 +85,7 @@ def read_without_initial(source: Source, inputs: Inputs, rules: Rules) -> Readin
     return replace(
         plain,
         adapter=replace(plain.adapter, modules=LazyModules(trained, update)),
-        served=trained,
+        served=None if plain.served is None else trained,
         initial=initial.modules,
         edited=initial.edited,
         method=initial.method,

@@ -13,13 +13,15 @@ from converters.pairs import Pair, factors_of, pairs_of
 from converters.reading import Inputs, Reading
 from converters.source import Source
 from converters.token_rows import row_factors, rows_of
-from converters.whole import sort_whole
+from converters.whole import Whole, sort_whole
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.adapter.format import ENGINE_RANKS
 from gora_serve.errors import InputError
+from gora_serve.integrity.record import read_record, trained_on
 
 
 def read(source: Source, inputs: Inputs) -> Reading:
-    """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one, but for fused experts."""
+    """Read plain LoRA. The update is what PEFT and vLLM apply: served and adapter are one, where an engine takes it."""
     pairs, rows = pairs_of(source), rows_of(source, inputs)
     if not pairs and not rows:
         raise InputError(
@@ -42,11 +44,12 @@ def read(source: Source, inputs: Inputs) -> Reading:
     modules = LazyModules([*low_rank, *rows], factors)
     whole = sort_whole(source, inputs, modules)
     embeddings = frozenset(path for path, pair in pairs.items() if pair.embedding)
-    embeddings |= {path for path in rows if inputs.need_base("lora").is_embedding(path)}
+    embeddings |= {path for path in rows if not inputs.need_base("lora").is_head(path)}
     adapter = Adapter(
         modules,
         base_id(source),
         carried=whole.tensors(source),
+        origin=_lay_in(source),
         task_type=source.config.get("task_type"),
         embeddings=embeddings,
     )
@@ -58,10 +61,16 @@ def read(source: Source, inputs: Inputs) -> Reading:
         whole.known,
         lost=whole.lost,
         beyond=replace(whole.beyond(lambda path: low_rank[path].scale), stacks=wrapped.stacks),
-        served=None if wrapped.fused else modules,
+        served=modules if _is_served(source, pairs, wrapped, whole) and not rows else None,
         method="scale * B A",
         notes=(*whole.notes, *wrapped.notes),
     )
+
+
+def _is_served(source: Source, pairs: Mapping[str, Pair], wrapped: Wrapped, whole: Whole) -> bool:
+    """Tell whether an engine takes the file as it is."""
+    largest = max((source.tensors.shape(pair.A)[0] for pair in pairs.values()), default=0)
+    return not wrapped.fused and whole.is_served and largest <= ENGINE_RANKS[-1]
 
 
 def modules_of(source: Source, inputs: Inputs) -> LazyModules:
@@ -72,6 +81,12 @@ def modules_of(source: Source, inputs: Inputs) -> LazyModules:
 
 def _beside(wrapped: Wrapped, source: Source, pairs: Mapping[str, Pair]) -> LazyModules:
     return wrapped.beside(factors_of(source, {path: pairs[path] for path in pairs if path not in wrapped.taken}))
+
+
+def _lay_in(source: Source) -> dict[str, str]:
+    """Return what our own record says of a base that was quantized in training, as an origin."""
+    origin = read_record(source.tensors.metadata, source.weights).get("origin", {})
+    return {"trained_on": origin["trained_on"]} if trained_on(origin, source.weights) else {}
 
 
 def base_id(source: Source) -> BaseId:

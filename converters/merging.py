@@ -18,7 +18,7 @@ from converters.reading import Inputs
 from gora_serve.adapter.factors import LazyModules
 from gora_serve.adapter.tensors import Both, Renamed
 from gora_serve.config import BaseAs, MergeConfig
-from gora_serve.deploy.base import EMBEDDINGS, MODEL_HEAD, BaseWeights
+from gora_serve.deploy.base import EMBEDDINGS, BaseWeights
 from gora_serve.deploy.beside import copy_beside
 from gora_serve.deploy.combine_files import RECEIPT
 from gora_serve.deploy.gap import is_quantizable
@@ -72,22 +72,23 @@ def part_of(opened: Opened, base: BaseWeights) -> Part:
         grounds=Renamed(source.tensors, beyond.grounds),
         task_type=reading.adapter.task_type,
         sizes=beyond.sizes,
+        embeddings=reading.adapter.embeddings,
     )
     return _tied_too(part, base) if source.config.get("ensure_weight_tying") else part
 
 
 def _tied_too(part: Part, base: BaseWeights) -> Part:
     """PEFT's ensure_weight_tying: the tied head gets the embeddings' update, also where the file does not repeat it."""
+    head = base.head
     path = next((one for one in part.modules if one.rpartition(".")[2] in EMBEDDINGS), None)
-    if path is not None and MODEL_HEAD not in part.modules and base.is_tied(MODEL_HEAD, path):
+    if path is not None and head not in part.modules and base.feeds_head(path):
         modules = part.modules
-        both = LazyModules([*modules, MODEL_HEAD], lambda one: modules[path if one == MODEL_HEAD else one])
+        both = LazyModules([*modules, head], lambda one: modules[path if one == head else one])
         return replace(part, modules=both)
     parameter = next((one for one in part.replaced if one.split(".")[-2] in EMBEDDINGS), None)
-    if parameter is None or not base.is_tied(MODEL_HEAD, parameter.removesuffix(".weight")):
+    if parameter is None or not base.feeds_head(parameter.removesuffix(".weight")):
         return part
-    head = {f"{MODEL_HEAD}.weight": part.replaced[parameter]}
-    return replace(part, replaced=Both(part.replaced, head))
+    return replace(part, replaced=Both(part.replaced, {f"{head}.weight": part.replaced[parameter]}))
 
 
 def merge_model(

@@ -13,7 +13,6 @@ from converters.reading import Inputs, Reading
 from converters.source import Source
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.peft_config import LARGEST
-from gora_serve.deploy.base import HEADS, BaseWeights
 from gora_serve.errors import InputError
 
 PART = re.compile(r"\.lora_([ab])$")
@@ -37,7 +36,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
     _refuse_experts(source)
     pairs = pair_up(source, parse, by_columns=True)
     embeddings = frozenset(path for path in pairs if base.is_embedding(path))
-    heads = {head: path for path in embeddings for head in _tied_head(base)}
+    tied = [path for path in embeddings if base.feeds_head(path)]
+    heads = {base.head: tied[0]} if tied else {}
 
     def factors(path: str) -> LoraFactors:
         path = heads.get(path, path)
@@ -74,11 +74,6 @@ def read_scale(source: Source) -> float:
 
 def _base_name(config: Mapping[str, object]) -> str:
     return str(config.get("model") or "")
-
-
-def _tied_head(base: BaseWeights) -> list[str]:
-    """Return the head's path where the embeddings' tensor serves as its weight."""
-    return [head for head in HEADS if base.find_parameter(f"{head}.weight") is None and base.find(head)][:1]
 
 
 def _refuse_full(source: Source) -> None:

@@ -84,7 +84,7 @@ class Reading:
         lost: those that the output cannot hold, each with the reason; the user may leave them out. Together they are
         all of them.
     served: what an engine that serves LoRA would add to the base if it were given the checkpoint as it is; None where
-        none loads it (DoRA, LoHa and the like, which PEFT alone loads).
+        none loads it (DoRA, LoHa and the like, which PEFT alone loads; whole modules, trained tokens, large ranks).
     initial: P0, what the initialisation took out of the base; None for a family that leaves the base alone.
     edited: W_res itself, as it was saved; None where it is not at hand.
     beyond: what only a merged model holds.

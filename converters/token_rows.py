@@ -21,7 +21,6 @@ from gora_serve.adapter.names import PREFIX
 from gora_serve.deploy.base import HALVES, SHARED, BaseWeights
 from gora_serve.errors import InputError
 
-HEAD = "lm_head"  # of all causal models that tie it
 _PART = re.compile(r"(\.token_adapter)?\.trainable_tokens_delta(\.default)?$")
 
 
@@ -52,8 +51,8 @@ def rows_of(source: Source, inputs: Inputs) -> dict[str, Rows]:
         stem = path.removesuffix(SHARED) if path.endswith(SHARED) else None
         halves = [f"{stem}{half}" for half in HALVES if stem is not None and base.find(f"{stem}{half}")]
         rows = dict.fromkeys(halves, one) | rows
-    embeddings = next((path for path in rows if base.is_tied(HEAD, path)), None)
-    return {HEAD: rows[embeddings], **rows} if embeddings else rows
+    embeddings = next((path for path in rows if base.feeds_head(path)), None)
+    return {base.head: rows[embeddings], **rows} if embeddings else rows
 
 
 def row_factors(source: Source, base: BaseWeights, path: str, rows: Rows) -> LoraFactors:

@@ -25,6 +25,7 @@ from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
 from gora_serve.errors import BindingError
 
 CARRIED = "modules are carried whole: PEFT loads them, vLLM serves only a classifier's head so"
+CLASSIFIERS = (["score"], ["classifier"])
 # What PEFT's wrappers put into the names of a state dict; `original_module` is what stood there before training.
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(?:\.default)?)(?=\.)")
 _ORIGINAL = ".original_module."
@@ -61,6 +62,12 @@ class Whole:
         """Return what a merged model can hold of it. scale_of: a module's path -> its LoRA scale."""
         added = {bias: (name, scale_of(bias.removesuffix(".bias"))) for bias, name in self.biases.items()}
         return Beyond(self.replaced, added, grounds=self.grounds)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether an engine takes what lies beside the factors: nothing, or a classifier's head."""
+        heads = all(parameter.split(".")[-2:-1] in CLASSIFIERS for parameter in self.carried)
+        return heads and not self.lost
 
     @property
     def notes(self) -> tuple[str, ...]:

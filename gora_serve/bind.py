@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gora_serve
+from gora_serve.adapter.names import parse_embedding_key
 from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.binding import seal_folder
@@ -139,7 +140,7 @@ def _shapes(adapter: AdapterDir, weights: BaseWeights, path: str) -> tuple[tuple
     pair, expected = adapter.pairs[path], weights.shape(path)
     assert pair.A is not None
     assert pair.B is not None
-    if weights.is_embedding(path):  # PEFT's factors of an embedding make the transpose of its weight
+    if parse_embedding_key(pair.A.name):  # PEFT's factors of an embedding make the transpose of its weight
         expected = (expected[1], expected[0])
     return expected, (pair.B.shape[0], pair.A.shape[1])
 

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gora_serve.adapter.names import parse_embedding_key
 from gora_serve.adapter.peft_config import foreign_scales
 from gora_serve.errors import GoraError, InputError
 from gora_serve.integrity.canonical import read_json
@@ -28,7 +29,8 @@ RECEIPT_BYTES = 2**26  # a receipt names every tensor
 
 @dataclass(frozen=True)
 class Module:
-    """One LoRA module, from the header: its rank, the scale that PEFT gives it (None: not known), (out, in)."""
+    """One LoRA module, from the header: its rank, the scale that PEFT gives it (None: not known), (out, in), which for
+    embeddings is (V, d)."""
 
     rank: int
     scale: float | None
@@ -103,12 +105,12 @@ def _adapter(path: Path) -> Inspected:
 
 def _modules(read: AdapterDir) -> tuple[dict[str, Module], list[str]]:
     """Return the modules with both factors, and a note where the scales are not known."""
-    shapes = {
-        path: (pair.A.shape, pair.B.shape)
-        for path, pair in sorted(read.pairs.items())
-        if pair.A and pair.B and len(pair.A.shape) == len(pair.B.shape) == 2
-    }
-    ranks = {path: A[0] for path, (A, _) in shapes.items()}
+    ranks, shapes = {}, {}
+    for path, pair in sorted(read.pairs.items()):
+        if pair.A and pair.B and len(pair.A.shape) == len(pair.B.shape) == 2:
+            shape = (pair.B.shape[0], pair.A.shape[1])
+            ranks[path] = pair.A.shape[0]
+            shapes[path] = shape[::-1] if parse_embedding_key(pair.A.name) else shape
     scales: Mapping[str, float] = {}
     notes = []
     if str(read.config.get("peft_type", "LORA")).upper() == "LORA":
@@ -118,7 +120,7 @@ def _modules(read: AdapterDir) -> tuple[dict[str, Module], list[str]]:
             notes.append(f"the scales are not known: {err.what}")
     else:
         notes.append("no plain LoRA: gora-serve convert reads it")
-    return {path: Module(ranks[path], scales.get(path), (B[0], A[1])) for path, (A, B) in shapes.items()}, notes
+    return {path: Module(ranks[path], scales.get(path), shape) for path, shape in shapes.items()}, notes
 
 
 def _ranks(modules: Mapping[str, Module]) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def _model(path: Path) -> Inspected:
     entries = [entry for file in files.values() for entry in read_header(file).entries.values()]
     config = _receipt(path / "config.json")
     facts = {
-        "architectures": config.get("architectures"),
+        "architectures": [str(one) for one in _list(config.get("architectures"))] or None,
         "type": config.get("model_type"),
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "files": len(files),
@@ -176,7 +178,7 @@ def _model(path: Path) -> Inspected:
     merged = _receipt(path / MERGE)
     if not merged:
         return Inspected("base", path, facts)
-    adapters = [one for one in merged.get("adapters", []) if isinstance(one, dict)]
+    adapters = [one for one in _list(merged.get("adapters")) if isinstance(one, dict)]
     facts |= {
         "base": _object(merged.get("base")),
         "weights_root": merged.get("weights_root"),
@@ -201,3 +203,7 @@ def _receipt(file: Path) -> dict[str, Any]:
 
 def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -201,6 +201,20 @@ def test_embeddings_fit_the_other_way_round(tiny_base: Path, tmp_path: Path) -> 
         bind(folder, str(tiny_base), tmp_path / "other")
 
 
+def test_embeddings_of_any_name(tmp_path: Path) -> None:
+    """GPT-2's positions, by PEFT itself."""
+    from peft import LoraConfig, get_peft_model
+    from tiny_models import build_gpt2
+
+    build_gpt2().save_pretrained(tmp_path / "base")
+    model = get_peft_model(build_gpt2(), LoraConfig(r=2, target_modules=["wpe", "wte"]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert bind(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "bound").modules == 2
+    answer = gora_here("inspect", tmp_path / "bound", "--json")
+    shapes = {path: tuple(one["shape"]) for path, one in json.loads(answer.out)["modules"].items()}
+    assert shapes == {path: tuple(build_gpt2().get_submodule(path).weight.shape) for path in shapes}
+
+
 Spoil = Callable[[Path], Any]
 
 
@@ -285,6 +299,22 @@ def test_what_is_bound_already(foreign: Path, tiny_base: Path, tmp_path: Path) -
         bind(foreign, str(tiny_base), foreign / "inside")
     with pytest.raises(OutputError, match="GS-601"):
         bind(foreign, str(tiny_base), tmp_path / "bound")
+
+
+@pytest.mark.parametrize("root", [5, ["x"], "", "gb1:sha256:\0", "gb1:sha256:" + "a" * 3000])
+@pytest.mark.parametrize("key", ["weights_root", "config_root", "tokenizer_root"])
+def test_a_root_that_is_none(foreign: Path, tiny_base: Path, tmp_path: Path, key: str, root: object) -> None:
+    """In the record of an adapter that somebody else made."""
+    bind(foreign, str(tiny_base), tmp_path / "bound")
+    file, out = tmp_path / "bound" / WEIGHTS, ("--output", tmp_path / "out")
+    metadata = read_header(file).metadata
+    record = json.loads(metadata["gora_serve"])
+    record["base"][key] = root
+    save_file(load_file(file), file, {**metadata, "gora_serve": json.dumps(record)})
+    assert gora_here("merge", tiny_base, "-a", tmp_path / "bound", *out).gs == "GS-363"
+    for command, *more in (("gap",), ("bind", *out), ("convert", *out)):
+        assert gora_here(command, tmp_path / "bound", "--base", tiny_base, *more).gs == "GS-363"
+    assert not (tmp_path / "out").exists()
 
 
 def test_claims() -> None:

@@ -121,6 +121,19 @@ def test_a_merged_model(tmp_path: Path) -> None:
     assert "with runs/x (pissa), weight 0.5" in gora_here("inspect", tmp_path / "merged").out
 
 
+@pytest.mark.parametrize("odd", [5, True, None, "x", [1], [None], {"a": 1}])
+def test_values_of_another_kind(tmp_path: Path, odd: object) -> None:
+    """What lies in a model's files says little then, and is shown all the same."""
+    build_llama().save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": odd}))
+    assert "weight files" in gora_here("inspect", tmp_path / "model").out
+    (tmp_path / "model" / "merge.json").write_text(json.dumps({"adapters": odd, "base": odd}))
+    value = told(tmp_path / "model")
+    assert (value["kind"], value["adapters"]) == ("merged model", [])
+    assert gora_here("inspect", tmp_path / "model").code == 0
+
+
 def test_a_run(tmp_path: Path, tiny_base: Path, tiny_data: Path) -> None:
     words = ("fit", tiny_base, "--data", tiny_data, "--output", tmp_path / "run", "--steps", "1", *SMALL)
     assert gora_here(*words).code == 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from gora_serve.cli.options import FILE, data_options, json_option, keep_options, source_options
+from gora_serve.cli.options import FILE, data_options, json_option, keep_options, overwrite_option, source_options
 from gora_serve.config import DataConfig, ExportDtype, GapConfig, TrainedOn
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 @click.option("--max-rows", default=GapConfig.max_rows, show_default=True, help="Most rows of --data.")
 @data_options
 @click.option("--plot", type=FILE, help="Write the picture: PNG, SVG or PDF.")
+@overwrite_option
 @json_option
 def gap(
     adapter: Path,
@@ -71,6 +72,7 @@ def gap(
     chat_template: bool,
     batch_size: int,
     plot: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> int:
     """Measure what serving an adapter as it is would cost, on the untouched base.
@@ -95,7 +97,7 @@ def gap(
     if plot:
         from gora_serve.pictures import check_picture
 
-        check_picture(plot, overwrite=True)
+        check_picture(plot, overwrite=overwrite)
     with watching() as listen, naming_inputs():
         inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen, leave_out, carry)
         located = locate_base(base)
@@ -107,14 +109,18 @@ def gap(
         plot_gap(report.gap, plot, dtype=dtype, title=f"{adapter.name} ({report.detection.family}) on {located.name}")
     for warning in report.warnings:
         say(f"warning: {warning}")
-    refused = None if report.gap.within(threshold) else refusal(report, _said_again(inputs))
+    refused = None if report.gap.within(threshold) else refusal(report, _sources(inputs), _kept(inputs))
     return answer(gap_summary(report, plot), refused, as_json=as_json)
 
 
-def _said_again(inputs: Inputs) -> list[str]:
-    """Return the options that `convert` needs too."""
+def _sources(inputs: Inputs) -> list[str]:
+    """Return the options that other commands need too, to read the adapter."""
     given = {"--init-adapter": inputs.init_adapter, "--mutated-base": inputs.mutated_base, "--cache": inputs.cache}
     words = [word for option, path in given.items() if path is not None for word in (option, str(path))]
-    words += [word for name in inputs.leave_out for word in ("--leave-out", name)]
-    words += [word for name in inputs.carry for word in ("--carry", name)]
     return words + (["--allow-pickle"] if inputs.pickles else [])
+
+
+def _kept(inputs: Inputs) -> list[str]:
+    """Return the options that `convert` needs too, to drop or keep tensors."""
+    words = [word for name in inputs.leave_out for word in ("--leave-out", name)]
+    return words + [word for name in inputs.carry for word in ("--carry", name)]

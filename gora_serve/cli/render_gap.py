@@ -24,12 +24,12 @@ SCHEMA = "gora-serve/gap/1"
 NOBODY = "no engine loads it as LoRA"
 
 
-def refusal(report: GapReport, given: Sequence[str] = ()) -> MismatchError:
+def refusal(report: GapReport, sources: Sequence[str] = (), kept: Sequence[str] = ()) -> MismatchError:
     """Return the answer "no" as an error. It is printed, not raised: standard output keeps the whole report.
 
-    given: options of this call that a conversion needs too.
+    Options of this call that the next command needs too: sources, of all that read adapters; kept, of `convert` alone.
     """
-    hint = _conversion(report, given)
+    hint = _way(report, sources, kept)
     if not report.gap.loads:
         return MismatchError(NOBODY, code="GS-122", file=report.adapter, hint=hint)
     share = report.gap.shares()["unconverted_of_update"]
@@ -40,13 +40,20 @@ def refusal(report: GapReport, given: Sequence[str] = ()) -> MismatchError:
     )  # fmt: skip
 
 
-def _conversion(report: GapReport, given: Sequence[str]) -> str:
-    """Return the command that converts the adapter."""
+def _way(report: GapReport, sources: Sequence[str], kept: Sequence[str]) -> str:
+    """Return the command that converts the adapter; or merges it, where it carries what no engine takes beside LoRA."""
+    from gora_serve.adapter.format import ENGINE_RANKS
+
     name = Path(report.adapter.partition("@")[0]).name or "adapter"
-    words = ["gora-serve", "convert", report.adapter, "--base", report.base, "--output", f"{name}-plain", *given]
-    words += ["--from", report.config.family] if report.config.family != "auto" else []
-    words += ["--rank", "16"] if report.reading.full_rank else []
-    return shlex.join(words)
+    family = ["--from", report.config.family] if report.config.family != "auto" else []
+    full_rank = report.reading.full_rank
+    if report.reading.adapter.carried and not report.gap.loads and not full_rank:
+        words = ["gora-serve", "merge", report.base, "-a", report.adapter, "--output", f"{name}-merged"]
+        return shlex.join([*words, *sources, *family])
+    words = ["gora-serve", "convert", report.adapter, "--base", report.base, "--output", f"{name}-plain"]
+    words += [*sources, *kept, *family]
+    too_large = any(module.rank > ENGINE_RANKS[-1] for module in report.gap.modules.values())
+    return shlex.join([*words, *(["--rank", "16"] if full_rank or too_large else [])])
 
 
 def gap_summary(report: GapReport, plot: Path | None) -> Summary:

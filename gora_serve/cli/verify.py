@@ -35,7 +35,7 @@ SOURCES = {  # of the options of adapters: their names here, and those of `Input
     help="Compare every file of PATH with the digest that the hub reports for its commit, downloading nothing.",
 )  # fmt: skip
 @click.option("--repo", metavar="ORG/NAME@REV", help="With --against hub: what the folder PATH is a copy of.")
-@click.option("--strict", is_flag=True, help="Refuse another configuration or tokenizer too, not only other weights.")
+@click.option("--strict", is_flag=True, help="Refuse another configuration or tokenizer of --base, not only weights.")
 @quick_option
 @source_options
 @json_option
@@ -90,6 +90,11 @@ def verify(
         raise UsageError(
             "--base-as, --from, --init-adapter, --mutated-base, --cache and --allow-pickle go with --adapter",
             code="GS-264", hint="gora-serve verify MERGED --base BASE -a ADAPTER",
+        )  # fmt: skip
+    if strict and not (base or manifest):
+        raise UsageError(
+            "--strict compares with a base, and none was given", code="GS-264",
+            hint="gora-serve verify ADAPTER --base BASE --strict",
         )  # fmt: skip
     return _verify_bytes(path, base, manifest, strict=strict, quick=quick, as_json=as_json)
 

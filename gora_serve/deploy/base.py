@@ -27,7 +27,16 @@ BARE = ("h", "wte", "layers", "embed_tokens", "blocks", "embeddings", "encoder")
 MODEL_HEAD, FILE_HEAD = "lm_head", "embed_out"  # GPT-NeoX: the module's name, and the one in its files
 HEADS = (MODEL_HEAD, FILE_HEAD)
 SHARED, HALVES = "shared", ("encoder.embed_tokens", "decoder.embed_tokens")  # of encoder-decoders, one tensor
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
+EMBEDDINGS = (
+    "embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings", "embeddings", "tokens_embed",
+    "word_embedding", "w",
+)  # fmt: skip
+HEAD_OF_TYPE = {  # model_type -> the path of the head that may be tied, where it is another than lm_head
+    "biogpt": "output_projection", "trocr": "output_projection", "whisper": "proj_out", "moonshine": "proj_out",
+    "rwkv": "head", "xlnet": "lm_loss", "xlm": "pred_layer.proj", "flaubert": "pred_layer.proj",
+    "gpt_neox_japanese": "embed_out",
+}  # fmt: skip
+HEADLESS = ("Classification", "ForQuestionAnswering", "ForMultipleChoice")  # ends of the names of such architectures
 
 
 def misfit(file: Path, tensor: str, expected: object, actual: object) -> BindingError:
@@ -44,6 +53,7 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
     fits = {
         "architectures": ("a list of names", isinstance(names, list) and all(isinstance(one, str) for one in names)),
         "id2label": ("an object", isinstance(config.get("id2label"), dict)),
+        "text_config": ("an object", isinstance(config.get("text_config"), dict)),
         "tie_word_embeddings": ("true or false", isinstance(config.get("tie_word_embeddings"), bool)),
     }
     for key, (expected, right) in fits.items():
@@ -130,21 +140,35 @@ class BaseWeights:
             found.setdefault(name.partition(".")[2], []).append(name)
         return found
 
+    @cached_property
+    def head(self) -> str:
+        """The path of the module that makes tokens of states, as models of this type call it."""
+        return HEAD_OF_TYPE.get(str(self.config.get("model_type")), MODEL_HEAD)
+
+    @cached_property
+    def ties_head(self) -> bool:
+        """Whether the model has a head without a tensor of its own, which reads the embeddings'."""
+        own = self.find_parameter(f"{self.head}.weight") or self._other_name(self.head)
+        names = self.config.get("architectures") or [""]
+        return own is None and bool(self.config.get("tie_word_embeddings", True)) and not names[0].endswith(HEADLESS)
+
     def _tied(self, path: str) -> str | None:
         """The embeddings' tensor for a head that is tied to them."""
-        if path.rpartition(".")[2] not in HEADS or not self.config.get("tie_word_embeddings", True):
+        if not self.is_head(path) or not self.config.get("tie_word_embeddings", True):
             return None
         found = [name for name in self.tensors if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
         return found[0] if len(found) == 1 else None
 
-    def is_tied(self, head: str, path: str) -> bool:
-        """Return whether module `head` has no weight of its own but that of the embeddings `path`."""
-        own = self.find_parameter(f"{head}.weight")
-        return own is None and self._tied(head) is not None and self._tied(head) == self.find(path)
+    def feeds_head(self, path: str) -> bool:
+        """Return whether the head has no weight of its own but that of the embeddings `path`."""
+        return self.ties_head and self._tied(self.head) is not None and self._tied(self.head) == self.find(path)
 
     def is_transposed(self, path: str) -> bool:
         """Return whether the module's weight is stored as (in, out): GPT-2's Conv1D."""
         return self.config.get("model_type") in TRANSPOSED_TYPES and path.rpartition(".")[2] in TRANSPOSED_NAMES
+
+    def is_head(self, path: str) -> bool:
+        return path == self.head or path.rpartition(".")[2] in HEADS
 
     def is_embedding(self, path: str) -> bool:
         return path.rpartition(".")[2] in EMBEDDINGS

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from gora_serve.adapter.format import CARRIED_DTYPES, DTYPES
-from gora_serve.deploy.base import EMBEDDINGS, FLOATS, HEADS, MODEL_HEAD, BaseWeights, misfit
+from gora_serve.deploy.base import EMBEDDINGS, FLOATS, HEADS, BaseWeights, misfit
 from gora_serve.deploy.merge_settings import check_vocabulary, new_config
 from gora_serve.deploy.merge_values import Kind, ModelPlan, Part, Piece, Pieces, Target
 from gora_serve.deploy.ties import share_out
@@ -120,11 +120,11 @@ def _new_shape(piece: Piece) -> tuple[int, ...] | None:
 
 
 def _untied_head(base: BaseWeights, targets: list[Target], pieces: tuple[Piece, ...], dtype: str) -> Target:
-    source = str(base.find(MODEL_HEAD))
+    source = str(base.find(base.head))
     entry = base.tensors.entries[source]
     shape = _shape(base, source, pieces)
     return Target(
-        f"{MODEL_HEAD}.weight", _output_dtype(entry.dtype, dtype), shape, source, pieces, MODEL_HEAD, fresh=True
+        f"{base.head}.weight", _output_dtype(entry.dtype, dtype), shape, source, pieces, base.head, fresh=True
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class Part:
     rescaling. replaced: parameter path -> the tensor in the base's place. added: parameter path -> what is added to it.
     stacks: fused parameter -> the experts' updates. grounds: module path -> the whole embeddings that an adapter of a
     resized vocabulary was trained over. sizes: module path -> the absolute values that are added up to its update,
-    (out, in), where the factors do not say. file: for messages.
+    (out, in), where the factors do not say. embeddings: the modules that are. file: for messages.
     """
 
     weight: float
@@ -48,6 +48,7 @@ class Part:
     grounds: Mapping[str, Tensor] = field(default_factory=dict)
     task_type: str | None = None
     sizes: Callable[[str], Tensor] | None = None
+    embeddings: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gora_serve.deploy.base import FLOATS, HEADS, MODEL_HEAD, BaseWeights
+from gora_serve.deploy.base import FLOATS, BaseWeights
 from gora_serve.deploy.blocks import Stored, as_tensor, in_order, opened_tensors, spans, summed_rows
 from gora_serve.deploy.merge_values import ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, sum_of
@@ -130,10 +130,11 @@ class Job:
     stop: int
 
     def run(self) -> Held:
-        size = self.theirs.entry.nbytes // max(self.theirs.elements, 1)
-        data = self.theirs.read(self.start * size, self.stop * size)
+        nbytes, elements = self.theirs.entry.nbytes, max(self.theirs.elements, 1)
+        first, last = (index * nbytes // elements for index in (self.start, self.stop))  # some types have 4 or 6 bits
+        data = self.theirs.read(first, last)
         if self.total is None and self.source is not None and self.source.entry.dtype == self.theirs.entry.dtype:
-            same = data == self.source.read(self.start * size, self.stop * size)
+            same = data == self.source.read(first, last)
             count = self.stop - self.start
             return Held(self.target.name, count, count if same else 0, 0 if same else count)
         return _held(self, as_tensor(data, self.theirs.entry.dtype))
@@ -160,16 +161,16 @@ def replay(
 def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Replay) -> Iterator[tuple[Target, str]]:
     """Yield each target with the model's name for it; note what is missing, extra, of another form, or not in use."""
     used = set()
-    needs_head = not _classifies(plan)
+    needs_head = not _classifies(base, plan)
     if needs_head and _lost_tie(merged, base, plan):
         why = "config.json does not tie the head to the embeddings, and the model has none of its own"
-        found.tensors[f"{MODEL_HEAD}.weight"] = Held(f"{MODEL_HEAD}.weight", why=why)
+        found.tensors[f"{base.head}.weight"] = Held(f"{base.head}.weight", why=why)
     for target in plan.targets:
         name = merged.find_parameter(target.name) or (
             merged.find(target.module) if target.name.endswith(".weight") else None
         )
         if name is None:
-            if not COMPUTED.search(target.name) and (needs_head or target.module not in HEADS):
+            if not COMPUTED.search(target.name) and (needs_head or not base.is_head(target.module)):
                 found.tensors[target.name] = Held(target.name, why="the model lacks it")
             continue
         used.add(name)
@@ -178,7 +179,7 @@ def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Repla
             why = f"its shape is {entry.shape}, and should be {target.shape}"
         elif entry.dtype != target.dtype and not {entry.dtype, target.dtype} <= set(FLOATS):
             why = f"its type is {entry.dtype}, and should be {target.dtype}"
-        elif target.fresh and target.module in HEADS and merged.config.get("tie_word_embeddings", True):
+        elif target.fresh and base.is_head(target.module) and merged.config.get("tie_word_embeddings", True):
             lost = "the head's own update is lost" if target.pieces else "it gets their update, and none belongs there"
             why = f"config.json ties the head to the embeddings, so that {lost}"
         else:
@@ -196,24 +197,24 @@ def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Repla
             yield replace(source, name=name, dtype=merged.tensors.entries[name].dtype), name
 
 
-def _classifies(plan: ModelPlan) -> bool:
+def _classifies(base: BaseWeights, plan: ModelPlan) -> bool:
     """Whether a classifier takes the place of the head that makes tokens, which other tools then leave out."""
-    pieces = [piece for one in plan.targets if one.fresh and one.module not in HEADS for piece in one.pieces]
+    pieces = [piece for one in plan.targets if one.fresh and not base.is_head(one.module) for piece in one.pieces]
     return any(piece.part.task_type == "SEQ_CLS" for piece in pieces)
 
 
 def _lost_tie(merged: BaseWeights, base: BaseWeights, plan: ModelPlan) -> bool:
     """Whether a head that was tied, and should be so still, reads nothing."""
-    if base.is_bare or any(one.fresh and one.module in HEADS for one in plan.targets):
+    if base.is_bare or any(one.fresh and base.is_head(one.module) for one in plan.targets):
         return False
-    tied = any(base.is_tied(MODEL_HEAD, one.module) for one in plan.targets if base.is_embedding(one.module))
-    return tied and merged.find(MODEL_HEAD) is None
+    tied = any(base.feeds_head(one.module) for one in plan.targets if base.is_embedding(one.module))
+    return tied and merged.find(base.head) is None
 
 
 def _embeddings_of(name: str, merged: BaseWeights, targets: dict[str, Target]) -> Target | None:
     """Return the target that a head stands for which another tool has written out, though the model ties it."""
     path = name.removesuffix(".weight")
-    if path.rpartition(".")[2] not in HEADS:
+    if not merged.is_head(path):
         return None
     return next((one for module, one in targets.items() if merged.is_embedding(module) and not one.fresh), None)
 

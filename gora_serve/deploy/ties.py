@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from gora_serve.deploy.base import HALVES, MODEL_HEAD, SHARED, BaseWeights
+from gora_serve.deploy.base import HALVES, SHARED, BaseWeights
 from gora_serve.deploy.merge_values import Part, Piece, Pieces
 from gora_serve.errors import BindingError
 
@@ -24,27 +24,36 @@ def share_out(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, 
             owners.setdefault(name, {})[path] = pieces
     untied = None
     for name, updates in owners.items():
+        if _is_embedding(base, name, updates) and base.ties_head and base.find(base.head) is None:
+            raise _refuse_shared(base, name, updates, [*updates, "a head that is tied to it, if there is one"])
         users = _users(base, name, updates)
         alike = all(_alike(updates.get(user, ()), next(iter(updates.values()))) for user in users)
         if alike:
             shared[name] = next(iter(updates.values()))
             continue
-        head = next((user for user in users if user.removesuffix(".weight") == MODEL_HEAD), None)
+        head = next((user for user in users if user == f"{base.head}.weight"), None)
         rest = {user: updates.get(user, ()) for user in users if user != head}
-        if head is None or not _can_untie(base) or not _all_alike(list(rest.values())):
+        if head is None or not _can_untie(base, name) or not _all_alike(list(rest.values())):
             raise _refuse_shared(base, name, updates, users)
         shared[name] = next(iter(rest.values()), ())
-        untied = updates.get(head) or _resized_head(shared[name])
+        untied = updates.get(head) or _resized_head(base, shared[name])
     return shared, untied
 
 
-def _resized_head(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+def _resized_head(base: BaseWeights, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
     """Return what a head starts from that was tied to embeddings of a resized vocabulary; () where they are not."""
     grounds = [piece.part.grounds[piece.key] for piece in pieces if piece.key in piece.part.grounds]
-    path = f"{MODEL_HEAD}.weight"
+    path = f"{base.head}.weight"
     return tuple(
         Piece(Part(1.0, {}, pieces[0].part.file, replaced={path: ground}), "replaced", path) for ground in grounds[:1]
     )
+
+
+def _is_embedding(base: BaseWeights, name: str, updates: Pieces) -> bool:
+    """Tell whether a tensor is of embeddings: by its name, by its rows, or as an adapter has it."""
+    trained = any(piece.key in piece.part.embeddings for pieces in updates.values() for piece in pieces)
+    rows = base.tensors.shape(name)[:1]
+    return trained or base.is_embedding(name.removesuffix(".weight")) or rows == (base.config.get("vocab_size"),)
 
 
 def _users(base: BaseWeights, name: str, updated: Iterable[str]) -> dict[str, None]:
@@ -55,15 +64,16 @@ def _users(base: BaseWeights, name: str, updated: Iterable[str]) -> dict[str, No
         return users
     others = [f"{path.removesuffix(SHARED)}{half}" for half in HALVES] if path.endswith(SHARED) else []
     others = [other for other in others if base.find(other) == name]
-    others += [MODEL_HEAD] if base.is_tied(MODEL_HEAD, path) else []
+    others += [base.head] if base.feeds_head(path) else []
     others = [f"{other}.weight" for other in others]
     own = [user for user in users if user not in others] or [f"{path}.weight"]
     return dict.fromkeys([*own, *others]) if others else users
 
 
-def _can_untie(base: BaseWeights) -> bool:
-    """Encoder-decoders scale what a tied head reads, or tie it whatever their configuration says."""
-    return not base.config.get("is_encoder_decoder", False)
+def _can_untie(base: BaseWeights, name: str) -> bool:
+    """Encoder-decoders scale what a tied head reads, or tie it whatever their configuration says; BERT's kin, whose
+    embeddings lie in a module `embeddings`, tie the head's bias too."""
+    return not base.config.get("is_encoder_decoder", False) and name.split(".")[-3:-2] != ["embeddings"]
 
 
 def _all_alike(updates: Sequence[tuple[Piece, ...]]) -> bool:
@@ -87,7 +97,7 @@ def _same_piece(one: Piece, other: Piece) -> bool:
 
 
 def _refuse_shared(
-    base: BaseWeights, name: str, updates: Mapping[str, tuple[Piece, ...]], users: Mapping[str, None]
+    base: BaseWeights, name: str, updates: Mapping[str, tuple[Piece, ...]], users: Iterable[str]
 ) -> BindingError:
     file = next(iter(updates.values()))[0].part.file
     return BindingError(

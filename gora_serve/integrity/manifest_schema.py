@@ -109,10 +109,10 @@ def _read_manifest(value: Mapping[str, object]) -> Manifest:
     aliases, source = _texts(value["aliases"]), _texts(value["source"])
     if value["chunk_bytes"] != CHUNK or not all(name in tensors for name in aliases.values()):
         raise ValueError("chunk_bytes or aliases")
-    weights = _root_text(value["weights_root"])
+    weights = root_text(value["weights_root"])
     if weights is None:
         raise ValueError("weights_root")
-    roots = Roots(weights, _root_text(value["config_root"]), _root_text(value["tokenizer_root"]))
+    roots = Roots(weights, root_text(value["config_root"]), root_text(value["tokenizer_root"]))
     files = value["files"]
     if not isinstance(files, list):
         raise TypeError("files")
@@ -170,7 +170,8 @@ def _hex(value: object) -> str:
     return value
 
 
-def _root_text(value: object) -> str | None:
+def root_text(value: object) -> str | None:
+    """Return a root as a file states it, None where there is none. Raises TypeError for anything else."""
     if value is not None and not (isinstance(value, str) and _ROOT.fullmatch(value)):
         raise TypeError(f"{value!r} is not a root")
     return value

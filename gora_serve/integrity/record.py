@@ -8,11 +8,12 @@ from typing import Any
 
 from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import parse_json
-from gora_serve.integrity.manifest import Roots
+from gora_serve.integrity.manifest_schema import Roots, root_text
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD_SCHEMA = "gora-serve/adapter/1"
 TRAINED, ASSERTED = "trained", "asserted"
+ROOTS = ("weights_root", "config_root", "tokenizer_root")
 
 
 def read_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -30,11 +31,19 @@ def read_record(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
             actual=record.get("schema") if isinstance(record, dict) else None, hint="upgrade gora-serve",
         )  # fmt: skip
     if not isinstance(record.get("base"), dict) or not isinstance(record.get("origin"), dict):
-        raise InputError(
-            "gora_serve metadata is malformed", code="GS-363", file=file, expected="base and origin",
-            hint="export the adapter again",
-        )  # fmt: skip
+        raise _malformed(file, "base and origin")
+    for name in ROOTS:
+        try:
+            root_text(record["base"].get(name))
+        except TypeError as err:
+            raise _malformed(file, f"{name} a root") from err
     return record
+
+
+def _malformed(file: Path, expected: str) -> InputError:
+    return InputError(
+        "gora_serve metadata is malformed", code="GS-363", file=file, expected=expected, hint="export the adapter again"
+    )
 
 
 def trained_on(origin: Mapping[str, Any], file: Path) -> dict[str, Any] | None:
@@ -47,13 +56,7 @@ def trained_on(origin: Mapping[str, Any], file: Path) -> dict[str, Any] | None:
         return None
     value = parse_json(text.encode(), file) if isinstance(text, str) else None
     if not isinstance(value, dict):
-        raise InputError(
-            "gora_serve metadata is malformed",
-            code="GS-363",
-            hint="export the adapter again",
-            file=file,
-            expected="trained_on an object",
-        )
+        raise _malformed(file, "trained_on an object")
     return value
 
 

@@ -215,3 +215,12 @@ def test_fit_names_the_tensors_that_differ(tiny_base: Path, twin: Path) -> None:
     with pytest.raises(BindingError, match="GS-420") as caught:
         check_same(records[0], records[1], Path("run.partial"), now.tensors)
     assert caught.value.what.endswith(f"of its weights: {Q}.weight (changed), model.norm.weight (changed)")
+
+
+def test_strict_needs_a_base(bound: Path, tiny_base: Path, tmp_path: Path) -> None:
+    assert gora_here("merge", tiny_base, "-a", bound, "--output", tmp_path / "merged").code == 0
+    for path in (bound, tmp_path / "merged"):
+        assert gora_here("verify", path).code == 0
+        answer = gora_here("verify", path, "--strict")
+        assert (answer.code, answer.gs) == (2, "GS-264")
+    assert gora_here("verify", bound, "--base", tiny_base, "--strict").code == 0

@@ -35,7 +35,7 @@ def dora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path, **settings: Any) -> Path:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(build_llama(), LoraConfig(r=2, target_modules="all-linear", **settings))
+    model = get_peft_model(build_llama(), LoraConfig(**({"r": 2, "target_modules": "all-linear"} | settings)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -137,6 +137,28 @@ def test_dora_is_served_by_nobody(dora: Path, tiny_base: Path, tiny_data: Path) 
     assert list(told["comparison"]["outcomes"]) == ["as trained", "the base itself"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "merge"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}}, "convert"),
+        ({"target_modules": ["q_proj"], "r": 513, "lora_alpha": 513}, "convert"),
+    ],
+)  # fmt: skip
+def test_what_no_engine_loads_beside_lora(tmp_path: Path, tiny_base: Path, settings: dict[str, Any], way: str) -> None:
+    """`serve` refuses the very same."""
+    adapter = trained(tmp_path, **settings)
+    assert gora_here("serve", tiny_base, "-a", f"x={adapter}", "--dry-run").code == 3
+    answer = gora_here("gap", adapter, "--base", tiny_base)
+    assert (answer.code, answer.gs) == (1, "GS-122")
+    assert "served as it is: no engine loads it as LoRA" in answer.out
+    hint = str(answer.field("try")).split()
+    assert hint[1] == way
+    assert gora_here(*hint[1:-1], tmp_path / "out").code == 0
+    if way == "convert":
+        assert gora_here("gap", tmp_path / "out", "--base", tiny_base).code == 0
+
+
 def test_a_fine_tune_says_which_modules_changed_and_what_is_left_out(tiny_base: Path, tmp_path: Path) -> None:
     model = build_llama()
     for path in ("model.layers.0.mlp.up_proj", "model.norm"):
@@ -225,6 +247,11 @@ def test_the_picture(edited: Edited, dora: Path, tiny_base: Path, tmp_path: Path
     start = file.read_bytes()[:100]
     assert start.startswith(b"\x89PNG") if ending == "png" else b"<?xml" in start
     assert gora_here("gap", dora, "--base", tiny_base, "--plot", tmp_path / f"dora.{ending}").code == 1
+    before = file.read_bytes()
+    assert gora_here("gap", dora, "--base", tiny_base, "--plot", file).gs == "GS-601"
+    assert file.read_bytes() == before
+    assert gora_here("gap", dora, "--base", tiny_base, "--plot", file, "--overwrite").code == 1
+    assert file.read_bytes() != before
     assert (tmp_path / f"dora.{ending}").is_file()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from tiny_models import LLAMA_PATHS, MakeAdapter, build_llama, llama_shapes
 from transformers import AutoModelForCausalLM
 
 from converters.combining import merge_adapters
+from converters.convert import convert
 from converters.reading import Inputs
 from gora_serve.adapter.factors import BaseId
+from gora_serve.adapter.format import read_adapter
 from gora_serve.config import MergeConfig
 from gora_serve.errors import BindingError, MismatchError, UsageError
 from gora_serve.integrity.bases import Base
@@ -75,6 +78,20 @@ def test_an_edited_base_counts(tmp_path: Path, tiny_base: Path) -> None:
     model.save_pretrained(tmp_path / "pissa")
     merge_adapters([(tmp_path / "pissa", 1.0)], Base(str(tiny_base), tiny_base), tmp_path / "out")
     assert float((logits_of(load_on(tiny_base, tmp_path / "out")) - expected).abs().max()) < 1e-4
+
+
+def test_a_base_in_4_bits_is_not_forgotten(tmp_path: Path, tiny_base: Path, make_adapter: MakeAdapter) -> None:
+    said = {"trained_on": json.dumps({"quantize": "nf4"})}
+    bound = BaseId(str(tiny_base), None, hash_model(tiny_base).roots)
+    ours = make_adapter({LLAMA_PATHS[4]: 3}, shapes=llama_shapes(), base=bound)
+    export_adapter(replace(ours, origin={**ours.origin, **said}), tmp_path / "ours")
+    base = Base(str(tiny_base), tiny_base)
+    done = merge_adapters([(tmp_path / "ours", 0.5), (tmp_path / "ours", 0.5)], base, tmp_path / "merged")
+    assert [one["trained_on"] for one in done.receipt["adapters"]] == [said["trained_on"]] * 2
+    convert(tmp_path / "ours", base, tmp_path / "converted")
+    for folder in ("merged", "converted"):
+        assert read_adapter(tmp_path / folder).origin["trained_on"] == said["trained_on"]
+        assert "quantized to nf4" in (tmp_path / folder / "README.md").read_text()
 
 
 def test_refusals(tmp_path: Path, tiny_base: Path, make_adapter: MakeAdapter) -> None:

@@ -95,6 +95,15 @@ def test_embeddings_of_gpt2(tmp_path: Path) -> None:
     prove_exact(tmp_path / "adapter", base, tmp_path / "out", logits_of(model))
 
 
+def test_trained_rows_of_any_embeddings(tmp_path: Path) -> None:
+    """Also of those that have no token to a row: GPT-2's positions."""
+    base = save_base(build_gpt2(), tmp_path / "base")
+    config = LoraConfig(r=3, target_modules=["c_attn"], trainable_token_indices={"wpe": [0, 3]}, fan_in_fan_out=True)
+    model = trained(build_gpt2, config, tmp_path / "adapter")
+    done = prove_exact(tmp_path / "adapter", base, tmp_path / "out", logits_of(model))
+    assert "base_model.model.transformer.wpe.lora_embedding_A" in load_file(done.folder / WEIGHTS)
+
+
 def test_a_state_dict_with_adapter_names_and_copies(tmp_path: Path, tiny_base: Path) -> None:
     """As trainers save it by themselves: `.default.` in the names, all of the base beside the factors."""
     config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])

@@ -6,6 +6,7 @@ The right ones are PEFT's; the wrong ones are right ones that were spoiled.
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from peft import HRAConfig, LoraConfig, MissConfig, PeftModel, get_peft_model
 from proving import input_ids, merged, train
+from safetensors.torch import save_file
 from test_merging import judge, make, spoiled, theirs
 from tiny_models import build_gpt2, build_llama
 from torch import Tensor
@@ -159,6 +161,26 @@ def test_the_sign_of_a_zero_is_a_bit(tmp_path: Path, dtype: str) -> None:
         spoiled(tmp_path / "out", name, lambda t: torch.where(t == 0, -t, t))
     found = judge(tmp_path, tmp_path / "out")
     assert {one.name for one in (*found.of("rounded"), *found.of("differs"))} == set(names)
+
+
+def test_numbers_of_4_bits_are_compared(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.blocks"
+    make(tmp_path, build_llama, target_modules=["q_proj"])
+    shutil.rmtree(tmp_path / "base")
+    build_llama().save_pretrained(tmp_path / "base")  # in one file
+    pairs = torch.arange(32, dtype=torch.uint8).view(4, 8).view(torch.float4_e2m1fn_x2)
+    save_file({**build_llama().state_dict(), name: pairs}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    merge(tmp_path)
+    found = judge(tmp_path, tmp_path / "out")
+    assert (found.verdict, found.tensors[name].elements, found.tensors[name].equal) == ("exact", 64, 64)
+
+    def last_bit(tensor: Tensor) -> Tensor:
+        raw = tensor.view(torch.uint8)
+        raw[-1, -1] ^= 0x80
+        return raw.view(tensor.dtype)
+
+    spoiled(tmp_path / "out", name, last_bit)
+    assert [one.name for one in judge(tmp_path, tmp_path / "out").of("differs")] == [name]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float32])

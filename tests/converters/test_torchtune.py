@@ -120,3 +120,13 @@ def test_what_is_refused(tmp_path: Path, tiny_base: Path, config: Any, more: dic
         converted(adapter, tiny_base, tmp_path / "out", family="torchtune")
     assert caught.value.code == code
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [5, True, "x", [1]])
+def test_a_base_whose_text_model_is_no_object(tmp_path: Path, value: object) -> None:
+    build_llama().save_pretrained(tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"text_config": value}))
+    with pytest.raises(GoraError) as caught:
+        converted(write_tune(tmp_path / "adapter", tune_factors()), tmp_path / "base", tmp_path / "out")
+    assert caught.value.code == "GS-3402"
