@@ -96,6 +96,24 @@ def test_a_tokenizer_that_puts_bos_in_front_gets_it_once(tmp_path: Path) -> None
     assert one.input_ids.count(1) == two.input_ids.count(1) == 1
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_bos_takes_no_space_from_the_text_after_it(tmp_path: Path, legacy: bool) -> None:
+    """LlamaTokenizer's Metaspace puts its mark before the first word only where nothing, not even BOS, is before it."""
+    from transformers import LlamaTokenizer
+
+    words = ["<unk>", "<s>", "</s>", "▁", "h", "i", "hi", "▁hi", "!"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    merges = [("h", "i"), ("▁", "hi")]
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True, legacy=legacy)
+    assert tokenizer("hi hi")["input_ids"] == [1, 7, 7]
+    rows = [{"prompt": "hi hi", "completion": " hi"}, {"text": "hi hi"}, {"prompt": "", "completion": "hi!</s>"}]
+    one, two, three = load_rows(tmp_path, rows, tokenizer).examples
+    assert one == Example([1, 7, 7, 7, 2], [-100, -100, -100, 7, 2])
+    assert two == Example([1, 7, 7, 2], [-100, 7, 7, 2])
+    assert three == Example([1, 7, 8, 2], [-100, 7, 8, 2])
+    assert load_rows(tmp_path, rows, tokenizer, DataConfig(max_length=4)).examples[0].input_ids == [1, 7, 7, 7]
+
+
 @pytest.mark.parametrize("count", [3, 5])
 def test_messages_with_one_and_two_assistant_turns(tmp_path: Path, tokenizer: Any, count: int) -> None:
     (example,) = load_rows(tmp_path, [{"messages": TURNS[:count]}], tokenizer).examples
