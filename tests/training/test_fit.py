@@ -454,7 +454,10 @@ def test_rows_to_probe_and_to_search_are_apart() -> None:
     assert split_rows(rows, QUICK) == (rows, ())
 
 
-@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1.0, 40, 10), (2.0, 40, 20), (0.5, 40, 5), (1.0, 41, 11)])
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"),
+    [(1.0, 40, 10), (2.0, 40, 20), (0.5, 40, 5), (1.0, 41, 11), (3.0, 2, 3), (5.0, 1, 5), (0.29, 100, 8)],
+)
 def test_epochs_become_steps(tiny_base: Path, tmp_path: Path, epochs: float, rows: int, steps: int) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", color_rows(rows))
     config = replace(LORA, train=replace(LORA.train, steps=None, epochs=epochs))
