@@ -26,7 +26,7 @@ from gora_serve.training.run_files import read_ranks
 from gora_serve.training.run_folder import RunFolder
 from gora_serve.training.session import Session, naming_memory, open_session, peak_bytes
 from gora_serve.training.tracking import check_tracking, tracking
-from gora_serve.training.train_stage import NEXT, Stop
+from gora_serve.training.train_stage import NEXT, Stop, count_steps
 from gora_serve.training.weights import weight_shape
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ def fit(
         check_settings(partial, asdict(config))
     early = stoppable(listen, stop, kept="nothing was written")
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=early)
+    count_steps(session, config.train)  # too many are refused before the probe
     held_out = session.load(eval_data, config.data) if eval_data else None
     shapes = {path: weight_shape(module) for path, module in session.modules.items()}
     given = read_ranks(ranks_file, shapes) if ranks_file else None

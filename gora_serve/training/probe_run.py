@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gora_serve.config import FitConfig, ProbeConfig, RankConfig
+from gora_serve.config import FitConfig, ProbeConfig, RankConfig, check_rows
 from gora_serve.gora.ranks import lora_parameters
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.bases import locate_base
@@ -64,6 +64,8 @@ def probe_session(
     if config.lr:
         check_unsharded(session.accelerator, "exploratory steps (--probe-lr)")
     steps = -(-config.most_steps // world) * world
+    rows = steps * min(session.batch_size, len(examples))
+    check_rows(rows, hint="fewer --probe-steps, or a smaller --batch-size")
     batches = session.batches(examples, schedule(len(examples), session.batch_size, batches=steps, seed=session.seed))
     chosen, device = choose_mode(session, config)
     local = len(batches)

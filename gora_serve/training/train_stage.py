@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from gora_serve.config import TrainConfig
+from gora_serve.config import TrainConfig, check_rows
 from gora_serve.errors import RunError, Stopped
 from gora_serve.progress import Listener
 from gora_serve.training import inject
@@ -152,11 +152,16 @@ class TrainStage:
 
 
 def count_steps(session: Session, config: TrainConfig) -> int:
-    """Return how many optimizer steps --steps or --epochs asks for. A batch holds a row once, as in `schedule`."""
+    """Return how many optimizer steps --steps or --epochs asks for. A batch holds a row once, as in `schedule`.
+
+    Raises UsageError where they take more rows than an order is drawn for.
+    """
     rows = len(session.data.examples)
     per_step = min(session.batch_size, rows) * config.grad_accum * session.accelerator.num_processes
     wanted = int(round(rows * (config.epochs or 1.0), 6))  # 0.29 * 100 is a little less than 29
-    return config.steps or -(-wanted // per_step) or 1
+    steps = config.steps or -(-wanted // per_step) or 1
+    check_rows(steps * per_step, hint="fewer --steps or --epochs, or less --grad-accum")
+    return steps
 
 
 def check_loss(loss: float, what: str, *, code: str) -> None:

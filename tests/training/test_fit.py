@@ -463,3 +463,24 @@ def test_epochs_become_steps(tiny_base: Path, tmp_path: Path, epochs: float, row
     config = replace(LORA, train=replace(LORA.train, steps=None, epochs=epochs))
     run(tiny_base, data, tmp_path / "run", config)
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"), [({"epochs": 999_999.0}, 999_999 * 128), ({"steps": 10**7, "grad_accum": 1000}, 4 * 10**10)]
+)
+def test_more_rows_than_can_be_drawn_are_refused_before_the_probe(
+    tiny_base: Path, tmp_path: Path, changes: dict[str, Any], rows: int
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", color_rows(128))
+    train = replace(QUICK.train, **{"steps": None} | changes)
+    with pytest.raises(UsageError, match="GS-201") as caught:
+        run(tiny_base, data, tmp_path / "run", replace(QUICK, train=train))
+    assert caught.value.fields["actual"] == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_probe_of_more_rows_than_can_be_drawn_is_refused(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = replace(QUICK, data=replace(QUICK.data, batch_size=40), probe=ProbeConfig(steps=10**7))
+    with pytest.raises(UsageError, match="GS-201") as caught:
+        run(tiny_base, tiny_data, tmp_path / "run", config)
+    assert caught.value.fields["actual"] == 4 * 10**8
