@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gora_serve.config import DataConfig
-from gora_serve.errors import InputError, MachineError
+from gora_serve.errors import InputError, MachineError, first_line
 from gora_serve.integrity.files import sha256_file
 from gora_serve.training.encode import IGNORED, Example, Row, encode_pair, encode_row, predicts
 
@@ -139,7 +139,7 @@ def _load(builder: str, path: Path) -> list[Mapping[str, Any]]:
         raise InputError(
             f"cannot be read as {path.suffix[1:]}", code="GS-375", file=path,
             hint="check that the file is what its ending says",
-            actual=str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__,
+            actual=first_line(cause),
         ) from err  # fmt: skip
 
 

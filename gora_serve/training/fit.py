@@ -20,11 +20,12 @@ from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_partial, check_target, partial_of
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training.checkpoint import discard_all, sweep_finished
+from gora_serve.training.out_of_memory import naming_memory
 from gora_serve.training.resume import RUN, check_settings
 from gora_serve.training.run import FitResult, Run
 from gora_serve.training.run_files import read_ranks
 from gora_serve.training.run_folder import RunFolder
-from gora_serve.training.session import Session, naming_memory, open_session, peak_bytes
+from gora_serve.training.session import Session, open_session, peak_bytes
 from gora_serve.training.tracking import check_tracking, tracking
 from gora_serve.training.train_stage import NEXT, Stop, count_steps
 from gora_serve.training.weights import weight_shape

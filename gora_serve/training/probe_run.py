@@ -28,6 +28,7 @@ from gora_serve.progress import Listener, silent
 from gora_serve.training.data import schedule
 from gora_serve.training.encode import Example
 from gora_serve.training.loss import input_tokens, mean_loss
+from gora_serve.training.out_of_memory import naming_memory
 from gora_serve.training.probe import probe
 from gora_serve.training.probe_files import write_probe
 from gora_serve.training.processes import sum_over_processes
@@ -35,7 +36,6 @@ from gora_serve.training.session import (
     Session,
     check_memory,
     check_untouched,
-    naming_memory,
     open_session,
     versions,
 )

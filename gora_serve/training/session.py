@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import gora_serve
 from gora_serve.config import DataConfig, ModelConfig, TrainConfig
-from gora_serve.errors import MachineError, MismatchError
+from gora_serve.errors import MismatchError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.layout import find_model
@@ -29,6 +28,7 @@ from gora_serve.training.encode import IGNORED, Example
 from gora_serve.training.lengths import check_length
 from gora_serve.training.models import check_causal, load_model, load_settings, load_tokenizer, vocabulary
 from gora_serve.training.offload import offload
+from gora_serve.training.out_of_memory import naming_memory
 from gora_serve.training.processes import make_accelerator
 from gora_serve.training.quantize import quantization_record
 from gora_serve.training.sharding import check_sharding, shard, wants_sharding
@@ -129,6 +129,7 @@ def versions() -> dict[str, str]:
     return {"gora-serve": gora_serve.__version__} | {name: version(name) for name in PACKAGES}
 
 
+@naming_memory()
 def open_session(
     base: str, data: str, *, model: ModelConfig, rows: DataConfig, train: TrainConfig, listen: Listener
 ) -> Session:
@@ -190,18 +191,6 @@ def _tell_what_is_left_out(model: nn.Module) -> None:
             "%.0f %% of the base's parameters are matrices in modules that are no linear layers and get no adapter: %s",
             100 * share, ", ".join(kinds),
         )  # fmt: skip
-
-
-@contextmanager
-def naming_memory() -> Iterator[None]:
-    """Turn a device that ran out of memory into an error that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as err:
-        raise MachineError(
-            "the device ran out of memory", code="GS-526", actual=str(err).splitlines()[0],
-            hint="a smaller --batch-size or --max-length, --gradient-checkpointing, or --offload cpu",
-        ) from err  # fmt: skip
 
 
 def check_memory(session: Session, model: nn.Module) -> str:

@@ -29,11 +29,21 @@ from gora_serve.config import (
     RankConfig,
     TrainConfig,
 )
-from gora_serve.errors import BindingError, InputError, MismatchError, OutputError, RunError, UsageError
+from gora_serve.errors import (
+    BindingError,
+    InputError,
+    MachineError,
+    MismatchError,
+    OutputError,
+    RunError,
+    UsageError,
+)
 from gora_serve.progress import Progress
-from gora_serve.training import loop, train_stage
+from gora_serve.training import loop, session, train_stage
 from gora_serve.training.data import Example
 from gora_serve.training.fit import fit
+from gora_serve.training.out_of_memory import naming_memory
+from gora_serve.training.probe_run import probe_only
 from gora_serve.training.run import FitResult, split_rows
 
 QUICK = FitConfig(
@@ -484,3 +494,25 @@ def test_a_probe_of_more_rows_than_can_be_drawn_is_refused(tiny_base: Path, tiny
     with pytest.raises(UsageError, match="GS-201") as caught:
         run(tiny_base, tiny_data, tmp_path / "run", config)
     assert caught.value.fields["actual"] == 4 * 10**8
+
+
+def test_a_device_that_cannot_hold_the_base_is_told_of(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocation is real; the base is too small to fail by itself."""
+    monkeypatch.setattr(session, "_place", lambda *_: torch.empty(1 << 50))
+    for start in (
+        lambda: run(tiny_base, tiny_data, tmp_path / "run"),
+        lambda: probe_only(str(tiny_base), str(tiny_data), tmp_path / "probe", QUICK, rank_max=4),
+    ):
+        with pytest.raises(MachineError, match="GS-526") as caught:
+            start()
+        assert "can't allocate memory" in str(caught.value.fields["actual"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), naming_memory():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    with pytest.raises(MachineError, match="GS-526"), naming_memory():
+        raise MemoryError
