@@ -19,8 +19,8 @@ from tiny_models import build_tokenizer, write_jsonl
 
 from gora_serve.config import DataConfig
 from gora_serve.errors import GoraError, InputError, MachineError
-from gora_serve.training.data import Dataset, check_ids, collate, load_data, schedule
-from gora_serve.training.encode import IGNORED, Example
+from gora_serve.training.data import Dataset, _read_hub, check_ids, collate, load_data, schedule
+from gora_serve.training.encode import IGNORED, Example, Row
 
 PLAIN = DataConfig(chat_template=False, max_length=256)
 CHAT = DataConfig(max_length=256)
@@ -296,6 +296,35 @@ def test_missing_and_unknown_files(tmp_path: Path, tokenizer: Any) -> None:
         load(tmp_path / "rows.xml", tokenizer)
     with pytest.raises(MachineError):
         load(tmp_path, tokenizer)
+
+
+def read_dataset(source: str) -> list[Row]:
+    """A folder stands for a repository of the hub: `datasets` takes both by the same call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _read_hub(source)[0]
+
+
+def test_a_dataset_of_several_configurations(tmp_path: Path) -> None:
+    folder = tmp_path / "several"
+    folder.mkdir()
+    names = ("main", "other")
+    for name in names:
+        write_jsonl(folder / f"{name}.jsonl", [{"prompt": name, "completion": "b"}])
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names)
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    with pytest.raises(MachineError, match="GS-523") as caught:
+        read_dataset(str(folder))
+    assert "['main', 'other']" in str(caught.value.fields["actual"])
+    assert [dict(row.values) for row in read_dataset(f"{folder}:other")] == [{"prompt": "other", "completion": "b"}]
+
+
+def test_a_dataset_with_a_script_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "old.py").write_text("raise SystemExit")
+    with pytest.raises(MachineError, match="GS-523") as caught:
+        read_dataset(str(tmp_path / "old"))
+    assert "scripts are no longer supported" in str(caught.value.fields["actual"])
 
 
 def test_long_rows_are_cut_or_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> None:
