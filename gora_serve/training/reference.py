@@ -20,6 +20,7 @@ from gora_serve.integrity.headers import read_header
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Roots, hash_model
 from gora_serve.training.advice import free_memory
+from gora_serve.training.lengths import positions
 from gora_serve.training.models import load_model, load_settings
 
 TEXTS = (
@@ -72,12 +73,21 @@ def _float32() -> Any:
     return ModelConfig(dtype="float32")
 
 
-def prompts(base: Path, count: int = len(TEXTS)) -> list[tuple[int, ...]]:
-    """Return the first of TEXTS as the base's own tokens."""
+def prompts(base: Path, count: int = len(TEXTS), *, after: int = 1) -> list[tuple[int, ...]]:
+    """Return the first of TEXTS as the base's own tokens, of which it knows every one.
+
+    They are cut to leave room for `after` tokens among the base's positions.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    return [tuple(tokenizer(text)["input_ids"][:LARGEST]) for text in TEXTS[:count]]
+    settings = load_settings(Base(str(base), base))
+    size = getattr(settings.get_text_config(), "vocab_size", None) or math.inf
+    longest = min(LARGEST, (positions(settings.to_dict()) or math.inf) - after)
+    return [
+        tuple(token for place, token in enumerate(tokenizer(text)["input_ids"]) if place < longest and token < size)
+        for text in TEXTS[:count]
+    ]
 
 
 def expected_answers(base: Path, adapter: Path) -> list[Expected]:
@@ -103,9 +113,9 @@ def fingerprint(
     """
     if config.canary == "none":
         return None, "not asked for"
-    if base is None or not (base / "config.json").is_file():
-        return None, "its base is no folder on this machine"
     try:
+        if base is None or not (base / "config.json").is_file():
+            return None, "its base is no folder on this machine"
         if load_settings(Base(str(base), base)).is_encoder_decoder:
             return None, "vLLM does not serve encoder-decoders"
         if reason := _too_large(base, config):
@@ -115,7 +125,7 @@ def fingerprint(
         with warnings.catch_warnings():  # what PEFT says of training an adapter is beside the point here
             warnings.simplefilter("ignore")
             return fingerprint_json(expected_answers(base, folder)), "computed with PEFT in float64"
-    except (GoraError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as err:
+    except Exception as err:  # of PEFT, transformers, tokenizers, torch: any; the adapter is good without it
         reason = err.what if isinstance(err, GoraError) else f"{type(err).__name__}: {err}"
         return None, f"PEFT or transformers cannot answer with it: {reason.splitlines()[0][:120]}"
 
