@@ -47,12 +47,13 @@ class Reference:
 
         model: Any = load_model(Base(str(base), base), _float32())
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._keys = {name: f"a{number}" for number, name in enumerate(adapters)}  # PEFT's become names of modules
         wrapped: Any = None
         for name, folder in adapters.items():
             if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, folder, adapter_name=name)
+                wrapped = PeftModel.from_pretrained(model, folder, adapter_name=self._keys[name])
             else:
-                wrapped.load_adapter(folder, adapter_name=name)
+                wrapped.load_adapter(folder, adapter_name=self._keys[name])
         self._bare = wrapped is None
         self._model: Any = (model if wrapped is None else wrapped).to(dtype).eval()
 
@@ -60,7 +61,7 @@ class Reference:
     def logprobs(self, name: str | None, tokens: Sequence[int], last: int = 1) -> Tensor:
         """Return the log probabilities at the last positions, (last, vocabulary); name None is the base alone."""
         if name is not None:
-            self._model.set_adapter(name)
+            self._model.set_adapter(self._keys[name])
         bare = name is None and not self._bare
         with self._model.disable_adapter() if bare else contextlib.nullcontext():
             logits: Tensor = self._model(torch.tensor([list(tokens)]), use_cache=False).logits[0, -last:]

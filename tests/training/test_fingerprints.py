@@ -166,3 +166,12 @@ def test_the_base_alone_and_adapters_by_name(adapter: Adapter, tiny_base: Path, 
     assert torch.equal(both.logprobs(None, tokens, 3), alone.logprobs(None, tokens, 3))
     assert both.logprobs("a", tokens, 3).shape[0] == 3
     assert not torch.allclose(both.logprobs("a", tokens), alone.logprobs(None, tokens))
+
+
+@pytest.mark.parametrize("name", ["sql-v1.5", "train", "update", "type", "float", "items"])
+def test_an_adapter_may_have_any_name(adapter: Adapter, tiny_base: Path, tmp_path: Path, name: str) -> None:
+    """No name of a module may have a dot, or be what a module or a dictionary already has."""
+    folder = export_adapter(adapter, tmp_path / "out", ExportConfig(canary="none")).folder
+    tokens = prompts(tiny_base, 1)[0]
+    named, plain = (Reference(tiny_base, {one: folder}).logprobs(one, tokens) for one in (name, "a"))
+    assert torch.equal(named, plain)
