@@ -34,7 +34,8 @@ Track = Literal["none", "tensorboard", "wandb"]
 FREE_SETTINGS = frozenset(
     {"model.offload", "train.save_every", "train.track"}
 )  # decide no number: a run may be resumed with others
-MOST_STEPS = 10**7  # an order of batches is drawn for all steps at once
+MOST_STEPS = 10**7
+MOST_ROWS = 10**8  # that all steps take together: their order is drawn at once
 IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
 
 
@@ -44,6 +45,12 @@ TAKES = "gora-serve COMMAND --help says what each option takes, and its default"
 def _require(condition: bool, what: str, **fields: object) -> None:
     if not condition:
         raise UsageError(what, code="GS-201", **({"hint": TAKES} | fields))  # type: ignore[arg-type]
+
+
+def check_rows(rows: int, *, hint: str) -> None:
+    """Refuse steps that take more rows, all together, than an order is drawn for. Raises UsageError."""
+    expected = f"at most {MOST_ROWS} rows: steps x --batch-size x --grad-accum x processes"
+    _require(rows <= MOST_ROWS, "all steps together take too many rows", expected=expected, actual=rows, hint=hint)
 
 
 @dataclass(frozen=True)

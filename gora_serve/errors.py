@@ -25,6 +25,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def first_line(err: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    return (str(err).strip() or type(err).__name__).splitlines()[0]
+
+
 class GoraError(Exception):
     """What happened, where, what was expected, what to do next.
 

@@ -43,7 +43,7 @@ def check_parity(plan: ServePlan, *, token: str | None = None, listen: Listener 
     from gora_serve.training.reference import Reference, prompts
 
     reference = Reference(plan.base, {one.name: one.path for one in plan.adapters}, torch.float32)
-    texts = prompts(plan.base)
+    texts = prompts(plan.base, after=STEPS)
     key = next(iter(read_keys(os.environ, plan.key_file)), None)
     allowed, dtype = tolerance(plan.dtype, plan.base), dtype_served(plan.dtype, plan.base)
     for index, model in enumerate(plan.models):

@@ -123,7 +123,10 @@ quick_option = click.option(
     "--quick", is_flag=True, help="Read no file again that stands as it stood when it was hashed. No proof: level L0."
 )
 data_option = click.option(
-    "--data", required=True, metavar="FILE|DATASET", help="JSONL, JSON, CSV or Parquet file, or a hub dataset."
+    "--data",
+    required=True,
+    metavar="FILE|DATASET",
+    help="JSONL, JSON, CSV or Parquet file, or a hub dataset, NAME[:CONFIGURATION].",
 )
 
 source_options = together(

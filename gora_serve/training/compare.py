@@ -24,7 +24,7 @@ from gora_serve.training.encode import Example
 from gora_serve.training.lengths import check_length
 from gora_serve.training.loss import Batch, scored
 from gora_serve.training.models import load_model, load_settings, load_tokenizer, vocabulary
-from gora_serve.training.session import naming_memory
+from gora_serve.training.out_of_memory import naming_memory
 from gora_serve.training.targets import linear_modules
 from gora_serve.training.weights import is_transposed
 
@@ -115,8 +115,8 @@ def compare(
     model = load_model(base, ModelConfig(dtype="float32"))
     check_length(getattr(settings, "max_position_embeddings", None), rows)
     check_ids(dataset, vocabulary(model), padding=tokenizer.pad_token_id)
-    model = model.to(device)
     with naming_memory():
+        model = model.to(device)
         swap = Swap(model, _paths(model, parts), variants)
         batches = _batches(model, dataset.examples, rows.batch_size, tokenizer.pad_token_id, device)
         sums = _ask(swap, variants, batches, vocabulary(model), listen)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gora_serve.config import DataConfig
-from gora_serve.errors import InputError, MachineError
+from gora_serve.errors import InputError, MachineError, first_line
 from gora_serve.integrity.files import sha256_file
 from gora_serve.training.encode import IGNORED, Example, Row, encode_pair, encode_row, predicts
 
@@ -56,7 +56,7 @@ class Dataset:
 
 
 def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decoder: bool = False) -> Dataset:
-    """Read and tokenise a JSONL, JSON, CSV or Parquet file, or a hub dataset's train split.
+    """Read and tokenise a JSONL, JSON, CSV or Parquet file, or the train split of a hub dataset, NAME[:CONFIGURATION].
 
     Rows longer than config.max_length lose the end of their completion; rows whose prompt alone fills the limit
     are left out; both are counted. For an encoder-decoder the limit holds for prompt and completion each.
@@ -139,7 +139,7 @@ def _load(builder: str, path: Path) -> list[Mapping[str, Any]]:
         raise InputError(
             f"cannot be read as {path.suffix[1:]}", code="GS-375", file=path,
             hint="check that the file is what its ending says",
-            actual=str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__,
+            actual=first_line(cause),
         ) from err  # fmt: skip
 
 
@@ -181,14 +181,17 @@ def _numbered(values: Sequence[Mapping[str, Any]], source: str) -> list[Row]:
 
 
 def _read_hub(source: str) -> tuple[list[Row], str]:
+    """Read the train split of a dataset, NAME or NAME:CONFIGURATION."""
     import datasets
 
+    name, _, configuration = source.partition(":")
     try:
-        loaded = datasets.load_dataset(source, split="train")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as err:
+        loaded = datasets.load_dataset(name, configuration or None, split="train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as err:
         raise MachineError(
             "no such data file, and the hub could not give it as a dataset", code="GS-523", file=source,
-            hint="check --data, the network and HF_TOKEN",
+            actual=" ".join(str(err).split()),
+            hint="check --data (NAME:CONFIGURATION where a dataset has several), the network and HF_TOKEN",
         ) from err  # fmt: skip
     rows = _numbered(list(loaded), source)
     lines = (json.dumps(row.values, sort_keys=True, default=str) for row in rows)

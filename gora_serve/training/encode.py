@@ -52,19 +52,20 @@ def encode_row(row: Row, tokenizer: Any, *, template: bool) -> Example:
     Raises InputError naming file and line for a row without the needed fields, or without a token to predict.
     """
     values = {key: value for key, value in row.values.items() if value is not None}
+    start: list[int] = [] if template else _start(tokenizer)  # a chat template spells its own
     if "messages" in values:
         segments = _conversation(_turns(values["messages"], row), tokenizer, row, template)
     elif "prompt" in values and "completion" in values:
         segments = _prompt_completion(values, tokenizer, template, row)
     elif values.get("text") and isinstance(values["text"], str):
-        segments = [*_start(tokenizer), (values["text"], True), *_end(values["text"], tokenizer)]
+        segments, start = [(values["text"], True), *_end(values["text"], tokenizer)], _start(tokenizer)
     else:
         raise row.refused(
             "the row lacks the needed fields", f"prompt and completion, messages, or text; got {sorted(values)}"
         )
     if not is_unicode("".join(text for text, _ in segments)):  # no tokenizer takes half of a surrogate pair
         raise row.refused("the text is not Unicode", "no lone surrogate such as \\ud800")
-    example = _tokens(segments, tokenizer)
+    example = _tokens(segments, tokenizer, start)
     if not predicts(example.labels):
         raise row.refused("no token of the row carries loss", "a completion that is not empty")
     return example
@@ -128,14 +129,16 @@ def _prompt_completion(values: Mapping[str, Any], tokenizer: Any, template: bool
     if template:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         return _conversation(turns, tokenizer, row, template)
-    return [*_start(tokenizer), (prompt, False), (completion, True), *_end(completion, tokenizer)]
+    return [(prompt, False), (completion, True), *_end(completion, tokenizer)]
 
 
-def _start(tokenizer: Any) -> Segments:
-    """The beginning-of-text token, where the tokenizer puts one before a plain text."""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    adds = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    return [(tokenizer.bos_token, False)] if adds else []
+def _start(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token, where the tokenizer puts one before a plain text.
+
+    An id, not text: after its text some tokenizers, Llama's for one, leave out the mark that they begin a text with.
+    """
+    ids: list[int] = tokenizer("", add_special_tokens=True)["input_ids"]
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
 
 
 def _end(text: str, tokenizer: Any) -> Segments:
@@ -174,11 +177,11 @@ def _render(turns: list[dict[str, Any]], tokenizer: Any, row: Row, *, add_genera
     return text
 
 
-def _tokens(segments: Segments, tokenizer: Any) -> Example:
+def _tokens(segments: Segments, tokenizer: Any, start: list[int]) -> Example:
     """Tokenise the segments so that the tokens before an answer are those of the text before it, as a server sends it.
 
     An answer's tokens are what it adds to the tokens of the whole text so far; where a tokenizer would merge across
-    its beginning, and so change the prompt, it is tokenised by itself.
+    its beginning, and so change the prompt, it is tokenised by itself. `start` goes before all of them, without loss.
     """
     input_ids: list[int] = []
     labels: list[int] = []
@@ -190,4 +193,4 @@ def _tokens(segments: Segments, tokenizer: Any) -> Example:
         added = whole[len(input_ids) :] if kept else tokenizer(text, add_special_tokens=False)["input_ids"]
         input_ids = input_ids + added
         labels += added if has_loss else [IGNORED] * len(added)
-    return Example(input_ids, labels)
+    return Example(start + input_ids, [IGNORED] * len(start) + labels)

@@ -20,13 +20,14 @@ from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_partial, check_target, partial_of
 from gora_serve.progress import Listener, Progress, silent
 from gora_serve.training.checkpoint import discard_all, sweep_finished
+from gora_serve.training.out_of_memory import naming_memory
 from gora_serve.training.resume import RUN, check_settings
 from gora_serve.training.run import FitResult, Run
 from gora_serve.training.run_files import read_ranks
 from gora_serve.training.run_folder import RunFolder
-from gora_serve.training.session import Session, naming_memory, open_session, peak_bytes
+from gora_serve.training.session import Session, open_session, peak_bytes
 from gora_serve.training.tracking import check_tracking, tracking
-from gora_serve.training.train_stage import NEXT, Stop
+from gora_serve.training.train_stage import NEXT, Stop, count_steps
 from gora_serve.training.weights import weight_shape
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def fit(
         check_settings(partial, asdict(config))
     early = stoppable(listen, stop, kept="nothing was written")
     session = open_session(base, data, model=config.model, rows=config.data, train=config.train, listen=early)
+    count_steps(session, config.train)  # too many are refused before the probe
     held_out = session.load(eval_data, config.data) if eval_data else None
     shapes = {path: weight_shape(module) for path, module in session.modules.items()}
     given = read_ranks(ranks_file, shapes) if ranks_file else None

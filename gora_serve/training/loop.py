@@ -38,7 +38,7 @@ def cosine_with_floor(step: int, steps: int, *, warmup: float, floor: float) -> 
     Linear from 0 over the first `warmup` share of steps (the first step already moves), then a half cosine down
     to `floor`.
     """
-    warm = math.ceil(warmup * steps)
+    warm = math.ceil(round(warmup * steps, 6))  # 0.07 * 100 is a little more than 7
     if step < warm:
         return (step + 1) / (warm + 1)
     share = (step - warm) / max(1, steps - 1 - warm)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from gora_serve.config import ModelConfig
-from gora_serve.errors import InputError, UsageError
+from gora_serve.errors import GoraError, InputError, UsageError, first_line
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.training.offload import load_on_disk
+from gora_serve.training.out_of_memory import naming_memory
 from gora_serve.training.quantize import load_options, prepare_layers
 
 
@@ -51,10 +52,11 @@ def load_model(base: Base, config: ModelConfig, *, device: torch.device | None =
     with _loading(base):
         load = partial(
             loader.from_pretrained,
-            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options,
+            base.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
         model, loaded = load_on_disk(load) if config.offload == "disk" else load()
-    _check_loaded(model, loaded, base)
+    _check_loaded(model, loaded, base)  # also refuses what `ignore_mismatched_sizes` lets pass, by name
     if config.quantize == "nf4":
         prepare_layers(model, base.path)
     _check_kind(model, base, encoder_decoder=encoder_decoder)
@@ -128,23 +130,31 @@ def vocabulary(model: nn.Module) -> int:
 def _loading(base: Base) -> Iterator[None]:
     """Say in our words that transformers cannot load a base."""
     try:
-        yield
-    except (OSError, ValueError, KeyError) as err:
+        with naming_memory():
+            yield
+    except GoraError:
+        raise
+    except Exception as err:  # over one wrong value a TypeError, ZeroDivisionError, StrictDataclassError ...
         raise InputError(
-            "not a model that transformers can load", code="GS-367", file=base.path,
-            actual=str(err).strip().splitlines()[0], hint="see the whole message with --debug",
+            "not a model that transformers can load", code="GS-367", file=base.path, actual=first_line(err),
+            hint="see the whole message with --debug",
         ) from err  # fmt: skip
 
 
 def _check_loaded(model: nn.Module, loaded: Mapping[str, Any], base: Base) -> None:
     """Refuse a base with holes, which transformers would fill at random, and one in float16."""
-    for kind in ("missing_keys", "mismatched_keys"):
-        if loaded[kind]:
-            first = sorted(map(str, loaded[kind]))[0]
-            raise InputError(
-                f"the base lacks weights that {type(model).__name__} needs: {len(loaded[kind])} tensors",
-                code="GS-349", file=base.path, tensor=first, hint="download the base again, or give another folder",
-            )  # fmt: skip
+    hint = "download the base again, or give another folder"
+    if missing := sorted(loaded["missing_keys"]):
+        raise InputError(
+            f"the base lacks weights that {type(model).__name__} needs: {len(missing)} tensors", code="GS-349",
+            file=base.path, tensor=missing[0], hint=hint,
+        )  # fmt: skip
+    if mismatched := sorted(loaded["mismatched_keys"]):
+        tensor, found, expected = mismatched[0]
+        raise InputError(
+            f"weights have other shapes than {type(model).__name__} has by config.json: {len(mismatched)} tensors",
+            code="GS-349", file=base.path, tensor=tensor, expected=tuple(expected), actual=tuple(found), hint=hint,
+        )  # fmt: skip
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise UsageError(
             "gradients of a base in float16 underflow", code="GS-207", file=base.path,
@@ -159,10 +169,10 @@ def load_tokenizer(base: Base) -> Any:
     refuse_remote_code(base.path)  # transformers reads config.json here too
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as err:
+    except Exception as err:  # tokenizers raises nothing narrower
         raise InputError(
             "the base has no tokenizer that transformers can load", code="GS-368", file=base.path,
-            actual=str(err).strip().splitlines()[0], hint="copy the tokenizer's files into the base's folder",
+            actual=first_line(err), hint="copy the tokenizer's files into the base's folder",
         ) from err  # fmt: skip
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

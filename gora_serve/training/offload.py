@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gora_serve.config import Offload
-from gora_serve.errors import MachineError, UsageError
+from gora_serve.errors import InputError, MachineError, UsageError
 
 # Recomputation stops at the last tensor that is needed, before the hook behind it has put the weights away again.
 CHECKPOINTING = {"use_reentrant": False, "early_stop": False}
@@ -86,7 +86,7 @@ def offload(model: nn.Module, where: Offload, device: torch.device) -> None:
     """Let the layers run on `device` with weights fetched from the CPU, or from where `load_on_disk` left them.
 
     Raises UsageError for a model without gradient checkpointing, without which offloading would save nothing, and
-    for one that uses a weight outside of the layer that holds it.
+    for one that uses a weight outside of the layer that holds it, and InputError for weights on disk of other shapes.
     """
     from accelerate import cpu_offload
 
@@ -135,8 +135,16 @@ def _check_fetches(model: nn.Module, device: torch.device) -> None:
     inputs = {"input_ids": tokens}
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         inputs["decoder_input_ids"] = tokens
-    with torch.no_grad(), _NothingAbsent():
-        model(**inputs, use_cache=False)
+    try:
+        with torch.no_grad(), _NothingAbsent():
+            model(**inputs, use_cache=False)
+    except ValueError as err:
+        if "tensor of shape" not in str(err):  # Accelerate's, of a weight that it fetches from disk
+            raise
+        raise InputError(
+            f"a weight has another shape than {type(model).__name__} has by config.json", code="GS-349",
+            actual=str(err), hint="download the base again, or give another folder",
+        ) from err  # fmt: skip
 
 
 def _fetch_onto(model: nn.Module, device: torch.device) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gora_serve.config import FitConfig, ProbeConfig, RankConfig
+from gora_serve.config import FitConfig, ProbeConfig, RankConfig, check_rows
 from gora_serve.container import memory_left
 from gora_serve.gora.ranks import lora_parameters
 from gora_serve.gora.statistics import GradientStatistics
@@ -29,6 +29,7 @@ from gora_serve.progress import Listener, silent
 from gora_serve.training.data import schedule
 from gora_serve.training.encode import Example
 from gora_serve.training.loss import input_tokens, mean_loss
+from gora_serve.training.out_of_memory import naming_memory
 from gora_serve.training.probe import probe
 from gora_serve.training.probe_files import write_probe
 from gora_serve.training.processes import sum_over_processes
@@ -36,7 +37,6 @@ from gora_serve.training.session import (
     Session,
     check_memory,
     check_untouched,
-    naming_memory,
     open_session,
     versions,
 )
@@ -65,6 +65,8 @@ def probe_session(
     if config.lr:
         check_unsharded(session.accelerator, "exploratory steps (--probe-lr)")
     steps = -(-config.most_steps // world) * world
+    rows = steps * min(session.batch_size, len(examples))
+    check_rows(rows, hint="fewer --probe-steps, or a smaller --batch-size")
     batches = session.batches(examples, schedule(len(examples), session.batch_size, batches=steps, seed=session.seed))
     chosen, device = choose_mode(session, config)
     local = len(batches)

@@ -18,8 +18,12 @@ from gora_serve.errors import UsageError
 
 
 def make_accelerator(train: TrainConfig) -> Any:
-    """Return Accelerate's view of this machine and of the other processes. Raises UsageError for what it cannot be."""
+    """Return Accelerate's view of this machine and of the other processes. Raises UsageError for what it cannot be.
+
+    A mixed precision of None is what Accelerate's environment says, or "no".
+    """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
 
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UsageError(
@@ -27,8 +31,11 @@ def make_accelerator(train: TrainConfig) -> Any:
             hint="FSDP2 shards the base as ZeRO-3 does: accelerate launch --use_fsdp --fsdp_version 2; "
             "see docs/devices.md",
         )  # fmt: skip
+    precision = train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # else the first of a process holds for all; the group of processes stays
     try:
-        accelerator = Accelerator(mixed_precision=train.mixed_precision)
+        accelerator = Accelerator(mixed_precision=precision)
     except ValueError as err:
         raise UsageError(
             "Accelerate refuses these settings",

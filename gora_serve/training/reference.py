@@ -20,6 +20,7 @@ from gora_serve.integrity.headers import read_header
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Roots, hash_model
 from gora_serve.training.advice import free_memory
+from gora_serve.training.lengths import positions
 from gora_serve.training.models import load_model, load_settings
 
 TEXTS = (
@@ -46,12 +47,13 @@ class Reference:
 
         model: Any = load_model(Base(str(base), base), _float32())
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._keys = {name: f"a{number}" for number, name in enumerate(adapters)}  # PEFT's become names of modules
         wrapped: Any = None
         for name, folder in adapters.items():
             if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, folder, adapter_name=name)
+                wrapped = PeftModel.from_pretrained(model, folder, adapter_name=self._keys[name])
             else:
-                wrapped.load_adapter(folder, adapter_name=name)
+                wrapped.load_adapter(folder, adapter_name=self._keys[name])
         self._bare = wrapped is None
         self._model: Any = (model if wrapped is None else wrapped).to(dtype).eval()
 
@@ -59,7 +61,7 @@ class Reference:
     def logprobs(self, name: str | None, tokens: Sequence[int], last: int = 1) -> Tensor:
         """Return the log probabilities at the last positions, (last, vocabulary); name None is the base alone."""
         if name is not None:
-            self._model.set_adapter(name)
+            self._model.set_adapter(self._keys[name])
         bare = name is None and not self._bare
         with self._model.disable_adapter() if bare else contextlib.nullcontext():
             logits: Tensor = self._model(torch.tensor([list(tokens)]), use_cache=False).logits[0, -last:]
@@ -72,12 +74,21 @@ def _float32() -> Any:
     return ModelConfig(dtype="float32")
 
 
-def prompts(base: Path, count: int = len(TEXTS)) -> list[tuple[int, ...]]:
-    """Return the first of TEXTS as the base's own tokens."""
+def prompts(base: Path, count: int = len(TEXTS), *, after: int = 1) -> list[tuple[int, ...]]:
+    """Return the first of TEXTS as the base's own tokens, of which it knows every one.
+
+    They are cut to leave room for `after` tokens among the base's positions.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    return [tuple(tokenizer(text)["input_ids"][:LARGEST]) for text in TEXTS[:count]]
+    settings = load_settings(Base(str(base), base))
+    size = getattr(settings.get_text_config(), "vocab_size", None) or math.inf
+    longest = min(LARGEST, (positions(settings.to_dict()) or math.inf) - after)
+    return [
+        tuple(token for place, token in enumerate(tokenizer(text)["input_ids"]) if place < longest and token < size)
+        for text in TEXTS[:count]
+    ]
 
 
 def expected_answers(base: Path, adapter: Path) -> list[Expected]:
@@ -103,9 +114,9 @@ def fingerprint(
     """
     if config.canary == "none":
         return None, "not asked for"
-    if base is None or not (base / "config.json").is_file():
-        return None, "its base is no folder on this machine"
     try:
+        if base is None or not (base / "config.json").is_file():
+            return None, "its base is no folder on this machine"
         if load_settings(Base(str(base), base)).is_encoder_decoder:
             return None, "vLLM does not serve encoder-decoders"
         if reason := _too_large(base, config):
@@ -115,7 +126,7 @@ def fingerprint(
         with warnings.catch_warnings():  # what PEFT says of training an adapter is beside the point here
             warnings.simplefilter("ignore")
             return fingerprint_json(expected_answers(base, folder)), "computed with PEFT in float64"
-    except (GoraError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as err:
+    except Exception as err:  # of PEFT, transformers, tokenizers, torch: any; the adapter is good without it
         reason = err.what if isinstance(err, GoraError) else f"{type(err).__name__}: {err}"
         return None, f"PEFT or transformers cannot answer with it: {reason.splitlines()[0][:120]}"
 

@@ -109,7 +109,7 @@ def decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
     for kind in ("data", "eval_data"):
         summary = facts.get(kind) or {}
         found |= {f"{kind} {key}": summary.get(key) for key in ("sha256", "used")}
-    return config | found | {name: facts.get(name) for name in ("ranks_file", "processes")}
+    return config | found | {name: facts.get(name) for name in ("ranks_file", "processes", "mixed_precision")}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

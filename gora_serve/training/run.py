@@ -101,6 +101,7 @@ class Run:
             "ranks_file": digest_of_ranks(self.given),
             "config": asdict(self.config),
             "processes": self.session.accelerator.num_processes,
+            "mixed_precision": self.session.accelerator.mixed_precision,
             "device": str(self.session.accelerator.device),
             "versions": versions(),
         }
@@ -219,6 +220,7 @@ class Run:
             "search_batches": config.init.search_batches,
             "processes": self.session.accelerator.num_processes,
             **_decisive("train", config.train),
+            "mixed_precision": self.session.accelerator.mixed_precision,
             "lr_ratio": config.train.ratio,
         }
         return {

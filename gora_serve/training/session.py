@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import gora_serve
 from gora_serve.config import DataConfig, ModelConfig, TrainConfig
-from gora_serve.errors import MachineError, MismatchError
+from gora_serve.errors import MismatchError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.layout import find_model
@@ -29,6 +28,7 @@ from gora_serve.training.encode import IGNORED, Example
 from gora_serve.training.lengths import check_length
 from gora_serve.training.models import check_causal, load_model, load_settings, load_tokenizer, vocabulary
 from gora_serve.training.offload import offload
+from gora_serve.training.out_of_memory import naming_memory
 from gora_serve.training.processes import make_accelerator
 from gora_serve.training.quantize import quantization_record
 from gora_serve.training.sharding import check_sharding, shard, wants_sharding
@@ -37,6 +37,7 @@ from gora_serve.training.weights import is_conv1d, memory_root
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 LazyBatch = Callable[[], Mapping[str, Tensor]]
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 
@@ -91,8 +92,20 @@ class Session:
 
     def batches(self, examples: Sequence[Example], indices: Sequence[Sequence[int]]) -> list[LazyBatch]:
         """Return this process's share of the micro-batches, each made when it is called, on the device."""
-        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-        return [partial(self._batch, [examples[i] for i in batch]) for batch in mine]
+        return [partial(self._batch, [examples[i] for i in batch]) for batch in self._mine(indices)]
+
+    def in_order(self, examples: Sequence[Example]) -> list[LazyBatch]:
+        """Return this process's micro-batches of one pass over the examples, in file order.
+
+        All processes get equally many, as a sharded base needs; where rows run out, one without loss fills up.
+        """
+        starts = range(0, len(examples), self.batch_size)
+        whole: list[LazyBatch] = [partial(self._batch, examples[start : start + self.batch_size]) for start in starts]
+        missing = -len(whole) % self.accelerator.num_processes
+        return self._mine([*whole, *[partial(self._without_loss, examples[:1])] * missing])
+
+    def _mine(self, batches: Sequence[T]) -> list[T]:
+        return list(batches[self.accelerator.process_index :: self.accelerator.num_processes])
 
     def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = collate(examples, self.tokenizer.pad_token_id)
@@ -100,18 +113,9 @@ class Session:
             batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])  # type: ignore[operator]
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
-    def in_order(self, examples: Sequence[Example]) -> list[LazyBatch]:
-        """Return this process's micro-batches of one pass over the examples, in file order.
-
-        All processes get equally many, as a sharded base needs; where rows run out, one without loss fills up.
-        """
-        places = range(len(examples))
-        size = self.batch_size
-        whole: list[Sequence[int]] = [places[start : start + size] for start in places[::size]]
-        missing = -len(whole) % self.accelerator.num_processes
-        if missing:
-            examples = [*examples, replace(examples[0], labels=[IGNORED] * len(examples[0].labels))]
-        return self.batches(examples, whole + [[len(examples) - 1]] * missing)
+    def _without_loss(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        batch = self._batch(examples)  # with decoder inputs of real labels: mBART makes none of ignored ones
+        return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
 
 def roots_json(roots: Roots) -> dict[str, str | None]:
@@ -129,6 +133,7 @@ def versions() -> dict[str, str]:
     return {"gora-serve": gora_serve.__version__} | {name: version(name) for name in PACKAGES}
 
 
+@naming_memory()
 def open_session(
     base: str, data: str, *, model: ModelConfig, rows: DataConfig, train: TrainConfig, listen: Listener
 ) -> Session:
@@ -190,18 +195,6 @@ def _tell_what_is_left_out(model: nn.Module) -> None:
             "%.0f %% of the base's parameters are matrices in modules that are no linear layers and get no adapter: %s",
             100 * share, ", ".join(kinds),
         )  # fmt: skip
-
-
-@contextmanager
-def naming_memory() -> Iterator[None]:
-    """Turn a device that ran out of memory into an error that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as err:
-        raise MachineError(
-            "the device ran out of memory", code="GS-526", actual=str(err).splitlines()[0],
-            hint="a smaller --batch-size or --max-length, --gradient-checkpointing, or --offload cpu",
-        ) from err  # fmt: skip
 
 
 def check_memory(session: Session, model: nn.Module) -> str:

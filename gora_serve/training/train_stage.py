@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from gora_serve.config import TrainConfig
+from gora_serve.config import TrainConfig, check_rows
 from gora_serve.errors import RunError, Stopped
 from gora_serve.progress import Listener
 from gora_serve.training import inject
@@ -52,12 +52,7 @@ class TrainStage:
         self.session, self.config, self.folder, self.held_out = session, config, folder, held_out
         self.checkpoint, self.inputs, self.stop, self.listen = checkpoint, inputs, stop, listen
         self.losses: dict[str, float] = dict(checkpoint.losses) if checkpoint else {}
-        self.steps = self._count_steps()
-
-    def _count_steps(self) -> int:
-        config, session = self.config, self.session
-        per_step = session.batch_size * config.grad_accum * session.accelerator.num_processes
-        return config.steps or -(-int(len(session.data.examples) * (config.epochs or 1.0)) // per_step) or 1
+        self.steps = count_steps(session, config)
 
     def run(self, model: nn.Module) -> None:
         """Train the model in place. Raises RunError naming the last checkpoint, or Stopped after writing one."""
@@ -154,6 +149,19 @@ class TrainStage:
         self.losses[name] = evaluate(model, batches, accelerator=accelerator)
         check_loss(self.losses[name], f"the loss on the evaluation data at step {step}", code="GS-704")
         self.folder.metrics({"step": step, "eval_loss": self.losses[name]})
+
+
+def count_steps(session: Session, config: TrainConfig) -> int:
+    """Return how many optimizer steps --steps or --epochs asks for. A batch holds a row once, as in `schedule`.
+
+    Raises UsageError where they take more rows than an order is drawn for.
+    """
+    rows = len(session.data.examples)
+    per_step = min(session.batch_size, rows) * config.grad_accum * session.accelerator.num_processes
+    wanted = int(round(rows * (config.epochs or 1.0), 6))  # 0.29 * 100 is a little less than 29
+    steps = config.steps or -(-wanted // per_step) or 1
+    check_rows(steps * per_step, hint="fewer --steps or --epochs, or less --grad-accum")
+    return steps
 
 
 def check_loss(loss: float, what: str, *, code: str) -> None:

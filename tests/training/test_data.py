@@ -19,8 +19,8 @@ from tiny_models import build_tokenizer, write_jsonl
 
 from gora_serve.config import DataConfig
 from gora_serve.errors import GoraError, InputError, MachineError
-from gora_serve.training.data import Dataset, check_ids, collate, load_data, schedule
-from gora_serve.training.encode import IGNORED, Example
+from gora_serve.training.data import Dataset, _read_hub, check_ids, collate, load_data, schedule
+from gora_serve.training.encode import IGNORED, Example, Row
 
 PLAIN = DataConfig(chat_template=False, max_length=256)
 CHAT = DataConfig(max_length=256)
@@ -94,6 +94,24 @@ def test_a_tokenizer_that_puts_bos_in_front_gets_it_once(tmp_path: Path) -> None
     one, two = load_rows(tmp_path, rows, tokenizer, PLAIN).examples
     assert prompt_tokens(one) == tokenizer("The apple is")["input_ids"]
     assert one.input_ids.count(1) == two.input_ids.count(1) == 1
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_bos_takes_no_space_from_the_text_after_it(tmp_path: Path, legacy: bool) -> None:
+    """LlamaTokenizer's Metaspace puts its mark before the first word only where nothing, not even BOS, is before it."""
+    from transformers import LlamaTokenizer
+
+    words = ["<unk>", "<s>", "</s>", "▁", "h", "i", "hi", "▁hi", "!"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    merges = [("h", "i"), ("▁", "hi")]
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True, legacy=legacy)
+    assert tokenizer("hi hi")["input_ids"] == [1, 7, 7]
+    rows = [{"prompt": "hi hi", "completion": " hi"}, {"text": "hi hi"}, {"prompt": "", "completion": "hi!</s>"}]
+    one, two, three = load_rows(tmp_path, rows, tokenizer).examples
+    assert one == Example([1, 7, 7, 7, 2], [-100, -100, -100, 7, 2])
+    assert two == Example([1, 7, 7, 2], [-100, 7, 7, 2])
+    assert three == Example([1, 7, 8, 2], [-100, 7, 8, 2])
+    assert load_rows(tmp_path, rows, tokenizer, DataConfig(max_length=4)).examples[0].input_ids == [1, 7, 7, 7]
 
 
 @pytest.mark.parametrize("count", [3, 5])
@@ -278,6 +296,35 @@ def test_missing_and_unknown_files(tmp_path: Path, tokenizer: Any) -> None:
         load(tmp_path / "rows.xml", tokenizer)
     with pytest.raises(MachineError):
         load(tmp_path, tokenizer)
+
+
+def read_dataset(source: str) -> list[Row]:
+    """A folder stands for a repository of the hub: `datasets` takes both by the same call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _read_hub(source)[0]
+
+
+def test_a_dataset_of_several_configurations(tmp_path: Path) -> None:
+    folder = tmp_path / "several"
+    folder.mkdir()
+    names = ("main", "other")
+    for name in names:
+        write_jsonl(folder / f"{name}.jsonl", [{"prompt": name, "completion": "b"}])
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names)
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    with pytest.raises(MachineError, match="GS-523") as caught:
+        read_dataset(str(folder))
+    assert "['main', 'other']" in str(caught.value.fields["actual"])
+    assert [dict(row.values) for row in read_dataset(f"{folder}:other")] == [{"prompt": "other", "completion": "b"}]
+
+
+def test_a_dataset_with_a_script_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "old.py").write_text("raise SystemExit")
+    with pytest.raises(MachineError, match="GS-523") as caught:
+        read_dataset(str(tmp_path / "old"))
+    assert "scripts are no longer supported" in str(caught.value.fields["actual"])
 
 
 def test_long_rows_are_cut_or_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel
 from tiny_models import build_bart, build_t5, color_rows, write_jsonl
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, MBartConfig, MBartForConditionalGeneration
 
 from gora_serve.adapter.factors import Adapter
 from gora_serve.config import (
@@ -31,6 +32,7 @@ from gora_serve.config import (
 from gora_serve.errors import InputError
 from gora_serve.gora.ranks import uniform_ranks
 from gora_serve.integrity.bases import Base
+from gora_serve.progress import silent
 from gora_serve.training import inject
 from gora_serve.training.data import Dataset, collate, load_data
 from gora_serve.training.encode import Example
@@ -39,6 +41,7 @@ from gora_serve.training.fit import FitResult, fit
 from gora_serve.training.loss import input_tokens, loss_tokens, mean_loss
 from gora_serve.training.models import load_model
 from gora_serve.training.probe import probe
+from gora_serve.training.session import open_session
 from gora_serve.training.targets import find_targets, linear_modules
 
 CONFIG = FitConfig(
@@ -288,6 +291,33 @@ def test_gradient_checkpointing_gives_the_same_adapter(
     for path, factors in plain.modules.items():
         expected = factors.delta()
         assert float((saved.modules[path].delta() - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_a_row_that_fills_up_goes_through_mbart(tmp_path: Path, pair_tokenizer: Any) -> None:
+    """mBART looks for the last label that is one: there is none in a row without loss. 3 batches, 2 processes."""
+    torch.manual_seed(0)
+    config = MBartConfig(
+        vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=64, pad_token_id=0,
+        eos_token_id=1, bos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    MBartForConditionalGeneration(config).save_pretrained(tmp_path / "mbart")
+    pair_tokenizer.save_pretrained(tmp_path / "mbart")
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS[:9])
+    session = open_session(
+        str(tmp_path / "mbart"), str(data), model=CONFIG.model, rows=CONFIG.data, train=CONFIG.train, listen=silent
+    )
+    first, second = (
+        replace(session, accelerator=SimpleNamespace(process_index=index, num_processes=2, device=torch.device("cpu")))
+        for index in (0, 1)
+    )
+    shares = [[make() for make in one.in_order(session.data.examples)] for one in (first, second)]
+    assert [[len(batch["labels"]) for batch in share] for share in shares] == [[4, 1], [4, 1]]
+    assert [[loss_tokens(batch) > 0 for batch in share] for share in shares] == [[True, True], [True, False]]
+    filler = shares[1][1]
+    with torch.no_grad():
+        logits = session.model(**{name: filler[name] for name in filler if name != "labels"}).logits
+    assert logits.isfinite().all()
 
 
 def test_wo_in_float32_within_bfloat16(pair_tokenizer: Any) -> None:

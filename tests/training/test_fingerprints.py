@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import MakeAdapter, llama_shapes
+from transformers import OPTConfig, OPTForCausalLM
 
 from gora_serve.adapter.factors import Adapter, BaseId
 from gora_serve.config import ExportConfig
@@ -119,6 +121,41 @@ def test_where_there_is_none_it_is_said_why(
     assert "memory" in told("memory", adapter, ExportConfig(canary="always"))
 
 
+def test_prompts_are_cut_to_the_bases_positions_and_vocabulary(
+    make_adapter: MakeAdapter, tokenizer: Any, tmp_path: Path
+) -> None:
+    """OPT has learned positions: one more than it has is an index out of range."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=16, pad_token_id=0, bos_token_id=2, eos_token_id=2,
+    )  # fmt: skip
+    base = tmp_path / "opt"
+    OPTForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    whole = [tuple(tokenizer(text)["input_ids"]) for text in TEXTS]
+    assert max(map(len, whole)) > 16
+    assert max(map(max, whole)) >= 300
+    for after in (1, 8):
+        expected = [tuple(token for token in tokens[: 16 - after] if token < 300) for tokens in whole]
+        assert prompts(base, after=after) == expected
+    path = "model.decoder.layers.0.self_attn.q_proj"
+    adapter = make_adapter({path: 2}, shapes={path: (16, 16)}, base=BaseId(str(base), None, hash_model(base).roots))
+    done = export_adapter(adapter, tmp_path / "out")
+    assert done.canary.startswith("stored")
+    assert [one.tokens for one in fingerprint_of(done)] == prompts(base, 3)
+
+
+def test_nothing_that_goes_wrong_stops_an_export(adapter: Adapter, tiny_base: Path, tmp_path: Path) -> None:
+    """What tokenizers raises over a kind of model that it does not know is an Exception, and no kind of it."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    file = base / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": {"type": "none"}}))
+    done = export_adapter(replace(adapter, base=BaseId(str(base), None, adapter.base.roots)), tmp_path / "out")
+    assert "Exception" in done.canary
+    assert fingerprint_of(done) == ()
+
+
 def test_the_base_alone_and_adapters_by_name(adapter: Adapter, tiny_base: Path, tmp_path: Path) -> None:
     folder = export_adapter(adapter, tmp_path / "out", ExportConfig(canary="none")).folder
     both = Reference(tiny_base, {"a": folder, "b": folder})
@@ -129,3 +166,12 @@ def test_the_base_alone_and_adapters_by_name(adapter: Adapter, tiny_base: Path, 
     assert torch.equal(both.logprobs(None, tokens, 3), alone.logprobs(None, tokens, 3))
     assert both.logprobs("a", tokens, 3).shape[0] == 3
     assert not torch.allclose(both.logprobs("a", tokens), alone.logprobs(None, tokens))
+
+
+@pytest.mark.parametrize("name", ["sql-v1.5", "train", "update", "type", "float", "items"])
+def test_an_adapter_may_have_any_name(adapter: Adapter, tiny_base: Path, tmp_path: Path, name: str) -> None:
+    """No name of a module may have a dot, or be what a module or a dictionary already has."""
+    folder = export_adapter(adapter, tmp_path / "out", ExportConfig(canary="none")).folder
+    tokens = prompts(tiny_base, 1)[0]
+    named, plain = (Reference(tiny_base, {one: folder}).logprobs(one, tokens) for one in (name, "a"))
+    assert torch.equal(named, plain)

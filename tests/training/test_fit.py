@@ -29,11 +29,21 @@ from gora_serve.config import (
     RankConfig,
     TrainConfig,
 )
-from gora_serve.errors import BindingError, InputError, MismatchError, OutputError, RunError, UsageError
+from gora_serve.errors import (
+    BindingError,
+    InputError,
+    MachineError,
+    MismatchError,
+    OutputError,
+    RunError,
+    UsageError,
+)
 from gora_serve.progress import Progress
-from gora_serve.training import loop, train_stage
+from gora_serve.training import loop, session, train_stage
 from gora_serve.training.data import Example
 from gora_serve.training.fit import fit
+from gora_serve.training.out_of_memory import naming_memory
+from gora_serve.training.probe_run import probe_only
 from gora_serve.training.run import FitResult, split_rows
 
 QUICK = FitConfig(
@@ -454,9 +464,55 @@ def test_rows_to_probe_and_to_search_are_apart() -> None:
     assert split_rows(rows, QUICK) == (rows, ())
 
 
-@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1.0, 40, 10), (2.0, 40, 20), (0.5, 40, 5), (1.0, 41, 11)])
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"),
+    [(1.0, 40, 10), (2.0, 40, 20), (0.5, 40, 5), (1.0, 41, 11), (3.0, 2, 3), (5.0, 1, 5), (0.29, 100, 8)],
+)
 def test_epochs_become_steps(tiny_base: Path, tmp_path: Path, epochs: float, rows: int, steps: int) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", color_rows(rows))
     config = replace(LORA, train=replace(LORA.train, steps=None, epochs=epochs))
     run(tiny_base, data, tmp_path / "run", config)
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"), [({"epochs": 999_999.0}, 999_999 * 128), ({"steps": 10**7, "grad_accum": 1000}, 4 * 10**10)]
+)
+def test_more_rows_than_can_be_drawn_are_refused_before_the_probe(
+    tiny_base: Path, tmp_path: Path, changes: dict[str, Any], rows: int
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", color_rows(128))
+    train = replace(QUICK.train, **{"steps": None} | changes)
+    with pytest.raises(UsageError, match="GS-201") as caught:
+        run(tiny_base, data, tmp_path / "run", replace(QUICK, train=train))
+    assert caught.value.fields["actual"] == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_probe_of_more_rows_than_can_be_drawn_is_refused(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = replace(QUICK, data=replace(QUICK.data, batch_size=40), probe=ProbeConfig(steps=10**7))
+    with pytest.raises(UsageError, match="GS-201") as caught:
+        run(tiny_base, tiny_data, tmp_path / "run", config)
+    assert caught.value.fields["actual"] == 4 * 10**8
+
+
+def test_a_device_that_cannot_hold_the_base_is_told_of(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocation is real; the base is too small to fail by itself."""
+    monkeypatch.setattr(session, "_place", lambda *_: torch.empty(1 << 50))
+    for start in (
+        lambda: run(tiny_base, tiny_data, tmp_path / "run"),
+        lambda: probe_only(str(tiny_base), str(tiny_data), tmp_path / "probe", QUICK, rank_max=4),
+    ):
+        with pytest.raises(MachineError, match="GS-526") as caught:
+            start()
+        assert "can't allocate memory" in str(caught.value.fields["actual"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), naming_memory():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    with pytest.raises(MachineError, match="GS-526"), naming_memory():
+        raise MemoryError

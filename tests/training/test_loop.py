@@ -96,6 +96,13 @@ def test_short_runs_move_from_the_first_step(steps: int) -> None:
     assert max(factors) == 1.0 or steps <= 2
 
 
+@pytest.mark.parametrize(("warmup", "steps", "warm"), [(0.07, 100, 7), (0.03, 100, 3), (0.03, 101, 4), (0.0, 100, 0)])
+def test_warmup_takes_its_share_of_steps(warmup: float, steps: int, warm: int) -> None:
+    """In floats 0.07 * 100 is more than 7."""
+    factors = [cosine_with_floor(step, steps, warmup=warmup, floor=0.1) for step in range(steps)]
+    assert factors.index(1.0) == warm
+
+
 def test_no_warmup_and_no_floor() -> None:
     assert [cosine_with_floor(s, 3, warmup=0.0, floor=0.0) for s in range(3)] == pytest.approx([1.0, 0.5, 0.0])
 

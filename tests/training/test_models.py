@@ -16,9 +16,9 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
 from gora_serve.config import ModelConfig, Offload
-from gora_serve.errors import InputError, UsageError
+from gora_serve.errors import InputError, MachineError, UsageError
 from gora_serve.integrity.bases import Base, locate_base
-from gora_serve.training.models import check_causal, load_model, vocabulary
+from gora_serve.training.models import check_causal, load_model, load_tokenizer, vocabulary
 
 
 @pytest.fixture
@@ -37,6 +37,63 @@ def test_a_base_with_a_hole_is_refused_not_filled_at_random(tmp_path: Path) -> N
         load_model(Base("base", folder), ModelConfig())
     assert caught.value.code == "GS-349"
     assert caught.value.fields["tensor"] == "model.layers.1.mlp.down_proj.weight"
+
+
+def edit(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "tensor", "expected", "actual"),
+    [
+        ({"vocab_size": 100}, 2, "lm_head.weight", (100, 32), (384, 32)),
+        ({"num_key_value_heads": 4}, 4, "model.layers.0.self_attn.k_proj.weight", (32, 32), (16, 32)),
+    ],
+)
+def test_weights_of_other_shapes_are_refused_by_name(
+    base: Path, changes: dict[str, int], count: int, tensor: str, expected: tuple[int, int], actual: tuple[int, int]
+) -> None:
+    edit(base / "config.json", changes)
+    with pytest.raises(InputError, match="GS-349") as caught:
+        load_model(Base("base", base), ModelConfig())
+    fields = caught.value.fields
+    assert f"{count} tensors" in caught.value.what
+    assert (fields["tensor"], fields["expected"], fields["actual"]) == (tensor, expected, actual)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": "two"}, {"rope_parameters": 5}, {"num_attention_heads": 0}, {"num_key_value_heads": 0},
+     {"hidden_size": -8}, {"dtype": 5}, {"layer_types": 5}, {"pad_token_id": 999}, {"hidden_act": "none"}],
+    ids=str,
+)  # fmt: skip
+def test_a_value_that_makes_no_model_is_refused(base: Path, changes: dict[str, Any]) -> None:
+    edit(base / "config.json", changes)
+    with pytest.raises(InputError, match="GS-367"):
+        load_model(Base("base", base), ModelConfig())
+
+
+def test_a_model_that_memory_cannot_hold_is_told_of(base: Path) -> None:
+    edit(base / "config.json", {"vocab_size": 2**46})
+    with pytest.raises(MachineError, match="GS-526"):
+        load_model(Base("base", base), ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("tokenizer_config.json", "[]"), ("tokenizer_config.json", '{"eos_token": 5}'), ("tokenizer.json", "[]")],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_refused(base: Path, file: str, text: str) -> None:
+    load_tokenizer(Base("base", base))
+    (base / file).write_text(text)
+    with pytest.raises(InputError, match="GS-368"):
+        load_tokenizer(Base("base", base))
+
+
+def test_a_tokenizer_of_an_unknown_kind_is_refused(base: Path) -> None:
+    edit(base / "tokenizer.json", {"model": {"type": "none"}})
+    with pytest.raises(InputError, match="GS-368"):
+        load_tokenizer(Base("base", base))
 
 
 def test_an_adapter_beside_the_weights_is_refused(base: Path) -> None:

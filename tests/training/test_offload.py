@@ -32,7 +32,7 @@ from gora_serve.config import (
     RankConfig,
     TrainConfig,
 )
-from gora_serve.errors import MachineError, UsageError
+from gora_serve.errors import InputError, MachineError, UsageError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.training import inject
 from gora_serve.training.fit import fit
@@ -276,6 +276,16 @@ def test_a_base_that_goes_away_during_the_run_is_named(
     assert caught.value.code == "GS-528"
     assert str(caught.value.fields["file"]).endswith("model-00002-of-00002.safetensors")
     assert caught.value.fields["tensor"]
+
+
+def test_weights_of_other_shapes_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    """They are read when they are used, so transformers does not see them."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(InputError, match="GS-349") as caught:
+        away(folder, "disk")
+    assert "[384, 32]" in str(caught.value.fields["actual"])
 
 
 def test_a_model_without_checkpointing_is_refused() -> None:

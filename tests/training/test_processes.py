@@ -180,6 +180,24 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         make_accelerator(TrainConfig())
 
 
+def test_each_run_of_a_process_has_its_own_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate by itself keeps the state of the first one."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    def autocast_of(precision: Any) -> tuple[str, torch.dtype]:
+        accelerator = make_accelerator(TrainConfig(mixed_precision=precision))
+        with accelerator.autocast():
+            return accelerator.mixed_precision, torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype
+
+    plain, bf16 = ("no", torch.float32), ("bf16", torch.bfloat16)
+    assert [autocast_of(one) for one in ("bf16", None, "bf16", "no")] == [bf16, plain, bf16, plain]
+    with pytest.raises(UsageError, match="GS-204"):
+        autocast_of("half")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert [autocast_of(one) for one in (None, "no")] == [bf16, plain]
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that cannot be: FSDP of the first version, or together with what it cannot shard."""

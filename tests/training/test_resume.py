@@ -369,6 +369,25 @@ def test_another_run_is_refused_by_what_differs(fitting: Fit, copied: Path, othe
     assert state(copied.parent) == before
 
 
+def test_a_mixed_precision_of_the_environment_is_recorded_and_must_be_the_same(
+    fitting: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    stop_after(fitting, tmp_path / "run", 2, LORA)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    before = state(tmp_path)
+    with pytest.raises(BindingError, match="GS-420") as caught:
+        fitting(tmp_path / "run", LORA, resume=True)
+    assert caught.value.what == "the unfinished run differs in: mixed_precision"
+    assert (caught.value.fields["expected"], caught.value.fields["actual"]) == (
+        "mixed_precision bf16", "mixed_precision no",
+    )  # fmt: skip
+    assert state(tmp_path) == before
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    adapter = fitting(tmp_path / "run", LORA, resume=True).adapter
+    assert json.loads(adapter.origin["settings"])["mixed_precision"] == "bf16"
+
+
 def test_a_checkpoint_of_another_run_is_refused(fitting: Fit, copied: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, train=replace(CONFIG.train, seed=7))
     stop_after(fitting, tmp_path / "other", 5, config)
