@@ -34,10 +34,14 @@ DEFAULTS = {
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """Return every setting of the run, as "stage.name"."""
+    """Return every setting of the run, as "stage.name"; the mixed precision that it had, also where its environment
+    gave that.
+    """
     found: dict[str, Any] = {}
     for stage, part in run.record.parts("config"):
         found |= {f"{stage}.{name}": value for name, value in part.value.items()}
+    if (precision := run.record.text("mixed_precision") or "no") != "no":
+        found["train.mixed_precision"] = precision
     return found
 
 

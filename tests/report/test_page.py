@@ -208,6 +208,14 @@ def _config(options: dict[str, Any]) -> dict[str, Any]:
 # How it says it
 
 
+def test_the_command_names_the_precision_that_the_environment_gave(copied: Callable[..., Path]) -> None:
+    def run(value: dict[str, Any]) -> None:
+        assert (value["config"]["train"]["mixed_precision"], value["mixed_precision"]) == (None, "no")
+        value["mixed_precision"] = "bf16"
+
+    assert "--mixed-precision bf16" in lines_of(read_run(copied("gora", run=run), "x"), whole=False)
+
+
 def test_nothing_outside_is_asked_for(page: Element) -> None:
     ids = {element.attributes["id"] for element in page.all() if "id" in element.attributes}
     for element in page.all():
