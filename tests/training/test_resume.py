@@ -596,6 +596,18 @@ def test_the_second_signal_stops_at_once() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As SIGINT is for a command in a script's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopping() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop() is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def nan_from(call: int) -> Callable[..., torch.Tensor]:
     calls = itertools.count(1)
     true_loss = loop.mean_loss
