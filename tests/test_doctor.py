@@ -130,6 +130,15 @@ def test_a_container_leaves_what_its_processes_have_not_taken(monkeypatch: pytes
     assert doctor.memory() == (64 << 20, 24 << 20)
     assert free_memory("cpu") == ("cpu", 24 << 20)
     (tmp_path / "memory.max").write_text("max\n")
+    older = tmp_path / "memory"  # of version 1
+    older.mkdir()
+    for name, text in {
+        "memory.limit_in_bytes": f"{64 << 20}\n", "memory.usage_in_bytes": f"{60 << 20}\n",
+        "memory.stat": f"total_inactive_file {4 << 20}\n",
+    }.items():  # fmt: skip
+        (older / name).write_text(text)
+    assert doctor.memory() == (64 << 20, 8 << 20)
+    (older / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
     assert doctor.memory()[0] == whole
     assert free is not None
     assert free_memory("cpu")[1] > 24 << 20

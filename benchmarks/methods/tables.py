@@ -20,7 +20,7 @@ from machine import RESULTS, facts, write
 
 from methods import page
 from methods.methods import methods
-from methods.run import STEPS, all_rows, best_rate, is_whole, key, on_cpu, shadowed, tried
+from methods.run import STEPS, SWEEP_SEED, all_rows, best_rate, is_whole, key, on_cpu, shadowed, tried
 from methods.tasks import TASKS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -157,7 +157,7 @@ def swept(found: Rows) -> dict[str, dict[str, dict[str, float]]]:
     """Return the losses on validation rows, by task, method and learning rate."""
     losses: dict[str, dict[str, dict[str, float]]] = {}
     for row in sorted(found, key=lambda row: row["lr"]):
-        if row["split"] == "valid":
+        if row["split"] == "valid" and row["seed"] == SWEEP_SEED:
             of_task = losses.setdefault(row["task"], {})
             loss = row["eval_loss"]
             of_task.setdefault(row["method"], {})[f"{row['lr']:g}"] = (

@@ -38,7 +38,8 @@ def not_ready(found: ServerStatus) -> MismatchError | None:
     """Return the answer no (GS-1470) of a server that is degraded, stopping, or not ready."""
     if found.state == "ready":
         return None
-    hint = "see its log; a restart verifies everything anew" if found.state == "degraded" else "ask again in a while"
+    hints = {"degraded": "see its log; a restart verifies everything anew", "stopping": "start it again"}
+    hint = hints.get(found.state, "ask again in a while")
     return MismatchError(f"the server is {found.state}", code="GS-1470", actual=found.reason, hint=hint)
 
 

@@ -152,6 +152,12 @@ class BaseWeights:
         names = self.config.get("architectures") or [""]
         return own is None and bool(self.config.get("tie_word_embeddings", True)) and not names[0].endswith(HEADLESS)
 
+    @property
+    def is_trunk(self) -> bool:
+        """Whether config.json names a model without any head, as BertModel is."""
+        name = (self.config.get("architectures") or [""])[0]
+        return name.endswith("Model") and not name.endswith(("LMHeadModel", "DoubleHeadsModel"))
+
     def _tied(self, path: str) -> str | None:
         """The embeddings' tensor for a head that is tied to them."""
         if not self.is_head(path) or not self.config.get("tie_word_embeddings", True):

@@ -13,6 +13,8 @@ from gora_serve.deploy.base import HALVES, SHARED, BaseWeights
 from gora_serve.deploy.merge_values import Part, Piece, Pieces
 from gora_serve.errors import BindingError
 
+HEADLESS_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}  # of PEFT's task types
+
 
 def share_out(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, ...] | None]:
     """Return the pieces by the base's tensor, and those of a head that has to be untied (None: it stays tied)."""
@@ -24,9 +26,12 @@ def share_out(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, 
             owners.setdefault(name, {})[path] = pieces
     untied = None
     for name, updates in owners.items():
-        if _is_embedding(base, name, updates) and base.ties_head and base.find(base.head) is None:
+        headless = _is_headless(base, updates)
+        if not headless and _is_embedding(base, name, updates) and base.ties_head and base.find(base.head) is None:
             raise _refuse_shared(base, name, updates, [*updates, "a head that is tied to it, if there is one"])
         users = _users(base, name, updates)
+        if headless and not _can_untie(base, name):
+            users.pop(f"{base.head}.weight", None)
         alike = all(_alike(updates.get(user, ()), next(iter(updates.values()))) for user in users)
         if alike:
             shared[name] = next(iter(updates.values()))
@@ -47,6 +52,12 @@ def _resized_head(base: BaseWeights, pieces: tuple[Piece, ...]) -> tuple[Piece, 
     return tuple(
         Piece(Part(1.0, {}, pieces[0].part.file, replaced={path: ground}), "replaced", path) for ground in grounds[:1]
     )
+
+
+def _is_headless(base: BaseWeights, updates: Pieces) -> bool:
+    """Tell whether no head makes tokens of what these adapters train: by their task, or as the base has none."""
+    tasks = {piece.part.task_type for pieces in updates.values() for piece in pieces}
+    return bool(tasks & HEADLESS_TASKS) or (base.is_trunk and "CAUSAL_LM" not in tasks)
 
 
 def _is_embedding(base: BaseWeights, name: str, updates: Pieces) -> bool:

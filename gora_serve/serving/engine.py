@@ -145,8 +145,8 @@ def serve_forever(
     """
     stop = StopRequest()
     with (
-        _handling(stop), _in_vain_once(stop.asked), _engine(plan, log, pump) as (child, watch),
-        _ending(child, plan) as patience,
+        _handling(stop), _engine(plan, log, pump) as (child, watch), _ending(child, plan) as patience,
+        _in_vain_once(stop.asked),
     ):  # fmt: skip
         stop.child = child
         checked = _await_ready(plan, child, watch.token, listen, stop.asked)

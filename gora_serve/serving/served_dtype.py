@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gora_serve.integrity.headers import read_header
+from gora_serve.integrity.layout import find_model
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 SPELLINGS = {"half": "float16", "float": "float32"}
 NEVER_HALF = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})  # vLLM 0.32, config/model.py: too small a range
 
@@ -22,8 +26,16 @@ def served_dtype(asked: str, stored: str | None, kind: str | None) -> str:
 
 
 def dtype_served(asked: str, base: Path) -> str:
-    """`served_dtype` of the base in a folder, as its config.json says it."""
+    """`served_dtype` of the base in a folder."""
     config = json.loads((base / "config.json").read_bytes())
     inner = config.get("text_config") or {}
-    stored = (part.get(name) for part in (config, inner) for name in ("dtype", "torch_dtype"))
-    return served_dtype(asked, next(filter(None, stored), None), config.get("model_type"))
+    said = (part.get(name) for part in (config, inner) for name in ("dtype", "torch_dtype"))
+    stored = next(filter(None, said), None) or (_type_in_files(base) if asked == "auto" else None)
+    return served_dtype(asked, stored, config.get("model_type"))
+
+
+def _type_in_files(base: Path) -> str | None:
+    """Return "float16" where all of the weights' files have it, as vLLM asks them where config.json says nothing."""
+    files = set(find_model(base).weights.values())
+    types = {entry.dtype for file in files for entry in read_header(file).entries.values()}
+    return "float16" if types & FLOATS == {"F16"} else None

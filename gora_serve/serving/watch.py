@@ -7,8 +7,10 @@ loudly, and the guard answers /health with 503.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import secrets
 import shutil
 import tempfile
@@ -72,6 +74,8 @@ class FileWatch:
         self._again()
         try:
             check_unchanged(self._stamps)
+            if not (self._folder / "state.json").exists():  # a cleaner of temporary files may have taken it
+                self.tell()
         except MismatchError as err:
             self._degrade(f"a verified file changed: {err.fields['file']}")
         except OSError as err:  # of a network's file system, say
@@ -90,7 +94,9 @@ class FileWatch:
         """Add to what the guard is told, or replace it by name. Threads may call this."""
         with self._lock:
             self._state |= more
-            self._folder.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary files may have taken it
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            if self._folder.lstat().st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "another user has made this folder anew", str(self._folder))
             temporary = self._folder / "state.tmp"
             temporary.write_text(json.dumps(self._state), encoding="utf-8")
             temporary.replace(self._folder / "state.json")

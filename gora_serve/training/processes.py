@@ -31,7 +31,7 @@ def make_accelerator(train: TrainConfig) -> Any:
             hint="FSDP2 shards the base as ZeRO-3 does: accelerate launch --use_fsdp --fsdp_version 2; "
             "see docs/devices.md",
         )  # fmt: skip
-    precision = train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if is_initialized() and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # else the first of a process holds for all; the group of processes stays
     try:

@@ -109,7 +109,9 @@ def decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
     for kind in ("data", "eval_data"):
         summary = facts.get(kind) or {}
         found |= {f"{kind} {key}": summary.get(key) for key in ("sha256", "used")}
-    return config | found | {name: facts.get(name) for name in ("ranks_file", "processes", "mixed_precision")}
+    if (precision := facts.get("mixed_precision")) not in (None, "no"):  # older records have none
+        found["mixed_precision"] = precision
+    return config | found | {name: facts.get(name) for name in ("ranks_file", "processes")}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -103,3 +103,38 @@ def test_a_classifier_has_no_head_that_is_tied(tmp_path: Path) -> None:
     ask = partial(logits_of, input_ids=input_ids())
     prove_merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", ask(model), ask=ask,
                  auto=transformers.AutoModelForSequenceClassification, family="lora")  # fmt: skip
+
+
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_a_model_without_any_head(tmp_path: Path, task: str | None) -> None:
+    """As sentence encoders are saved."""
+    trunk = partial(build, transformers.BertModel, **ATTENTION)
+    trunk().save_pretrained(tmp_path / "base")
+    model = get_peft_model(trunk(), LoraConfig(r=3, target_modules=["query", "word_embeddings"], task_type=task))
+
+    def ask(one: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return one.eval()(input_ids=input_ids()).last_hidden_state  # type: ignore[no-any-return]
+
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.02)
+    for _ in range(6):
+        model(input_ids=input_ids()).last_hidden_state.square().mean().backward()
+        optimizer.step()
+    assert off_by(ask(trunk()), ask(model)) > 1000 * EXACT
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    prove_merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", ask(model), ask=ask,
+                 auto=transformers.AutoModel, family="lora")  # fmt: skip
+
+
+def test_a_classifier_over_a_base_with_a_head(tmp_path: Path) -> None:
+    build(transformers.BertForPreTraining, **ATTENTION).save_pretrained(tmp_path / "base")
+    classifier = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    rows = {"input_ids": input_ids(), "labels": torch.tensor([0, 1, 2, 1])}
+    model = get_peft_model(
+        classifier, LoraConfig(r=3, target_modules=["query", "word_embeddings"], task_type="SEQ_CLS")
+    )
+    train(model, lr=0.02, **rows).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    logits = logits_of(model, input_ids=input_ids())
+    merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", family="lora")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert off_by(logits_of(loaded, input_ids=input_ids()), logits) < EXACT * max(1.0, float(logits.abs().max()))

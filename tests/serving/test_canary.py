@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from gora_serve.errors import InputError, RunError
 from gora_serve.integrity.fingerprint import Expected, fingerprint_json, read_fingerprint
@@ -119,11 +122,23 @@ def test_auto_serves_a_float32_base_in_bfloat16(tmp_path: Path) -> None:
     assert tolerance("auto", tmp_path) == tolerance("half", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("types", "served"), [((torch.float16,), "half"), ((torch.float16, torch.float32), "bfloat16")]
+)
+def test_where_config_says_nothing_the_files_are_asked(
+    tmp_path: Path, types: Sequence[torch.dtype], served: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file(
+        {str(number): torch.ones(2, dtype=one) for number, one in enumerate(types)}, tmp_path / "model.safetensors"
+    )
+    assert tolerance("auto", tmp_path) == tolerance(served, tmp_path)
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gemma3_text", "glm4", "qwen3"])
 def test_auto_is_what_vllm_makes_of_it(kind: str, stored: str) -> None:
-    import torch
     from vllm.config.model import _resolve_auto_dtype
 
     made = _resolve_auto_dtype(kind, getattr(torch, stored), is_pooling_model=False)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -354,6 +355,20 @@ def test_what_a_killed_engine_does_not_answer_is_no_fault_once_it_was_asked_to_s
         yield
 
     assert engine.serve_forever(make_plan(), log=log, proof=proof) == 130
+
+
+def test_a_fault_is_told_though_a_signal_comes_while_the_engine_ends(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MARGIN", 0.5)
+
+    def proof(_: engine.Server) -> Iterator[None]:
+        threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGTERM)).start()
+        raise RunError("does not answer as PEFT does", code="GS-7353", hint="x")
+        yield
+
+    with pytest.raises(RunError, match="GS-7353"):
+        engine.serve_forever(make_plan("stubborn", stop=0.5), log=log, proof=proof)
 
 
 def test_a_server_outlives_its_terminal_under_nohup(log: Path) -> None:

@@ -380,7 +380,7 @@ def test_a_mixed_precision_of_the_environment_is_recorded_and_must_be_the_same(
         fitting(tmp_path / "run", LORA, resume=True)
     assert caught.value.what == "the unfinished run differs in: mixed_precision"
     assert (caught.value.fields["expected"], caught.value.fields["actual"]) == (
-        "mixed_precision bf16", "mixed_precision no",
+        "mixed_precision bf16", "mixed_precision None",
     )  # fmt: skip
     assert state(tmp_path) == before
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
