@@ -122,21 +122,17 @@ def test_a_container_leaves_what_its_processes_have_not_taken(monkeypatch: pytes
     """Its limit, less what is used, but for cached pages of files; never more than the machine has free."""
     monkeypatch.setattr(container, "GROUP", tmp_path)
     whole, free = doctor.memory()
-    for name, text in {
-        "memory.max": f"{64 << 20}\n", "memory.current": f"{48 << 20}\n",
-        "memory.stat": f"anon 7\nactive_file 9\ninactive_file {8 << 20}\n",
-    }.items():  # fmt: skip
-        (tmp_path / name).write_text(text)
+    (tmp_path / "memory.max").write_text(f"{64 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{48 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 7\nactive_file 9\ninactive_file {8 << 20}\n")
     assert doctor.memory() == (64 << 20, 24 << 20)
     assert free_memory("cpu") == ("cpu", 24 << 20)
     (tmp_path / "memory.max").write_text("max\n")
     older = tmp_path / "memory"  # of version 1
     older.mkdir()
-    for name, text in {
-        "memory.limit_in_bytes": f"{64 << 20}\n", "memory.usage_in_bytes": f"{60 << 20}\n",
-        "memory.stat": f"total_inactive_file {4 << 20}\n",
-    }.items():  # fmt: skip
-        (older / name).write_text(text)
+    (older / "memory.limit_in_bytes").write_text(f"{64 << 20}\n")
+    (older / "memory.usage_in_bytes").write_text(f"{60 << 20}\n")
+    (older / "memory.stat").write_text(f"total_inactive_file {4 << 20}\n")
     assert doctor.memory() == (64 << 20, 8 << 20)
     (older / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
     assert doctor.memory()[0] == whole

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gora_serve.integrity.headers import read_header
 from gora_serve.integrity.layout import find_model
+from gora_serve.serving.preflight import FLOATS
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 SPELLINGS = {"half": "float16", "float": "float32"}
 NEVER_HALF = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})  # vLLM 0.32, config/model.py: too small a range
 
@@ -18,7 +18,7 @@ def served_dtype(asked: str, stored: str | None, kind: str | None) -> str:
 
     asked: `--dtype`. stored: the base's. kind: its model_type. "auto" makes bfloat16 of float32 and of what it does not
     know, and of float16 where this architecture's activations do not fit into it. Devices without bfloat16 get float16
-    there, which is no wider and no less exact.
+    there: as many bytes, and more exact.
     """
     if asked != "auto":
         return SPELLINGS.get(asked, asked)
