@@ -12,12 +12,14 @@ from methods.tasks import TASKS
 Rows = Sequence[dict[str, Any]]
 OF_PAIRS = (
     "On tasks with sweeps of their own: the method's less the other's, of the same seed and device (of `-32` less "
-    "`-32`), with the standard error over seeds; in the mean over tasks."
+    "`-32`), with the standard error over seeds and the interval that holds the mean with 95 % (Student's t); in the "
+    "mean over tasks."
 )
 
 
-def sweep(losses: dict[str, dict[str, dict[str, float]]]) -> str:
-    """One table a task: methods by their lowest loss, with all rates that were tried, the lowest in bold.
+def sweep(losses: dict[str, dict[str, dict[str, float]]], chance: dict[str, Any]) -> str:
+    """One table a task: methods by their lowest loss, with all rates that were tried, the lowest in bold; above it what
+    guessing gives, where a task has few answers.
 
     A method that lacks some of its rates comes after those that have all, and is marked; so is one whose best rate is
     the last that was tried, where more was to be tried.
@@ -29,7 +31,8 @@ def sweep(losses: dict[str, dict[str, dict[str, float]]]) -> str:
 
     parts = []
     for task, of_task in losses.items():
-        lines = [f"**{task}**\n", "| method | lowest loss | tried: rate, loss |", "| --- | --- | --- |"]
+        guess = f" (guessing: {chance[task]['valid']['loss']:.4f})" if task in chance else ""
+        lines = [f"**{task}**{guess}\n", "| method | lowest loss | tried: rate, loss |", "| --- | --- | --- |"]
         for name, at in sorted(of_task.items(), key=lambda one: (lacks(*one), min(one[1].values()))):
             least = min(at.values())
             shown = [f"**{lr}** {loss:.4f}" if loss == least else f"{lr} {loss:.4f}" for lr, loss in at.items()]
@@ -48,10 +51,13 @@ def twice(both: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def test(value: dict[str, Any]) -> str:
-    """Methods by tasks, each cell: score ± deviation, loss (how many seeds; the learning rate)."""
+def test(value: dict[str, Any], chance: dict[str, Any]) -> str:
+    """Methods by tasks, each cell: score ± deviation, loss (how many seeds; the learning rate). First what guessing
+    gives, where a task has few answers."""
     tasks = [task for task in TASKS if any(task in one["tasks"] for one in value.values())]
     lines = ["| method | parameters | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 2) + "|"]
+    guesses = {task: f"{one['test']['score']:.3f}, {one['test']['loss']:.4f}" for task, one in chance.items()}
+    lines.append("| guessing | 0 | " + " | ".join(guesses.get(task, "") for task in tasks) + " |")
     for name, one in value.items():
         cells = [told(one["tasks"].get(task)) for task in tasks]
         lines.append(f"| {name} | {one['parameters'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
@@ -70,22 +76,27 @@ def told(cell: dict[str, Any] | None) -> str:
 
 def against(value: dict[str, Any], rival: str) -> str:
     """The paired differences from the rival, for each task and over all that there are."""
-    lines = ["| method | task | score | loss | score of each seed |", "| --- " * 5 + "|"]
+    lines = ["| method | task | score | 95 % of it | loss | score of each seed |", "| --- " * 6 + "|"]
     for name, one in value.items():
         score, loss = one["against"][rival]["score"], one["against"][rival]["loss"]
         if score is None:
             continue
         for task, of_task in score["by task"].items():
             each = ", ".join(f"{one:+.3f}" for one in of_task["of seeds"])
-            cells = f"{difference(of_task)} | {difference(loss['by task'][task])} | {each}"
+            cells = f"{difference(of_task)} | {interval(of_task)} | {difference(loss['by task'][task])} | {each}"
             lines.append(f"| {name} | {task} | {cells} |")
         if score["count"] > 1:
-            lines.append(f"| {name} | mean of {score['count']} | {difference(score)} | {difference(loss)} | |")
+            cells = f"{difference(score)} | {interval(score)} | {difference(loss)} |"
+            lines.append(f"| {name} | mean of {score['count']} | {cells} |")
     return "\n".join(lines)
 
 
 def difference(one: dict[str, Any]) -> str:
     return f"{one['mean']:+.4f}" + (f" ± {one['error']:.4f}" if one["error"] is not None else "")
+
+
+def interval(one: dict[str, Any]) -> str:
+    return f"{one['interval'][0]:+.3f} to {one['interval'][1]:+.3f}" if one["interval"] else ""
 
 
 def served(rows: Rows) -> str:

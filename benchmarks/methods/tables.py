@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machine import RESULTS, facts, write
+from scipy import stats
 
 from methods import page
 from methods.methods import methods
@@ -65,9 +66,16 @@ def paired(every: Rows, method: str, rival: str, what: str) -> dict[str, Any] | 
 
 
 def with_error(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean, and its standard error where there are several."""
-    error = round(statistics.stdev(values) / math.sqrt(len(values)), 4) if len(values) > 1 else None
-    return {"mean": round(statistics.fmean(values), 4) + 0.0, "error": error, "count": len(values)}
+    """Return the mean, and where there are several its standard error and 95 % interval (Student's t)."""
+    count, mean = len(values), statistics.fmean(values)
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else None
+    within = None if error is None else float(stats.t.ppf(0.975, count - 1)) * error
+    return {
+        "mean": round(mean, 4) + 0.0,
+        "error": None if error is None else round(error, 4),
+        "interval": None if within is None else [round(mean - within, 3) + 0.0, round(mean + within, 3) + 0.0],
+        "count": count,
+    }
 
 
 def tables(every: Rows) -> dict[str, Any]:
@@ -187,21 +195,29 @@ def results(every: Rows) -> dict[str, Any]:
 
 def markdown(value: dict[str, Any]) -> str:
     """Return the page's tables."""
+    chance = stored("guessing").get("tasks", {})
     made = [f"{value['rows']} rows, made on: {'; '.join(value['devices'])}."]
-    made += ["### Learning rates", page.sweep(value["sweep"])]
+    made += ["### Learning rates", page.sweep(value["sweep"], chance)]
     made += ["### The same row on two devices", page.twice(value["twice"])]
     cells = "Each cell: score ± deviation over seeds, loss (how many seeds; learning rate, with * that of other tasks)."
     cells += " All of a cell are of a CPU, or where it says GPU of an accelerator."
-    made += ["### Test rows", cells, page.test(value["methods"])]
+    made += ["### Test rows", cells, page.test(value["methods"], chance)]
     made += ["### Against LoRA", page.OF_PAIRS, page.against(value["methods"], "lora")]
     made += ["### Against GoRA", page.against(value["methods"], "gora")]
     made += ["### Served", page.served(value["served"])]
     if value["MB"]:
         made += [page.deployed(value["MB"])]
     for name, title, shown in (("served", "Served by vLLM", page.by_vllm), ("cost", "Cost", page.cost)):
-        if (file := RESULTS / f"{name}.json").exists():
-            made += [f"### {title}", shown(json.loads(file.read_text(encoding="utf-8")))]
+        if result := stored(name):
+            made += [f"### {title}", shown(result)]
     return "\n\n".join(made)
+
+
+def stored(name: str) -> dict[str, Any]:
+    """Return another script's result; nothing where it has not run."""
+    file = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
 
 
 def main() -> None:

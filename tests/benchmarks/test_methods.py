@@ -87,8 +87,10 @@ def test_differences_are_of_the_same_seed_and_device() -> None:
     found = tables.paired(rows, "gora", "lora", "score")
     assert found is not None
     # snips: +0.1 and +0.3, so 0.2 with an error of 0.1414 / sqrt(2); mnli: -0.1; in the mean 0.05
-    assert found["by task"]["snips"] == {"mean": 0.2, "error": 0.1, "count": 2, "of seeds": [0.1, 0.3]}
-    assert found["by task"]["mnli"] == {"mean": -0.1, "error": None, "count": 1, "of seeds": [-0.1]}
+    # Student's t of one degree of freedom, a Cauchy variable: tan(0.475 pi) = 12.706
+    snips = {"mean": 0.2, "error": 0.1, "interval": [-1.071, 1.471], "count": 2, "of seeds": [0.1, 0.3]}
+    assert found["by task"]["snips"] == snips
+    assert found["by task"]["mnli"] == {"mean": -0.1, "error": None, "interval": None, "count": 1, "of seeds": [-0.1]}
     assert (found["mean"], found["error"], found["count"], found["better on"]) == (0.05, 0.15, 2, 1)
     losses = tables.paired(rows, "gora", "lora", "eval_loss")
     assert losses is not None
