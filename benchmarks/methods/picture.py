@@ -1,8 +1,10 @@
-"""docs/methods.png: the loss on validation rows against the learning rate, where GoRA's sweep is whole.
+"""Pictures of the rows.
 
     python benchmarks/methods/picture.py
 
-Needs matplotlib (the extra `report`). The rate is B's: GoRA and LoRA+ give A a smaller one.
+docs/methods.png: the loss on validation rows against the learning rate (B's: GoRA and LoRA+ give A a smaller one),
+where GoRA's sweep is whole. docs/against.png: how much the score on test rows is above LoRA's, of each seed.
+Needs matplotlib (the extra `report`).
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 from methods.methods import methods
-from methods.run import STEPS, is_whole, rows, tried
+from methods.run import STEPS, all_rows, is_whole, rows, tried
+from methods.tables import results, stored
 from methods.tasks import TASKS
 
-PICTURE = Path(__file__).parents[2] / "docs" / "methods.png"
+DOCS = Path(__file__).parents[2] / "docs"
 OURS = {
     "gora": ("black", 2.6, "-"), "gora-ratio-4": ("black", 1.8, "--"), "gora-ratio-1": ("black", 1.8, ":"),
     "lora": ("tab:red", 2.6, "-"),
@@ -37,8 +40,8 @@ def color_of(name: str) -> Any:
     return pyplot.get_cmap("tab20")(list(methods(STEPS)).index(name) % 20)
 
 
-def main() -> None:
-    found, every = rows(), methods(STEPS)
+def sweeps() -> None:
+    found, every, chance = rows(), methods(STEPS), stored("guessing").get("tasks", {})
     losses = {
         task: {
             name: at for name, method in every.items()
@@ -57,6 +60,9 @@ def main() -> None:
             ax.plot(
                 x, y, dash, marker="o", markersize=4, color=color, linewidth=width, label=f"{name}  {min(y):.4f}"
             )  # fmt: skip
+        if task in chance:
+            guess = chance[task]["valid"]["loss"]
+            ax.axhline(guess, color="gray", linestyle="--", linewidth=1.0, label=f"guessing  {guess:.4f}")
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         ax.set_ylim(lowest * 0.97, lowest * SHOWN)
@@ -65,7 +71,36 @@ def main() -> None:
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small", title="lowest loss", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=130)
+    figure.savefig(DOCS / "methods.png", dpi=130)
+
+
+def against_lora() -> None:
+    """A line for each method and task: a dot for each seed, the mean, and the interval that holds it with 95 %."""
+    value = results([row for row in all_rows() if row["steps"] == STEPS])["methods"]
+    pairs = [
+        (task, name, one)
+        for task in TASKS
+        for name, method in value.items()
+        if (score := method["against"]["lora"]["score"]) and (one := score["by task"].get(task))
+    ]
+    figure, ax = pyplot.subplots(figsize=(9.0, 0.42 * len(pairs) + 1.3))
+    for place, (_, name, one) in enumerate(reversed(pairs)):
+        color = "black" if name == "gora" else "tab:blue"
+        if one["interval"]:
+            ax.plot(one["interval"], [place, place], color=color, linewidth=1.6, alpha=0.6)
+        ax.plot(one["of seeds"], [place] * len(one["of seeds"]), "o", color=color, markersize=5, alpha=0.6)
+        ax.plot(one["mean"], place, "|", color=color, markersize=18, markeredgewidth=3)
+    ax.axvline(0, color="tab:red", linewidth=1.6)
+    ax.set_yticks(range(len(pairs)), [f"{TASKS[task].kind}: {name}" for task, name, _ in reversed(pairs)])
+    ax.set_xlabel("score on test rows less LoRA's of the same seed: each seed, the mean, 95 % of it")
+    ax.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(DOCS / "against.png", dpi=130)
+
+
+def main() -> None:
+    sweeps()
+    against_lora()
 
 
 if __name__ == "__main__":
