@@ -72,23 +72,22 @@ class GoraError(Exception):
 
     def keeping(self, kept: str, *, hint: str | None = None) -> Self:
         """Return the same error with another `kept`, and `hint` if given, for a caller that knows what is left."""
-        fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
-        fields |= {"kept": kept} | ({"hint": hint} if hint else {})
-        return type(self)(self.what, code=self.code, faults=self.faults, **fields)  # type: ignore[arg-type]
+        return self._again(self.what, {"kept": kept} | ({"try": hint} if hint else {}))
 
     def naming(self, file: Path) -> Self:
         """Return the same error with the file, where it has none, for a caller that knows it."""
-        fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
-        return type(self)(self.what, code=self.code, faults=self.faults, **({"file": file} | fields))  # type: ignore[arg-type]
+        return self._again(self.what, {"file": self.fields.get("file", file)})
 
     def advising(self, hint: str) -> Self:
         """Return the same error with another next step, for a caller that knows a better one."""
-        fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
-        return type(self)(self.what, code=self.code, faults=self.faults, **(fields | {"hint": hint}))  # type: ignore[arg-type]
+        return self._again(self.what, {"try": hint})
 
     def saying(self, what: str) -> Self:
         """Return the same error with another first line, for a caller that knows more of it."""
-        fields = {"hint" if name == "try" else name: value for name, value in self.fields.items()}
+        return self._again(what, {})
+
+    def _again(self, what: str, changes: Mapping[str, object]) -> Self:
+        fields = {"hint" if name == "try" else name: value for name, value in {**self.fields, **changes}.items()}
         return type(self)(what, code=self.code, faults=self.faults, **fields)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, object]:

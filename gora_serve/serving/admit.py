@@ -81,8 +81,7 @@ def _naming(err: GoraError, folder: Path) -> GoraError:
     file = err.fields.get("file")
     if file is None or Path(str(file)).is_relative_to(folder):
         return err
-    fields = {"hint" if name == "try" else name: value for name, value in err.fields.items()}
-    return type(err)(f"{folder}: {err.what}", code=err.code, **fields)  # type: ignore[arg-type]
+    return err.saying(f"{folder}: {err.what}")
 
 
 def _verify(folder: Path, base: ServedBase, *, strict: bool) -> Verified:
