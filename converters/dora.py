@@ -27,7 +27,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     """
     base = inputs.need_base("DoRA")
     magnitudes = _magnitudes(source)
-    plain = lora.read(_without(source, magnitudes), inputs)
+    plain = lora.read(_without(source), inputs)
     alone = sorted(magnitudes.keys() - set(plain.adapter.modules))
     if alone:
         raise InputError(
@@ -82,7 +82,7 @@ def _check_magnitudes(source: Source, magnitudes: dict[str, str], base: BaseWeig
             )  # fmt: skip
 
 
-def _without(source: Source, magnitudes: dict[str, str]) -> Source:
+def _without(source: Source) -> Source:
     """The same adapter as plain LoRA sees it."""
     return replace(source, config={**source.config, "use_dora": False})
 

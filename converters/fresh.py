@@ -55,7 +55,7 @@ def _allowed_part(W: Tensor, initial: LoraFactors) -> float:
     return limit + roundoff * float(W.double().norm()) / max(norm(initial), 1e-300)
 
 
-def check_orthogonal(base: BaseWeights, path: str, initial: LoraFactors, file: Path) -> None:
+def check_orthogonal(path: str, initial: LoraFactors, file: Path) -> None:
     """Raise BindingError (GS-433) unless A0's rows and B0's columns are orthogonal, as singular vectors are."""
     off = off_orthogonal(initial)
     if off > allowed(initial):

@@ -7,7 +7,6 @@ B0 A0 is the best rank-r part of W0 - Q and was made without the scale, so that 
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -28,11 +27,11 @@ PART, LOST = 0.7, 0.4  # cosine of P0 with the part of W0 in its columns
 
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read LoftQ or QPiSSA. Raises UsageError GS-232 without P0."""
-    base = inputs.need_base("LoftQ replaces the base; its conversion")
+    inputs.need_base("LoftQ replaces the base; its conversion")
     scaled = _which(source, inputs) == PISSA
     rules = Rules(
         "loftq",
-        check=partial(check_orthogonal, base),
+        check=check_orthogonal,
         quantized=True,
         unscaled=not scaled,
         untransposed=not scaled,

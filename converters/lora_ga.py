@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from converters import lora
@@ -26,8 +25,8 @@ from gora_serve.errors import InputError
 
 def read(source: Source, inputs: Inputs) -> Reading:
     """Read LoRA-GA. Raises UsageError GS-232 without a source of P0, InputError GS-3132 (`_read_subtracted`)."""
-    base = inputs.need_base("LoRA-GA edits the base; its conversion")
-    rules = Rules("lora_ga", check=partial(check_orthogonal, base))
+    inputs.need_base("LoRA-GA edits the base; its conversion")
+    rules = Rules("lora_ga", check=check_orthogonal)
     if source.config.get("peft_type") == "LORAGA":
         plain = replace(source, config={**source.config, "peft_type": "LORA"})
         if source.config.get("init_lora_weights") is True:

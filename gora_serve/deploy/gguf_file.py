@@ -69,7 +69,7 @@ def write_gguf(file: Path, adapter: Adapter, base: Base, dtype: ExportDtype) -> 
     _check_rows(adapter, found)
     alpha = float(max(adapter.ranks.values()))
     _write(file, adapter, found, architecture, alpha, dtype)
-    error = _compare(file, adapter, found, alpha, dtype)
+    error = _compare(file, adapter, found, dtype)
     return GgufWritten(file.name, architecture, alpha, len(found), error)
 
 
@@ -164,7 +164,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     }
 
 
-def _compare(file: Path, adapter: Adapter, found: Mapping[str, Place], alpha: float, dtype: ExportDtype) -> float:
+def _compare(file: Path, adapter: Adapter, found: Mapping[str, Place], dtype: ExportDtype) -> float:
     """Read the file as llama.cpp does and return the relative error. Raises InputError (GS-3463)."""
     read = read_gguf(file, {place.name: place.heads for place in found.values()})
     wrong, total = 0.0, 0.0

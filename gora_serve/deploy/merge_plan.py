@@ -27,7 +27,7 @@ def plan_merge(base: BaseWeights, parts: Sequence[Part], dtype: str, *, in_4_bit
     fours = {base.find(path) for path in in_4_bits}
     targets = [_target(base, name, shared.get(name, ()), dtype, name in fours) for name in base.tensors]
     if untied is not None:
-        targets.append(_untied_head(base, targets, untied, dtype))
+        targets.append(_untied_head(base, untied, dtype))
     targets += [_fresh(base, path, pieces, dtype) for path, pieces in by_path.items() if _lacks(base, path, pieces)]
     check_vocabulary(base, targets)
     config, notes = new_config(base, parts, targets, dtype, untied=untied is not None)
@@ -119,7 +119,7 @@ def _new_shape(piece: Piece) -> tuple[int, ...] | None:
     return None if ground is None else tuple(ground.shape)
 
 
-def _untied_head(base: BaseWeights, targets: list[Target], pieces: tuple[Piece, ...], dtype: str) -> Target:
+def _untied_head(base: BaseWeights, pieces: tuple[Piece, ...], dtype: str) -> Target:
     source = str(base.find(base.head))
     entry = base.tensors.entries[source]
     shape = _shape(base, source, pieces)

@@ -266,12 +266,12 @@ def _compare(
     near = error <= finfo.eps * value.abs() + floor
     if not near.all():
         spread = total.spread(*rows, W).view(-1)[inside]
-        loose = finfo.eps * (value.abs() + ROUNDINGS * spread) + _sums(total, value.dtype) * spread + floor
+        loose = finfo.eps * (value.abs() + ROUNDINGS * spread) + _sums(total) * spread + floor
         near = error <= loose  # NaN is not
     held.off += int((~near).sum())
 
 
-def _sums(total: Sum, dtype: torch.dtype) -> float:
+def _sums(total: Sum) -> float:
     """What adding up in float32 may cost, of the absolute values: one rounding for each of the added products."""
     ranks = [term.A.shape[-2] for term in total.terms if hasattr(term, "A")]
     return float(torch.finfo(torch.float32).eps * sum(ranks))

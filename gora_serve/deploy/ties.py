@@ -28,7 +28,7 @@ def share_out(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, 
     for name, updates in owners.items():
         headless = _is_headless(base, updates)
         if not headless and _is_embedding(base, name, updates) and base.ties_head and base.find(base.head) is None:
-            raise _refuse_shared(base, name, updates, [*updates, "a head that is tied to it, if there is one"])
+            raise _refuse_shared(name, updates, [*updates, "a head that is tied to it, if there is one"])
         users = _users(base, name, updates)
         if headless and not _can_untie(base, name):
             users.pop(f"{base.head}.weight", None)
@@ -39,7 +39,7 @@ def share_out(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, 
         head = next((user for user in users if user == f"{base.head}.weight"), None)
         rest = {user: updates.get(user, ()) for user in users if user != head}
         if head is None or not _can_untie(base, name) or not _all_alike(list(rest.values())):
-            raise _refuse_shared(base, name, updates, users)
+            raise _refuse_shared(name, updates, users)
         shared[name] = next(iter(rest.values()), ())
         untied = updates.get(head) or _resized_head(base, shared[name])
     return shared, untied
@@ -107,9 +107,7 @@ def _same_piece(one: Piece, other: Piece) -> bool:
     return one.kind == "replaced" and torch.equal(one.part.replaced[one.key], one.part.replaced[other.key])
 
 
-def _refuse_shared(
-    base: BaseWeights, name: str, updates: Mapping[str, tuple[Piece, ...]], users: Iterable[str]
-) -> BindingError:
+def _refuse_shared(name: str, updates: Mapping[str, tuple[Piece, ...]], users: Iterable[str]) -> BindingError:
     file = next(iter(updates.values()))[0].part.file
     return BindingError(
         "modules that share one tensor are not updated alike, and this model cannot part them", code="GS-4400",

@@ -213,16 +213,14 @@ def _tied(directory: Path, tensors: Mapping[str, TensorRecord]) -> dict[str, str
     return {} if "lm_head.weight" in tensors else {"lm_head.weight": embeddings[0]}
 
 
-def hash_adapter(
-    path: Path, *, listen: Listener = silent, cache: QuickCache | None = None
-) -> tuple[str, dict[str, TensorRecord]]:
+def hash_adapter(path: Path, *, cache: QuickCache | None = None) -> tuple[str, dict[str, TensorRecord]]:
     """Return the root and the tensors of the safetensors file at `path`, by the same scheme as a model's weights."""
     begun = now()
     with _open_weights(path) as file:
         status = os.fstat(file.fd)
         known = _known(cache, status, file.header)
         if known is None:
-            hashed = hash_tensors({path.name: file}, listen=listen)[0][path.name]
+            hashed = hash_tensors({path.name: file}, listen=silent)[0][path.name]
             found = Digests(tensors={name: one.digest for name, one in hashed.items()})
     if cache and known is None:
         cache.keep(status, found, begun=begun)
