@@ -1,4 +1,4 @@
-"""Several adapters of one base as one adapter: `combine_adapters`. Pure: adapters in, an adapter out.
+"""Several adapters of one base as one adapter: `combine`. Pure: adapters in, an adapter out.
 
 One module is in memory at a time, and the chosen part of each spectrum where no `Spill` is given to put it away.
 """
@@ -53,32 +53,6 @@ class Combined:
     limits: Limits
 
 
-def combine_adapters(
-    adapters: Weighted,
-    method: MergeMethod = "cat",
-    *,
-    rank: int | None = None,
-    tolerance: float | None = None,
-    parameters: int | None = None,
-    density: float | None = None,
-    seed: int = 0,
-) -> Adapter:
-    """Return one adapter for several, each with its weight, on the base that they share.
-
-    cat: Σ weight * update, exact. linear: the same sum with weights divided by their own sum: a weighted mean. svd: the
-    sum, in no more parameters than the largest adapter has. ties and dare: `methods`, with `density` (0.2 and 0.5), of
-    full rank, and truncated as svd is. rank, tolerance or parameters (at most one) truncate over all modules together,
-    as in `choose_ranks`. Ranks, scales and modules may differ from adapter to adapter; a module that one lacks is zero
-    there. What is carried is `combine_carried`'s. The order of the adapters makes no difference.
-
-    The adapter has no module where all updates cancel. Raises BindingError: GS-4450 for adapters of different bases,
-    GS-4451 for a module of two shapes. InputError: GS-3450 for weights that say nothing, GS-3451 for carried tensors
-    that conflict, GS-3453 for different tasks, GS-3105 for NaN.
-    """
-    limits = Limits(rank, tolerance, parameters)
-    return combine(adapters, method, limits, density=density, seed=seed).adapter
-
-
 def combine(
     adapters: Weighted,
     method: MergeMethod,
@@ -91,9 +65,19 @@ def combine(
     precision: float = 0.0,
     listen: Listener = silent,
 ) -> Combined:
-    """Do the work of `combine_adapters`. base: what the result is bound to, where the caller has seen the base itself.
+    """Return one adapter for several, each with its weight, on the base that they share.
 
-    spectra: where the spectra are put. precision: what a module may lose without any limit, as a share of its norm.
+    cat: Σ weight * update, exact. linear: the same sum with weights divided by their own sum: a weighted mean. svd: the
+    sum, in no more parameters than the largest adapter has. ties and dare: `methods`, with `density` (0.2 and 0.5), of
+    full rank, and truncated as svd is. `limits` truncate over all modules together, as in `choose_ranks`. Ranks, scales
+    and modules may differ from adapter to adapter; a module that one lacks is zero there. What is carried is
+    `combine_carried`'s. The order of the adapters makes no difference.
+    base: what the result is bound to, where the caller has seen the base itself. spectra: where the spectra are put.
+    precision: what a module may lose without any limit, as a share of its norm.
+
+    The adapter has no module where all updates cancel. Raises BindingError: GS-4450 for adapters of different bases,
+    GS-4451 for a module of two shapes. InputError: GS-3450 for weights that say nothing, GS-3451 for carried tensors
+    that conflict, GS-3453 for different tasks, GS-3105 for NaN.
     """
     weights = applied_weights([weight for _, weight in adapters], method)
     given = [(adapter, weight) for (adapter, _), weight in zip(adapters, weights, strict=True) if weight]

@@ -15,7 +15,6 @@ from gora_serve.report.numbers import Point
 from gora_serve.report.record import Record
 from gora_serve.training.run_files import (
     GAMMA_SCHEMA,
-    PROBE_SCHEMA,
     RANKS_SCHEMA,
     RUN_SCHEMA,
     probe_shapes,
@@ -32,7 +31,7 @@ Shape = tuple[int, int]
 class Run:
     """What a run left. Parts that it does not have (yet) are None or empty.
 
-    label: what the page calls it. record: run.json; ranks, gamma and probe: those files. losses and evaluations: by
+    label: what the page calls it. record: run.json; ranks and gamma: those files. losses and evaluations: by
     step, None where the file has no finite number. tokens, seconds: of training, as the last line of metrics.jsonl has
     them. shapes: (out, in) by module. updates: |dW| of the trained adapter by module, Frobenius.
     """
@@ -47,7 +46,6 @@ class Run:
     seconds: float | None = None
     ranks: Record | None = None
     gamma: Record | None = None
-    probe: Record | None = None
     adapter_root: str | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     updates: Mapping[str, float] = field(default_factory=dict)
@@ -136,8 +134,7 @@ def read_run(folder: Path, label: str) -> Run:
         folder, label, record, losses, evaluations, base_loss,
         tokens=last.whole("tokens"), seconds=last.number("seconds"),
         ranks=_optional(folder / "ranks.json", RANKS_SCHEMA), gamma=_optional(folder / "gamma.json", GAMMA_SCHEMA),
-        probe=_optional(folder / "probe" / "probe.json", PROBE_SCHEMA), adapter_root=root,
-        shapes={**shapes, **measured}, updates=updates,
+        adapter_root=root, shapes={**shapes, **measured}, updates=updates,
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def prepare(
     warnings += [f"{name} is set, and taken away from the engine" for name in scrubbed(os.environ, SCRUBBED)]
     warnings += _without_effect(config)
     verified = stamps(_base_files(located.path))
-    target = _served_base(located, single(options, "--served-model-name") or config.served_name, listen)
+    target = served_base(located, single(options, "--served-model-name") or config.served_name, listen)
     found = [examine(name, locate_adapter(folder), target, strict=strict) for name, folder in adapters]
     refuse([fault for one in found for fault in one.faults])
     warnings += [warning for one in found for warning in one.warnings]
@@ -121,12 +121,8 @@ def _with_plugin(config: ServeConfig, engine: Engine) -> tuple[ServeConfig, str 
     return replace(config, plugin=False), f"vLLM's own LoRA layers are used, gora-serve's plugin is off: {reason}"
 
 
-def served_base(base: str, config: ServeConfig, listen: Listener = silent) -> ServedBase:
-    """Find and hash the base that adapters are admitted to."""
-    return _served_base(locate_base(base), config.served_name, listen)
-
-
-def _served_base(located: Base, served_name: str | None, listen: Listener) -> ServedBase:
+def served_base(located: Base, served_name: str | None = None, listen: Listener = silent) -> ServedBase:
+    """Hash the base that adapters are admitted to."""
     manifest = hash_model(located.path, listen=listen)
     remember_manifest(manifest)
     names = names_of(located.path, located.name, *([served_name] if served_name else []))

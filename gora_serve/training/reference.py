@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gora_serve.config import ExportConfig
+from gora_serve.config import ExportConfig, ModelConfig
 from gora_serve.errors import GoraError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.fingerprint import Expected, fingerprint_json
@@ -45,8 +45,7 @@ class Reference:
     def __init__(self, base: Path, adapters: Mapping[str, Path], dtype: torch.dtype = torch.float64) -> None:
         from peft import PeftModel
 
-        model: Any = load_model(Base(str(base), base), _float32())
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        model: Any = load_model(Base(str(base), base), ModelConfig(dtype="float32"))
         self._keys = {name: f"a{number}" for number, name in enumerate(adapters)}  # PEFT's become names of modules
         wrapped: Any = None
         for name, folder in adapters.items():
@@ -66,12 +65,6 @@ class Reference:
         with self._model.disable_adapter() if bare else contextlib.nullcontext():
             logits: Tensor = self._model(torch.tensor([list(tokens)]), use_cache=False).logits[0, -last:]
         return logits.double().log_softmax(-1)
-
-
-def _float32() -> Any:
-    from gora_serve.config import ModelConfig
-
-    return ModelConfig(dtype="float32")
 
 
 def prompts(base: Path, count: int = len(TEXTS), *, after: int = 1) -> list[tuple[int, ...]]:

@@ -71,7 +71,6 @@ class BaseShapes:
 
     tensors: parameter name -> shape. dtype: of the parameters, as config.json says, else of the widest. dtype_bytes: of
     it. linears: module path -> (out, in). experts: parameters inside mixture-of-experts layers, which are no targets.
-    from_config: no header was read.
     """
 
     settings: Settings
@@ -80,7 +79,6 @@ class BaseShapes:
     dtype_bytes: int
     linears: Mapping[str, tuple[int, int]]
     experts: int
-    from_config: bool
 
     @property
     def parameters(self) -> int:
@@ -116,7 +114,7 @@ def read_shapes(folder: Path) -> BaseShapes:
         find_model(folder)  # says which files there should be
     tensors = dict(_llama_tensors(config, settings))
     dtype = _dtype(config) or "bfloat16"
-    return _shapes(settings, tensors, dtype, DTYPE_BYTES[dtype], from_config=True)
+    return _shapes(settings, tensors, dtype, DTYPE_BYTES[dtype])
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
@@ -203,19 +201,17 @@ def _from_headers(folder: Path, config: Mapping[str, Any], settings: Settings) -
     tensors = {name: entry.shape for name, entry in kept.items()}
     said = _dtype(config)
     dtype, width = (said, DTYPE_BYTES[said]) if said else (NAMES.get(widest, widest), DTYPE_BITS[widest] // 8)
-    return _shapes(settings, tensors, dtype, width, from_config=False)
+    return _shapes(settings, tensors, dtype, width)
 
 
-def _shapes(
-    settings: Settings, tensors: Mapping[str, Shape], dtype: str, width: int, *, from_config: bool
-) -> BaseShapes:
+def _shapes(settings: Settings, tensors: Mapping[str, Shape], dtype: str, width: int) -> BaseShapes:
     linears = {}
     for name, shape in tensors.items():
         if _is_linear(name, shape, settings.kind):
             out_in = (shape[1], shape[0]) if settings.kind == "gpt2" else (shape[0], shape[1])  # Conv1D: (in, out)
             linears[name.removesuffix(".weight")] = out_in
     experts = sum(math.prod(shape) for name, shape in tensors.items() if EXPERT in name)
-    return BaseShapes(settings, tensors, dtype, width, linears, experts, from_config)
+    return BaseShapes(settings, tensors, dtype, width, linears, experts)
 
 
 def _last(name: str) -> str:

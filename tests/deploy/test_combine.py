@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.config import MergeMethod
-from gora_serve.deploy.combine import Limits, combine, combine_adapters, shared_base
+from gora_serve.deploy.combine import Limits, Weighted, combine, shared_base
 from gora_serve.deploy.methods import Term, dare, trim
 from gora_serve.errors import BindingError, InputError
 from gora_serve.integrity.manifest import Roots
@@ -39,6 +39,18 @@ def delta(adapter: Adapter, path: str) -> np.ndarray:
     if factors is None:
         return np.zeros(SHAPES[path])
     return factors.scale * (factors.B.double().numpy() @ factors.A.double().numpy())
+
+
+def combine_adapters(
+    adapters: Weighted,
+    method: MergeMethod,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Adapter:
+    return combine(adapters, method, Limits(rank, tolerance), density=density, seed=seed).adapter
 
 
 def assert_deltas(adapter: Adapter, expected: dict[str, np.ndarray], tolerance: float = 1e-12) -> None:

@@ -16,7 +16,7 @@ from converters.read import read
 from converters.reading import Inputs
 from gora_serve.config import MergeMethod
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.deploy.combine import combine_adapters
+from gora_serve.deploy.combine import Limits, combine
 
 WEIGHTS = (0.7, 0.4)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ def test_scales_that_peft_gets_wrong_are_right(tmp_path: Path, tiny_base: Path, 
         model.add_weighted_adapter(["a", "b"], list(WEIGHTS), "merged", combination_type=method, **rank)
     inputs = Inputs(BaseWeights(tiny_base))
     given = [(read(path, inputs)[2].adapter, weight) for path, weight in zip((one, other), WEIGHTS, strict=True)]
-    merged = combine_adapters(given, method, rank=12 if method == "svd" else None)
+    merged = combine(given, method, Limits(rank=12 if method == "svd" else None)).adapter
     theirs, ours, total = 0.0, 0.0, 0.0
     for path, factors in merged.modules.items():
         exact = truth(model, path)

@@ -15,6 +15,7 @@ from tiny_models import llama_shapes
 from gora_serve.cli.main import main
 from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
+from gora_serve.integrity.bases import locate_base
 from gora_serve.serving import start
 from gora_serve.serving.admit import examine, keep
 from gora_serve.serving.engine import Engine
@@ -39,7 +40,7 @@ def sound(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def served_base(tiny_base: Path) -> ServedBase:
-    return start.served_base(str(tiny_base), ServeConfig())
+    return start.served_base(locate_base(str(tiny_base)))
 
 
 def admit(folder: Path, base: ServedBase, store: Store) -> ServedAdapter:

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import llama_shapes
 
-from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError, RunError
+from gora_serve.integrity.bases import locate_base
 from gora_serve.serving import start
 from gora_serve.serving.canary import Checked, NotItselfError
 from gora_serve.serving.engine import Server
@@ -107,7 +107,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def served_base(tiny_base: Path) -> ServedBase:
-    return start.served_base(str(tiny_base), ServeConfig())
+    return start.served_base(locate_base(str(tiny_base)))
 
 
 @pytest.fixture
