@@ -17,13 +17,11 @@ from converters.whole import CARRIED, check_vocabulary, is_resized, same
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
 from gora_serve.adapter.tensors import Renamed
-from gora_serve.deploy.base import EMBEDDINGS, FILE_HEAD, HEADS, MODEL_HEAD, BaseWeights
+from gora_serve.deploy.base import COMPUTED, EMBEDDINGS, FILE_HEAD, HEADS, MODEL_HEAD, BaseWeights
 from gora_serve.errors import BindingError, InputError
 
 # Modules with a matrix that are no linear layer of their own in transformers' models.
 NOT_LINEAR = re.compile(r"\.experts\.|(emb|wpe|wte|shared|relative_attention_bias)[^.]*$|\.(gate|router)$")
-# Tensors that models compute for themselves, and old checkpoints hold.
-COMPUTED = re.compile(r"(inv_freq|position_ids|\.masked_bias|\battn\.bias|\battention\.bias)$")
 EVERYTHING = (".",)  # what a merged model takes whole
 TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForCausalLM": "CAUSAL_LM"}
 

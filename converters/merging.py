@@ -21,12 +21,12 @@ from gora_serve.config import BaseAs, MergeConfig
 from gora_serve.deploy.base import EMBEDDINGS, BaseWeights
 from gora_serve.deploy.beside import copy_beside
 from gora_serve.deploy.combine_files import RECEIPT
-from gora_serve.deploy.gap import is_quantizable
+from gora_serve.deploy.gap import Requantize, is_quantizable
 from gora_serve.deploy.merge import write_model
 from gora_serve.deploy.merge_plan import plan_merge
 from gora_serve.deploy.merge_values import ModelPlan, Part
 from gora_serve.deploy.replay import Replay, replay
-from gora_serve.deploy.sum_of import FourBits, Requantize
+from gora_serve.deploy.sum_of import FourBits
 from gora_serve.deploy.trained_on import quantization
 from gora_serve.errors import MachineError, MismatchError
 from gora_serve.integrity.bases import Base

@@ -19,7 +19,7 @@ from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.canonical import canonical_json
-from gora_serve.integrity.files import sha256_file, staged_folder, write_stream
+from gora_serve.integrity.files import copy_file, sha256_file, staged_folder, write_stream
 from gora_serve.integrity.finite import check_finite
 from gora_serve.integrity.headers import encode_header, read_open_header
 from gora_serve.integrity.known import remember_manifest
@@ -168,9 +168,6 @@ def _copy_files(adapter: Path, stage: Path) -> tuple[tuple[str, ...], tuple[str,
         if not wanted or not entry.is_file():
             left_out.append(entry.name)
             continue
-        source = confined(adapter, entry.name)
-        with open_regular(source) as fd, write_stream(stage / entry.name) as stream:
-            for piece in pieces(fd, 0, os.fstat(fd).st_size, path=source):
-                stream.write(piece)
+        copy_file(confined(adapter, entry.name), stage / entry.name)
         copied.append(entry.name)
     return tuple(copied), tuple(left_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from gora_serve.errors import InputError
@@ -111,3 +112,9 @@ class Adapter:
     @property
     def parameters(self) -> int:
         return sum(factors.parameters for factors in self.modules.values())
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """Return the elements as they lie in memory: row by row, little-endian."""
+    data: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return data

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import gora_serve
-from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
+from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors, raw_bytes
 from gora_serve.adapter.linalg import fold_scale, pad_rank
 from gora_serve.adapter.names import embedding_key, parse_embedding_key, parse_key, saved_key, tensor_key
 from gora_serve.adapter.peft_config import make_config, read_scales, saved_modules
@@ -171,21 +171,16 @@ def _blobs(adapter: Adapter, keys: Sequence[str]) -> Iterator[tuple[str, bytes]]
     waiting: dict[str, Tensor] = {}
     for key in keys:
         if key not in modules:
-            yield key, _little_endian(adapter.carried[key.removeprefix(saved_key(""))])
+            yield key, raw_bytes(adapter.carried[key.removeprefix(saved_key(""))])
             continue
         if key not in waiting:
             waiting |= _spelled(adapter, modules[key], adapter.modules[modules[key]])
-        yield key, _little_endian(waiting.pop(key))
+        yield key, raw_bytes(waiting.pop(key))
 
 
 def _keys(adapter: Adapter, path: str) -> tuple[str, str]:
     key = embedding_key if path in adapter.embeddings else tensor_key
     return key(path, "A"), key(path, "B")
-
-
-def _little_endian(tensor: Tensor) -> bytes:
-    data: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return data
 
 
 def _record(adapter: Adapter, root: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,8 @@ HEAD_OF_TYPE = {  # model_type -> the path of the head that may be tied, where i
     "rwkv": "head", "xlnet": "lm_loss", "xlm": "pred_layer.proj", "flaubert": "pred_layer.proj",
     "gpt_neox_japanese": "embed_out",
 }  # fmt: skip
+# Tensors that models compute for themselves, and old checkpoints hold.
+COMPUTED = re.compile(r"(inv_freq|position_ids|\.masked_bias|\battn\.bias|\battention\.bias)$")
 HEADLESS = ("Classification", "ForQuestionAnswering", "ForMultipleChoice")  # ends of the names of such architectures
 
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gora_serve.integrity.files import write_json, write_stream
+from gora_serve.integrity.files import copy_file, write_json
 from gora_serve.integrity.layout import confined
-from gora_serve.integrity.reading import open_regular, pieces
 from gora_serve.integrity.roots import tokenizer_names
 
 CONFIG = "config.json"
@@ -36,19 +35,12 @@ def copy_beside(
         if _LEFT.fullmatch(name) or not (base / name).is_file():
             left.append(name)
             continue
-        _copy(base, name, stage)
+        copy_file(confined(base, name), stage / name)
         copied.append(name)
     for name in instead:
         assert tokenizer is not None
-        _copy(tokenizer, name, stage)
+        copy_file(confined(tokenizer, name), stage / name)
         copied.append(name)
     if config is not None:
         write_json(stage / CONFIG, config)
     return tuple(copied), tuple(left)
-
-
-def _copy(folder: Path, name: str, stage: Path) -> None:
-    source = confined(folder, name)
-    with open_regular(source) as fd, write_stream(stage / name) as stream:
-        for piece in pieces(fd, 0, os.fstat(fd).st_size, path=source):
-            stream.write(piece)

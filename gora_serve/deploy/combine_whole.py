@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gora_serve.adapter.factors import Adapter
+from gora_serve.adapter.factors import Adapter, raw_bytes
 from gora_serve.config import MergeMethod
 from gora_serve.errors import InputError
 
@@ -49,7 +49,7 @@ def _combined(name: str, given: Sequence[tuple[Adapter, float]], method: MergeMe
     if method not in AVERAGING or not math.isclose(total, 1, rel_tol=1e-9):
         way = f"--method linear averages it; {_INTO_MODEL}" if method != "linear" else _INTO_MODEL
         raise _conflict(name, f"different, with weights that sum to {total:g}, by {method}", hint=way)
-    ordered = sorted(found, key=lambda pair: (pair[1], _bytes(pair[0])))
+    ordered = sorted(found, key=lambda pair: (pair[1], raw_bytes(pair[0])))
     mean = torch.zeros(first.shape, dtype=torch.float64)
     for tensor, weight in ordered:
         mean += tensor.double() * weight
@@ -58,11 +58,6 @@ def _combined(name: str, given: Sequence[tuple[Adapter, float]], method: MergeMe
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    data: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return data
 
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

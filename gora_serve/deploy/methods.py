@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gora_serve.adapter.factors import LoraFactors
+from gora_serve.adapter.factors import LoraFactors, raw_bytes
 from gora_serve.adapter.linalg import as_factors, stack
 
 DENSITY = {"ties": 0.2, "dare": 0.5}  # what is kept where nothing is said; TIES: its paper's k = 20 %
@@ -38,7 +38,7 @@ class Term:
         found = hashlib.sha256(repr((self.factors.scale, self.factors.A.shape)).encode())
         for tensor in (self.factors.A, self.factors.B):
             found.update(str(tensor.dtype).encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            found.update(raw_bytes(tensor))
         return found.digest()
 
     def task_vector(self) -> Tensor:

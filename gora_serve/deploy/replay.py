@@ -6,7 +6,6 @@ The other model may come from any tool: the question is asked element by element
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gora_serve.deploy.base import FLOATS, BaseWeights
+from gora_serve.deploy.base import COMPUTED, FLOATS, BaseWeights
 from gora_serve.deploy.blocks import Stored, as_tensor, in_order, opened_tensors, spans, summed_rows
 from gora_serve.deploy.merge_values import ModelPlan, Target
 from gora_serve.deploy.sum_of import FourBits, sum_of
@@ -27,8 +26,6 @@ Verdict = Literal["exact", "rounded", "differs"]
 WORST_FIRST: tuple[Verdict, ...] = ("differs", "rounded", "exact")
 SHARE = 0.05  # how much of an update may be missing, or too much, beyond what rounding explains
 ROUNDINGS = 3  # of an update's parts that another tool may do: of its factors, and of the product
-# Tensors that models compute for themselves, and old checkpoints hold.
-COMPUTED = re.compile(r"(inv_freq|position_ids|\.masked_bias|\battn\.bias|\battention\.bias)$")
 
 
 @dataclass

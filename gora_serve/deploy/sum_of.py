@@ -12,13 +12,13 @@ from torch import Tensor
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.linalg import full_update
 from gora_serve.deploy.base import BaseWeights, misfit
+from gora_serve.deploy.gap import Requantize
 from gora_serve.deploy.merge_values import TORCH, Piece, Target
 from gora_serve.deploy.sums import Dense, Replaced, Rescaled, Stacked, Sum, Term, as_matrix, low_rank
 from gora_serve.deploy.update import check_size, diverged
 from gora_serve.errors import InputError
 
 NARROW = {"F16", "BF16"}  # types whose sums are taken in float32; those of others in float64, to be rounded once too
-Requantize = Callable[[Tensor], Tensor]  # a weight, (out, in) -> the same, rounded to 4 bits, in float32
 
 
 @dataclass(frozen=True)

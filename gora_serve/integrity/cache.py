@@ -21,7 +21,7 @@ from typing import Any
 from gora_serve.errors import GoraError
 from gora_serve.integrity.canonical import canonical_json, parse_json
 from gora_serve.integrity.levels import Level
-from gora_serve.integrity.reading import pieces
+from gora_serve.integrity.reading import identity, pieces
 
 SCHEMA = "gora-serve/stat-cache/1"
 ENTRY_LIMIT = 64 << 20  # bytes
@@ -150,8 +150,7 @@ def now() -> int:
 
 
 def _identity(status: os.stat_result) -> list[str]:
-    numbers = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return [str(number) for number in numbers]  # text: they are beyond what JSON's numbers carry
+    return [str(number) for number in identity(status)]  # text: they are beyond what JSON's numbers carry
 
 
 def _check(value: Mapping[str, object]) -> str:

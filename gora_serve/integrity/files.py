@@ -1,4 +1,4 @@
-"""Writing single files so that a reader sees the old content or the new one, and hashing them.
+"""Writing single files so that a reader sees the old content or the new one; copying and hashing them.
 
 Folders are written whole in the same sense by `staged_folder`.
 """
@@ -23,9 +23,16 @@ from gora_serve.integrity.staging import file_in_the_way, publish, staged_folder
 from gora_serve.signals import leave_if_asked
 
 __all__ = [
-    "json_text", "list_files", "make_parents", "refuse_existing", "sha256_file", "staged_folder", "write_bytes",
-    "write_json", "write_stream", "write_text",
+    "copy_file", "json_text", "list_files", "make_parents", "refuse_existing", "sha256_file", "staged_folder",
+    "write_bytes", "write_json", "write_stream", "write_text",
 ]  # fmt: skip
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Write `target` with the content of `source`, a regular file that stands still meanwhile."""
+    with open_regular(source) as fd, write_stream(target) as stream:
+        for piece in pieces(fd, 0, os.fstat(fd).st_size, path=source):
+            stream.write(piece)
 
 
 def sha256_file(path: Path, cache: QuickCache | None = None) -> tuple[int, str]:

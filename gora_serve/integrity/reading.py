@@ -41,25 +41,26 @@ def open_regular(path: Path) -> Iterator[int]:
                 hint="give a file on disk, no device and no pipe",
             )
         yield fd
-        if _identity(os.fstat(fd)) != _identity(before):
+        if identity(os.fstat(fd)) != identity(before):
             raise changed_while_reading(path)
     finally:
         os.close(fd)
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what tells a file from another one, and from what it was before somebody wrote to it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def stamps(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
     """Return what changes about each file when it is written to, for `check_unchanged`."""
-    return {path: _identity(path.stat()) for path in paths}
+    return {path: identity(path.stat()) for path in paths}
 
 
 def check_unchanged(before: Mapping[Path, tuple[int, ...]]) -> None:
     """Raise MismatchError (GS-101) for the first file that is another one than when its stamp was taken."""
     for path, stamp in before.items():
-        if not path.exists() or _identity(path.stat()) != stamp:
+        if not path.exists() or identity(path.stat()) != stamp:
             raise changed_while_reading(path)
 
 

@@ -20,7 +20,7 @@ from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.files import list_files, sha256_file, write_json
 from gora_serve.integrity.hub import Algorithm, HubId, asking
 from gora_serve.integrity.layout import blob_name, confined
-from gora_serve.integrity.reading import open_regular, pieces, size_of
+from gora_serve.integrity.reading import identity, open_regular, pieces, size_of
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _identity(path: Path) -> list[int]:
             hint="check the permissions of the cache",
             file=path,
         ) from err
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return list(identity(status))
 
 
 def _note_file(snapshot: Snapshot) -> Path:

@@ -6,12 +6,11 @@ names are those that PEFT writes, and no tensor data is read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gora_serve.adapter.names import parse_key
+from gora_serve.adapter.names import parse_embedding_key, parse_key
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry, read_header
@@ -22,9 +21,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_BYTES = 16 * 2**20
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-
-# Embedding layers spell a factor differently: no ".weight" at the end.
-_EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def require_adapter_files(path: Path) -> None:
             "an adapter is a folder, and this is a file; archives are not unpacked", code="GS-3222", file=path,
             expected=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}", hint="unpack it yourself, if you trust it",
         )  # fmt: skip
-    pickles = sorted(name for name in PICKLES if (path / name).exists())
+    pickles = unused_pickles(path)
     if pickles and not (path / WEIGHTS_FILE).exists():
         raise InputError(
             "this adapter has only pickles, which can run code and are not read", code="GS-3221",
@@ -101,7 +97,7 @@ def read_adapter_dir(name: str, path: Path) -> AdapterDir:
     others: list[str] = []
     header = read_header(path / WEIGHTS_FILE)
     for tensor, entry in header.entries.items():
-        parsed = parse_key(_EMBEDDING.sub(r".lora_\1.weight", tensor))
+        parsed = parse_key(tensor) or parse_embedding_key(tensor)
         if parsed is None:
             others.append(tensor)
             continue

@@ -6,14 +6,13 @@ directory (current -> .releases/7), never out of it. No file is opened here.
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gora_serve.errors import BindingError, GoraError, MachineError
-from gora_serve.integrity.reading import unreadable
+from gora_serve.integrity.reading import identity, unreadable
 from gora_serve.serving.changes import Stamp
 
 
@@ -43,7 +42,7 @@ def look_at(folder: Path) -> dict[str, Seen]:
 def _look(path: Path, root: Path) -> Seen | None:
     """Return None for what vanished meanwhile."""
     try:
-        own = _identity(path.lstat())
+        own = identity(path.lstat())
     except OSError:
         return None
     outside = _leads_out(path, root)
@@ -71,14 +70,10 @@ def _parts(folder: Path) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]
         target = None
         if stat.S_ISLNK(own.st_mode):
             try:
-                target = _identity(path.stat())
+                target = identity(path.stat())
             except OSError:
                 target = ()
-        yield path.name, _identity(own), target
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        yield path.name, identity(own), target
 
 
 def _leads_out(path: Path, root: Path) -> GoraError | None:

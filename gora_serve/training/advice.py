@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gora_serve.config import Offload
 from gora_serve.container import memory_left
 from gora_serve.errors import MachineError
 from gora_serve.training.activations import Job
-from gora_serve.training.memory import MemoryPlan, Need, Offload
+from gora_serve.training.memory import MemoryPlan, Need
 
 Device = Literal["gpu", "cpu"]
 Probe = Literal["exact", "sketch"]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import get_args
 
-from gora_serve.config import PlanConfig
+from gora_serve.config import Offload, PlanConfig
 from gora_serve.gora.ranks import lora_parameters
 from gora_serve.training.activations import Job, Pass
 from gora_serve.training.autocast import Autocast, autocast
@@ -20,8 +20,7 @@ from gora_serve.training.selection import no_target, select
 from gora_serve.training.shapes import DTYPE_BYTES, BaseShapes
 
 GIB = 2**30
-Offload = Literal["none", "cpu", "disk"]
-OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "disk")
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 JOBS: tuple[Job, ...] = ("probe exact", "probe sketch", "train")
 
 PROCESS = 690 * 2**20  # Python with torch, transformers, peft, datasets and a tokenizer: measured, benchmarks/plan.py

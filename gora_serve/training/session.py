@@ -6,7 +6,7 @@ import logging
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from gora_serve.errors import MismatchError
 from gora_serve.integrity.bases import Base, locate_base
 from gora_serve.integrity.known import remember_manifest
 from gora_serve.integrity.layout import find_model
-from gora_serve.integrity.manifest import Manifest, Roots, differences, hash_model
+from gora_serve.integrity.manifest import Manifest, differences, hash_model
 from gora_serve.progress import Listener
 from gora_serve.training import inject
 from gora_serve.training.data import Dataset, check_ids, collate, load_data
@@ -80,7 +80,7 @@ class Session:
         record = {
             "name": self.base.name,
             "revision": self.base.revision,
-            "roots": roots_json(self.manifest.roots),
+            "roots": asdict(self.manifest.roots),
         }
         return record | ({"trained_on": dict(self.quantization)} if self.quantization else {})
 
@@ -116,10 +116,6 @@ class Session:
     def _without_loss(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = self._batch(examples)  # with decoder inputs of real labels: mBART makes none of ignored ones
         return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
-
-
-def roots_json(roots: Roots) -> dict[str, str | None]:
-    return {"weights": roots.weights, "config": roots.config, "tokenizer": roots.tokenizer}
 
 
 def peak_bytes(device: torch.device) -> dict[str, int | None]:
@@ -217,7 +213,7 @@ def check_untouched(session: Session, model: nn.Module, *, listen: Listener) -> 
     """
     after = hash_model(session.base.path, listen=listen)
     if after.roots == session.manifest.roots:
-        return {"roots": roots_json(after.roots), "memory_root": check_memory(session, model)}
+        return {"roots": asdict(after.roots), "memory_root": check_memory(session, model)}
     changed = differences(session.manifest.tensors, after.tensors)
     first = next(iter((*changed.changed, *changed.missing, *changed.extra)), None)
     raise MismatchError(
