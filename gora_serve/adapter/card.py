@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from gora_serve.adapter.factors import Adapter, BaseId
-from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.adapter.names import by_kind
 from gora_serve.config import Form
 from gora_serve.integrity.hub import is_hub_id
 from gora_serve.integrity.record import trained_on, trained_on_text
@@ -132,9 +132,7 @@ def _rank_text(adapter: Adapter) -> str:
 
 
 def _rank_rows(adapter: Adapter) -> list[str]:
-    kinds: dict[str, list[int]] = {}
-    for path, (kind, _) in kinds_and_layers(adapter.modules).items():
-        kinds.setdefault(kind, []).append(adapter.modules[path].rank)
+    kinds = {kind: [adapter.modules[path].rank for path in paths] for kind, paths in by_kind(adapter.modules).items()}
     return [
         f"| {kind} | {len(ranks)} | {min(ranks)} | {sum(ranks) / len(ranks):.2f} | {max(ranks)} |"
         for kind, ranks in sorted(kinds.items())

@@ -65,3 +65,11 @@ def kinds_and_layers(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
         prefix, layer, rest = found.groups()
         kinds[path] = (f"{prefix}.{rest}" if len(prefixes) > 1 and prefix else rest, layer)
     return kinds
+
+
+def by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return the paths of each kind, in order of appearance."""
+    kinds: dict[str, list[str]] = {}
+    for path, (kind, _) in kinds_and_layers(paths).items():
+        kinds.setdefault(kind, []).append(path)
+    return kinds

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
 from gora_serve.errors import printable
 
@@ -49,10 +49,8 @@ def error_cause(error: float, truncated: float) -> str:
 def module_table(of: Mapping[str, ModuleError]) -> Table:
     """Ranks and relative errors by kind of module."""
     table = Table("module", "number", "rank", "rank before", "|dW|", "truncated", "error")
-    kinds: dict[str, list[ModuleError]] = {}
-    for path, (kind, _) in kinds_and_layers(of).items():
-        kinds.setdefault(kind, []).append(of[path])
-    for kind, modules in kinds.items():
+    for kind, paths in by_kind(of).items():
+        modules = [of[path] for path in paths]
         norm = sum(module.norm**2 for module in modules) ** 0.5
         shares = [
             sum(getattr(module, name) ** 2 for module in modules) ** 0.5 / norm if norm else 0.0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
 from gora_serve.errors import printable
 from gora_serve.integrity.levels import Level
@@ -64,7 +64,7 @@ def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
     }  # fmt: skip
     metric = next(iter(next(iter(statistics.modules.values())).importance))
     table = Table("module", "number", f"mean {metric}", "mean gradient norm")
-    for kind, paths in _kinds(statistics.modules).items():
+    for kind, paths in by_kind(statistics.modules).items():
         chosen = [statistics.modules[path] for path in paths]
         mean = sum(module.importance[metric] for module in chosen) / len(chosen)
         norm = sum(module.gradient_norm for module in chosen) / len(chosen)
@@ -98,25 +98,16 @@ def ranks_summary(plan: RankPlan, output: Path | None, plot: Path | None) -> Sum
     return Summary(ranks_json(plan), [f"wrote {path}" for path in (output, plot) if path], [rank_table(plan)])
 
 
-def _kinds(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Group module paths by kind, in order of appearance."""
-    kinds: dict[str, list[str]] = {}
-    for path, (kind, _) in kinds_and_layers(paths).items():
-        kinds.setdefault(kind, []).append(path)
-    return kinds
-
-
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def rank_table(plan: RankPlan) -> Table:
     """Ranks by kind of module, with a small curve over the layers."""
-
     share = plan.parameters / plan.lora_parameters
     title = f"{plan.parameters:,} parameters, {share:.1%} of LoRA's at rank {plan.rank}"
     table = Table("module", "number", "least", "mean", "most", "first to last layer", title=title, title_justify="left")
     highest = max(plan.ranks.values())
-    for kind, paths in _kinds(plan.ranks).items():
+    for kind, paths in by_kind(plan.ranks).items():
         ranks = [plan.ranks[path] for path in paths]
         curve = "".join(BLOCKS[min(7, 8 * rank // (highest + 1))] for rank in ranks)
         mean = f"{sum(ranks) / len(ranks):.1f}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
 from gora_serve.errors import MismatchError, printable
 
@@ -146,9 +146,7 @@ def _table(report: GapReport) -> Table:
     gap = report.gap
     total = gap.shares()
     shown = [name for name in HEADS if total[name] is not None]
-    kinds: dict[str, list[str]] = {}
-    for path, (kind, _) in kinds_and_layers(gap.modules).items():
-        kinds.setdefault(kind, []).append(path)
+    kinds = by_kind(gap.modules)
     table = Table(title="Error, Frobenius norms", title_justify="left", padding=(0, 0))
     table.add_column("module", no_wrap=True, min_width=max(map(len, kinds), default=0))
     table.add_column("number")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
 from gora_serve.errors import printable
 
@@ -74,10 +74,8 @@ def _sizes(facts: Mapping[str, Any]) -> str:
 
 def _table(modules: Mapping[str, Module]) -> Table:
     table = Table("module", "number", "rank", "scale", "(out, in)")
-    kinds: dict[str, list[Module]] = {}
-    for path, (kind, _) in kinds_and_layers(modules).items():
-        kinds.setdefault(kind, []).append(modules[path])
-    for kind, some in kinds.items():
+    for kind, paths in by_kind(modules).items():
+        some = [modules[path] for path in paths]
         shapes = sorted({module.shape for module in some})
         table.add_row(
             Text(printable(kind)), str(len(some)), _span(module.rank for module in some),

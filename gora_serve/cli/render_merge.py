@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
 from gora_serve.errors import MismatchError, printable
 from gora_serve.integrity.levels import Level
@@ -16,7 +16,6 @@ from gora_serve.integrity.levels import Level
 if TYPE_CHECKING:
     from converters.merge_receipt import MergedModel
     from converters.merging import Checked
-    from gora_serve.deploy.tally import Tally
 
 
 def model_summary(done: MergedModel) -> Summary:
@@ -100,10 +99,8 @@ def _share(totals: dict[str, float], name: str) -> str:
 def _table(done: MergedModel) -> Table:
     table = Table("tensor", "number", "|dW|", "changed", "stored", "largest error")
     tallies = {name.removesuffix(".weight"): one for name, one in done.written.tallies.items()}
-    kinds: dict[str, list[Tally]] = {}
-    for path, (kind, _) in kinds_and_layers(tallies).items():
-        kinds.setdefault(kind, []).append(tallies[path])
-    for kind, some in kinds.items():
+    for kind, paths in by_kind(tallies).items():
+        some = [tallies[path] for path in paths]
         squares, along = sum(one.squared_update for one in some), sum(one.along for one in some)
         changed = sum(one.changed for one in some) / max(1, sum(one.elements for one in some))
         table.add_row(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gora_serve.adapter.names import kinds_and_layers
+from gora_serve.adapter.names import by_kind
 from gora_serve.report.chart import WIDTH, box, scale_of, words
 from gora_serve.report.markup import Figure, Html, Table, exact, join, tag
 from gora_serve.report.numbers import percent, short, size
@@ -159,11 +159,8 @@ def _kinds_table(one: GapFile) -> Table:
 
     total = one.gap.shares()
     columns = [name for name in SHARES if total[name] is not None and name.endswith("_of_update")]
-    kinds: dict[str, list[str]] = {}
-    for path, (kind, _) in kinds_and_layers(one.gap.modules).items():
-        kinds.setdefault(kind, []).append(path)
     rows: list[Sequence[object]] = []
-    for kind, paths in kinds.items():
+    for kind, paths in by_kind(one.gap.modules).items():
         shares = one.gap.shares(paths)
         rows.append([kind, str(len(paths)), *(exact(shares[name], _share(shares[name])) for name in columns)])
     foot = ["all", str(len(one.gap.modules)), *(exact(total[name], _share(total[name])) for name in columns)]
