@@ -18,6 +18,7 @@ from gora_serve.integrity.reading import open_regular, read_range, size_of
 MIB = 1 << 20
 MAX_DEPTH = 64
 MAX_INTEGER = 2**53 - 1  # RFC 8785 numbers are IEEE doubles: above this, two integers share one spelling
+HINT = "use strings, and whole numbers below 2**53"
 
 
 class StrictJsonError(ValueError):
@@ -45,10 +46,7 @@ def _ordered(value: object) -> object:
     if isinstance(value, int):
         if abs(value) > MAX_INTEGER:
             raise InputError(
-                f"the integer {value} has no canonical form",
-                code="GS-321",
-                hint="use strings, and whole numbers below 2**53",
-                expected="at most 2**53 - 1",
+                f"the integer {value} has no canonical form", code="GS-321", hint=HINT, expected="at most 2**53 - 1"
             )
         return value
     if isinstance(value, (list, tuple)):
@@ -56,21 +54,12 @@ def _ordered(value: object) -> object:
     if isinstance(value, Mapping):
         names = [_checked_text(name) for name in value]
         return {name: _ordered(value[name]) for name in sorted(names, key=lambda name: name.encode("utf-16-be"))}
-    raise InputError(
-        f"a {type(value).__name__} has no canonical JSON form",
-        code="GS-321",
-        hint="use strings, and whole numbers below 2**53",
-    )
+    raise InputError(f"a {type(value).__name__} has no canonical JSON form", code="GS-321", hint=HINT)
 
 
 def _checked_text(text: object) -> str:
     if not isinstance(text, str) or not is_unicode(text):
-        raise InputError(
-            "a key or string has no canonical JSON form",
-            code="GS-321",
-            hint="use strings, and whole numbers below 2**53",
-            actual=repr(text),
-        )
+        raise InputError("a key or string has no canonical JSON form", code="GS-321", hint=HINT, actual=repr(text))
     return text
 
 

@@ -23,6 +23,7 @@ REFUSED: Mapping[str, str] = {
     "--ssl-keyfile": "put a TLS proxy in front of the server",
     "--ssl-certfile": "put a TLS proxy in front of the server",
 }
+HINT = "write options of vLLM after --, in full, as vllm serve --help has them"
 
 
 def group_options(extra: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -39,12 +40,7 @@ def group_options(extra: Sequence[str]) -> dict[str, tuple[str, ...]]:
             current = name.replace("_", "-") if name.startswith("--") and "." not in name else name
             grouped[current] = (value,) if equals else ()
         elif current is None:
-            raise UsageError(
-                "an engine option must start with a dash",
-                code="GS-284",
-                hint="write options of vLLM after --, in full, as vllm serve --help has them",
-                actual=word,
-            )
+            raise UsageError("an engine option must start with a dash", code="GS-284", hint=HINT, actual=word)
         else:
             grouped[current] = (*grouped[current], word)
     return grouped
@@ -62,11 +58,7 @@ def check_options(options: Mapping[str, Sequence[str]], ours: Sequence[str]) -> 
         full = [name for name in guarded if name.startswith(option) and name != option]
         if option.startswith("--") and full and option not in guarded:
             raise UsageError(
-                f"write {option} in full",
-                code="GS-284",
-                hint="write options of vLLM after --, in full, as vllm serve --help has them",
-                expected=", ".join(full),
-                actual=option,
+                f"write {option} in full", code="GS-284", hint=HINT, expected=", ".join(full), actual=option
             )
 
 
@@ -76,12 +68,7 @@ def single(options: Mapping[str, Sequence[str]], name: str) -> str | None:
     if values is None:
         return None
     if len(values) != 1:
-        raise UsageError(
-            f"{name} takes one value",
-            code="GS-284",
-            hint="write options of vLLM after --, in full, as vllm serve --help has them",
-            actual=" ".join(values),
-        )
+        raise UsageError(f"{name} takes one value", code="GS-284", hint=HINT, actual=" ".join(values))
     return values[0]
 
 
@@ -91,12 +78,7 @@ def whole_number(options: Mapping[str, Sequence[str]], name: str) -> int | None:
     if value is None:
         return None
     if not value.isdecimal():
-        raise UsageError(
-            f"{name} takes a whole number",
-            code="GS-284",
-            hint="write options of vLLM after --, in full, as vllm serve --help has them",
-            actual=value,
-        )
+        raise UsageError(f"{name} takes a whole number", code="GS-284", hint=HINT, actual=value)
     return int(value)
 
 

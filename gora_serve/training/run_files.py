@@ -19,6 +19,9 @@ RANKS_SCHEMA = "gora-serve/ranks/1"
 RUN_SCHEMA = "gora-serve/run/1"
 GAMMA_SCHEMA = "gora-serve/gamma/1"
 
+PROBE_AGAIN = "probe again: gora-serve probe"
+REMAKE = "correct the value, or make the file anew: gora-serve ranks"
+
 
 def read_object(path: Path, schema: str) -> dict[str, Any]:
     """Read a JSON object of this schema. Raises MachineError if it is missing, InputError if it is another."""
@@ -43,14 +46,14 @@ def read_probe(folder: Path) -> dict[str, Any]:
     value = read_object(path, PROBE_SCHEMA)
     modules = value.get("modules")
     if not isinstance(modules, dict) or not modules:
-        raise InputError("the probe names no module", code="GS-340", hint="probe again: gora-serve probe", file=path)
+        raise InputError("the probe names no module", code="GS-340", hint=PROBE_AGAIN, file=path)
     for name, module in modules.items():
         shape = module.get("shape") if isinstance(module, dict) else None
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
             raise InputError(
                 "not a shape",
                 code="GS-340",
-                hint="probe again: gora-serve probe",
+                hint=PROBE_AGAIN,
                 file=path,
                 tensor=name,
                 expected="[out, in]",
@@ -102,12 +105,7 @@ def read_ranks(path: Path, shapes: Mapping[str, Shape]) -> RankPlan:
     value = read_object(path, RANKS_SCHEMA)
     ranks = value.get("ranks")
     if not isinstance(ranks, dict):
-        raise InputError(
-            "ranks is not an object",
-            code="GS-342",
-            hint="correct the value, or make the file anew: gora-serve ranks",
-            file=path,
-        )
+        raise InputError("ranks is not an object", code="GS-342", hint=REMAKE, file=path)
     for name, rank in ranks.items():
         if name not in shapes:
             raise BindingError(
@@ -117,17 +115,12 @@ def read_ranks(path: Path, shapes: Mapping[str, Shape]) -> RankPlan:
         if type(rank) is not int or not 0 <= rank <= min(shapes[name]):
             raise InputError(
                 "not a rank", code="GS-342", file=path, tensor=name, expected=f"0 to {min(shapes[name])}",
-                hint="correct the value, or make the file anew: gora-serve ranks",
+                hint=REMAKE,
                 actual=rank,
             )  # fmt: skip
     full = {name: ranks.get(name, 0) for name in shapes}
     if not any(full.values()):
-        raise InputError(
-            "every rank is 0: nothing would be trained",
-            code="GS-342",
-            hint="correct the value, or make the file anew: gora-serve ranks",
-            file=path,
-        )
+        raise InputError("every rank is 0: nothing would be trained", code="GS-342", hint=REMAKE, file=path)
     reference = value.get("rank")
     highest = max(full.values())
     rank = reference if type(reference) is int and reference > 0 else highest

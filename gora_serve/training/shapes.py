@@ -30,6 +30,7 @@ BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")
 BLOCK = re.compile(r"^(.*?\b(?:layers|h|block)\.\d+)\.")
 LARGEST = 2**24  # of any size in config.json: a hostile number of layers must not keep us busy
 MOST_LAYERS = 10_000
+FETCH_AGAIN = "fetch the base's config.json again"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of safetensors' types
 
@@ -104,9 +105,7 @@ def read_shapes(folder: Path) -> BaseShapes:
     path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError(
-            "config.json is not an object", code="GS-380", hint="fetch the base's config.json again", file=path
-        )
+        raise InputError("config.json is not an object", code="GS-380", hint=FETCH_AGAIN, file=path)
     settings = _settings(config, path)
     if _has_weights(folder):
         return _from_headers(folder, config, settings)
@@ -144,17 +143,12 @@ def _settings(config: Mapping[str, Any], path: Path) -> Settings:
                 return value
             if value is not None:
                 raise InputError(
-                    f"{name} is no size",
-                    code="GS-380",
-                    hint="fetch the base's config.json again",
-                    file=path,
-                    expected="a number",
-                    actual=value,
+                    f"{name} is no size", code="GS-380", hint=FETCH_AGAIN, file=path, expected="a number", actual=value
                 )
         if default is None:
             raise InputError(
                 f"config.json lacks {names[0]}", code="GS-380", file=path, expected=" or ".join(names),
-                hint="fetch the base's config.json again",
+                hint=FETCH_AGAIN,
             )  # fmt: skip
         return default
 
@@ -169,7 +163,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> Settings:
         raise InputError(
             "too many layers",
             code="GS-380",
-            hint="fetch the base's config.json again",
+            hint=FETCH_AGAIN,
             file=path,
             expected=f"at most {MOST_LAYERS}",
             actual=layers,
