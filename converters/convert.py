@@ -34,8 +34,7 @@ from gora_serve.errors import InputError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.files import staged_folder, write_json, write_text
-from gora_serve.integrity.known import remember_manifest
-from gora_serve.integrity.manifest import Manifest, hash_model
+from gora_serve.integrity.known import hash_base
 from gora_serve.integrity.reading import check_unchanged, stamps
 from gora_serve.integrity.space import require_space
 from gora_serve.integrity.staging import check_target
@@ -60,30 +59,30 @@ def convert(
     config = config or ConvertConfig()
     config.validate()
     check_is_unicode(output)
-    inputs = replace(inputs or Inputs(), base=BaseWeights(base.path))
-    others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
+    weights = BaseWeights(base.path)
+    inputs = replace(inputs or Inputs(), base=weights)
     require_space(output, 0)
-    with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *others]) as stage:
+    with staged_folder(output, overwrite=overwrite, protect=[path, base.path, *inputs.beside]) as stage:
         source, detection, reading = read(path, inputs, config.family)
         read_from = files_read(source, reading)
         check_target(output, overwrite=overwrite, protect=read_from)  # what was found by itself is protected too
         before = stamps(read_from)
         limited = config.rank is not None or config.tolerance is not None
         check_can_be_low_rank(source, detection, reading, limited=limited)
-        check_carried(inputs.need_base("convert"), reading.adapter.carried, file=source.weights)
-        manifest = _hash_base(base, inputs)
+        check_carried(weights, reading.adapter.carried, file=source.weights)
+        manifest = hash_base(base.path, listen=inputs.listen)
         warnings = held_to_base(source, detection, reading, lambda: manifest, base, inputs)
         asserted = is_asserted(source, manifest.roots.weights)
         bound_to = BaseId(base.name, base.revision, manifest.roots, asserted=asserted)
         spill = Spill(stage / "spill")
         for index, (name, factors) in enumerate(reading.adapter.modules.items()):
-            check_update(inputs.need_base("convert"), name, factors, file=source.weights)
+            check_update(weights, name, factors, file=source.weights)
             spill.put(name, _spectrum(factors, reading, config))
             inputs.listen(Progress("convert", index + 1, len(reading.adapter.modules)))
         ranks = choose_ranks(spill, rank=config.rank, tolerance=config.tolerance)
         _check_something_is_left(source, reading, ranks)
-        ranks = level(ranks, inputs.need_base("convert"))
-        adapter = _adapter(reading, detection, bound_to, spill, ranks, inputs)
+        ranks = level(ranks, weights)
+        adapter = _adapter(reading, detection, bound_to, spill, ranks, weights)
         require_space(stage, written_bytes(adapter, config.form, getattr(torch, config.dtype)))
         root = _write(stage, adapter, source, config)
         write_text(stage / "README.md", model_card(adapter, config.form))
@@ -107,12 +106,6 @@ def _above_engines(modules: Mapping[str, ModuleError]) -> tuple[str, ...]:
         f"{len(large)} modules have a rank above {ENGINE_RANKS[-1]}, the largest that vLLM serves: {path} has "
         f"{large[path]}; a lower --rank or a larger --tolerance makes it less",
     )
-
-
-def _hash_base(base: Base, inputs: Inputs) -> Manifest:
-    manifest = hash_model(base.path, listen=inputs.listen)
-    remember_manifest(manifest)
-    return manifest
 
 
 def _spectrum(factors: LoraFactors, reading: Reading, config: ConvertConfig) -> Spectrum:
@@ -151,12 +144,11 @@ def _check_not_rounded_away(source: Source, done: Converted, config: ConvertConf
 
 
 def _adapter(
-    reading: Reading, detection: Detection, base: BaseId, spill: Spill, ranks: Mapping[str, int], inputs: Inputs
+    reading: Reading, detection: Detection, base: BaseId, spill: Spill, ranks: Mapping[str, int], weights: BaseWeights
 ) -> Adapter:
     """Return what is written: the chosen part of each spectrum, bound to the base by its roots."""
     kept = [path for path, rank in ranks.items() if rank]
     origin = {**reading.adapter.origin, "converted_from": detection.family, "converted_by": reading.method}
-    weights = inputs.need_base("convert")
     return replace(
         reading.adapter,
         modules=LazyModules(kept, lambda path: levelled_factors(spill, path, ranks[path], weights)),

@@ -113,8 +113,7 @@ def merge_model(
     check_index(base.path)
     weights = BaseWeights(base.path)
     inputs = replace(inputs or Inputs(), base=weights)
-    others = [one for one in (inputs.init_adapter, inputs.mutated_base, inputs.cache) if one is not None]
-    protect = [base.path, *(path for path, _ in adapters), *others]
+    protect = [base.path, *(path for path, _ in adapters), *inputs.beside]
     with staged_folder(output, overwrite=overwrite, protect=protect) as stage:
         opened = open_adapters(adapters, inputs, config.family)
         hashed = cache(lambda: hash_model(base.path))  # before the merge, only where two folders must be compared

@@ -41,6 +41,11 @@ class Inputs:
     carry: tuple[str, ...] = ()
     merging: bool = False
 
+    @property
+    def beside(self) -> list[Path]:
+        """What is read beside the adapter and the base, and no output may replace."""
+        return [path for path in (self.init_adapter, self.mutated_base, self.cache) if path is not None]
+
     def need_base(self, why: str) -> BaseWeights:
         """Return the base. Raises UsageError (GS-230) that says what it is needed for."""
         if self.base is None:

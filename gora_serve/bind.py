@@ -22,10 +22,10 @@ from gora_serve.integrity.canonical import canonical_json
 from gora_serve.integrity.files import copy_file, sha256_file, staged_folder, write_stream
 from gora_serve.integrity.finite import check_finite
 from gora_serve.integrity.headers import encode_header, read_open_header
-from gora_serve.integrity.known import remember_manifest
+from gora_serve.integrity.known import hash_base
 from gora_serve.integrity.layout import confined
 from gora_serve.integrity.levels import Level
-from gora_serve.integrity.manifest import Roots, hash_adapter, hash_model
+from gora_serve.integrity.manifest import Roots, hash_adapter
 from gora_serve.integrity.reading import changed_while_reading, open_regular, pieces
 from gora_serve.integrity.record import ASSERTED, RECORD_SCHEMA, WEIGHTS, binding_json, bound_roots, read_record
 from gora_serve.integrity.space import require_space, size_of_files
@@ -85,8 +85,7 @@ def bind(adapter: Path, base: str, output: Path, *, overwrite: bool = False, lis
         root, tensors = hash_adapter(weights)
         with open_regular(weights) as fd:
             record = read_record(read_open_header(fd, weights).metadata, weights)
-        manifest = hash_model(located.path, listen=listen)
-        remember_manifest(manifest)
+        manifest = hash_base(located.path, listen=listen)
         already = bound_roots(record)
         if already is not None:
             check_bound(record, already, manifest, tensors.keys(), base=located.path)

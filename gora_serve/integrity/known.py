@@ -13,6 +13,7 @@ from gora_serve.errors import GoraError
 from gora_serve.integrity.cache import cache_folder, read_private, write_private
 from gora_serve.integrity.canonical import canonical_json, parse_json
 from gora_serve.integrity.manifest import Manifest, TensorRecord, hash_model
+from gora_serve.progress import Listener, silent
 
 KEPT = 64  # manifests; the oldest go first
 
@@ -26,6 +27,13 @@ def remember_manifest(manifest: Manifest) -> None:
     path = _place(manifest.roots.weights)
     if not path.exists():
         write_private(path, canonical_json(manifest.to_json()), kept=KEPT)
+
+
+def hash_base(directory: Path, *, listen: Listener = silent) -> Manifest:
+    """Hash a base as `hash_model` does, and remember its manifest."""
+    manifest = hash_model(directory, listen=listen)
+    remember_manifest(manifest)
+    return manifest
 
 
 def known_tensors(weights_root: str, base: str | None = None) -> Mapping[str, TensorRecord] | None:

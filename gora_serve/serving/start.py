@@ -11,9 +11,8 @@ from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
 from gora_serve.integrity.advisories import ENGINE_PACKAGES, vulnerable_versions
 from gora_serve.integrity.bases import Base, locate_adapter, locate_base
-from gora_serve.integrity.known import remember_manifest
+from gora_serve.integrity.known import hash_base
 from gora_serve.integrity.layout import INDEX, find_model
-from gora_serve.integrity.manifest import hash_model
 from gora_serve.integrity.named_base import names_of
 from gora_serve.integrity.reading import stamps
 from gora_serve.integrity.remote_code import refuse_remote_code
@@ -123,8 +122,7 @@ def _with_plugin(config: ServeConfig, engine: Engine) -> tuple[ServeConfig, str 
 
 def served_base(located: Base, served_name: str | None = None, listen: Listener = silent) -> ServedBase:
     """Hash the base that adapters are admitted to."""
-    manifest = hash_model(located.path, listen=listen)
-    remember_manifest(manifest)
+    manifest = hash_base(located.path, listen=listen)
     names = names_of(located.path, located.name, *([served_name] if served_name else []))
     return ServedBase(located.path, manifest, architecture(located.path), names)
 

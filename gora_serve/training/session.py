@@ -18,7 +18,7 @@ import gora_serve
 from gora_serve.config import DataConfig, ModelConfig, TrainConfig
 from gora_serve.errors import MismatchError
 from gora_serve.integrity.bases import Base, locate_base
-from gora_serve.integrity.known import remember_manifest
+from gora_serve.integrity.known import hash_base
 from gora_serve.integrity.layout import find_model
 from gora_serve.integrity.manifest import Manifest, differences, hash_model
 from gora_serve.progress import Listener
@@ -139,8 +139,7 @@ def open_session(
     settings = load_settings(located)
     tokenizer = load_tokenizer(located)
     dataset = load_data(data, tokenizer, rows, encoder_decoder=settings.is_encoder_decoder)
-    manifest = hash_model(located.path, listen=listen)
-    remember_manifest(manifest)
+    manifest = hash_base(located.path, listen=listen)
     accelerator = make_accelerator(train)
     check_sharding(accelerator, model)
     torch.manual_seed(train.seed)
