@@ -41,8 +41,7 @@ def to_halves(factors: LoraFactors, path: str, base: BaseWeights) -> LoraFactors
 def halve_rows(rows: Tensor, path: str, base: BaseWeights) -> Tensor:
     """Return rows (out, n) of a module in transformers' order: permuted where it is q_proj or k_proj, else as they are.
 
-    The base's configuration says how many heads there are. Raises
-    BindingError (GS-460) where that cannot be.
+    The base's configuration says how many heads there are. Raises BindingError (GS-460) where that cannot be.
     """
     key = HEADS.get(path.rpartition(".")[2])
     if key is None:

@@ -25,6 +25,7 @@ from gora_serve.integrity.record import binding_json
 from gora_serve.integrity.roots import config_root, tokenizer_root
 
 FAINT = 0.5  # of an update: where less than this is stored, people are told
+OF_A_MODEL = ("family", "dtype", "base_as")  # settings of `merge` that mean something for a model
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,6 @@ def make_receipt(done: MergedModel) -> dict[str, Any]:
         "notes": list(done.notes),
         "warnings": list(done.warnings),
     }
-
-
-OF_A_MODEL = ("family", "dtype", "base_as")
 
 
 def totals(done: MergedModel) -> dict[str, Any]:

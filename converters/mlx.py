@@ -44,7 +44,8 @@ def read(source: Source, inputs: Inputs) -> Reading:
         a, b = source.tensors[pairs[path].A], source.tensors[pairs[path].B]  # (in, r) and (r, out)
         return LoraFactors(b, a, scale) if path in embeddings else LoraFactors(a.T, b.T, scale)
 
-    adapter = Adapter(LazyModules([*pairs, *heads], factors), BaseId(_base_name(source.config)), embeddings=embeddings)
+    name = BaseId(str(source.config.get("model") or ""))
+    adapter = Adapter(LazyModules([*pairs, *heads], factors), name, embeddings=embeddings)
     notes = tuple(f"{path} is the head too: the update is written for both" for path in heads.values())
     return Reading(adapter, tensors_of(pairs.values()), method="scale * lora_bᵀ lora_aᵀ", notes=notes)
 
@@ -70,10 +71,6 @@ def read_scale(source: Source) -> float:
             hint="take out alpha; if mlx-lm was older than June 2024, write scale * alpha / rank as the scale",
         )  # fmt: skip
     return float(scale)
-
-
-def _base_name(config: Mapping[str, object]) -> str:
-    return str(config.get("model") or "")
 
 
 def _refuse_full(source: Source) -> None:

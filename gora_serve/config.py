@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from gora_serve.errors import UsageError
 
@@ -28,17 +28,13 @@ MergeInto = Literal["model", "adapter"]
 MergeMethod = Literal["cat", "linear", "svd", "ties", "dare"]
 MergeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 BaseAs = Literal["auto", "bf16", "nf4"]
-
 Track = Literal["none", "tensorboard", "wandb"]
 
-FREE_SETTINGS = frozenset(
-    {"model.offload", "train.save_every", "train.track"}
-)  # decide no number: a run may be resumed with others
+# They decide no number: a run may be resumed with others.
+FREE_SETTINGS = frozenset({"model.offload", "train.save_every", "train.track"})
 MOST_STEPS = 10**7
 MOST_ROWS = 10**8  # that all steps take together: their order is drawn at once
-IMPORTANCES: tuple[Importance, ...] = ("sensitivity", "sensitivity-nuclear", "gradient-nuclear")
-
-
+IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
 TAKES = "gora-serve COMMAND --help says what each option takes, and its default"
 
 

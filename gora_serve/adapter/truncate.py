@@ -13,8 +13,6 @@ from gora_serve.adapter.spectra import Kept
 
 LEADING = 8  # times the rank that is asked for: the most that a module of full rank can get
 Values = Mapping[str, Sequence[float]]  # module path -> singular values, descending
-
-
 Shapes = Mapping[str, tuple[int, int]]  # module path -> (out, in)
 
 
@@ -48,11 +46,11 @@ def most_directions(
 
     parameters count as the rank at which LoRA on these modules has as many, rounded up.
     """
-    if tolerance is not None or (rank is None and parameters is None):
+    if tolerance is not None:
         return None
     if rank is None and parameters is not None:
         rank = max(1, math.ceil(parameters / sum(map(sum, shapes.values()))))
-    return LEADING * rank if rank is not None else None
+    return None if rank is None else LEADING * rank
 
 
 def ranks_of_budget(singular: Values, shapes: Shapes, rank: int) -> dict[str, int]:

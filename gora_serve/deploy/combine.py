@@ -166,9 +166,7 @@ def _spectrum(
     merged = formula(path, terms)
     _check_size(path, merged)
     count = most_directions(shapes, rank=limits.rank, tolerance=limits.tolerance, parameters=limits.parameters)
-    if count is None or merged.rank < min(merged.shape):
-        return compress(merged, tolerance=precision)
-    return leading(merged, count, tolerance=precision)
+    return compress(merged, tolerance=precision) if count is None else leading(merged, count, tolerance=precision)
 
 
 def _check_size(path: str, merged: LoraFactors) -> None:

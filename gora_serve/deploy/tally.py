@@ -18,8 +18,8 @@ class Tally:
     elements: how many. changed: those whose bits are others than the base's, in the same type. max_error and
     squared_error: of the stored value less the sum before rounding. squared_update: of the sum less the base's. along:
     error times update, less what rounding the base alone to the same type does, from which follows how much of the
-    update is stored. squared_stored and squared_quantized: of
-    what adding to the weights as stored, and to those in 4 bits, is away from the model in training; None elsewhere.
+    update is stored. squared_stored and squared_quantized: of what adding to the weights as stored, and to those in 4
+    bits, is away from the model in training; None elsewhere.
     """
 
     elements: int = 0

@@ -17,8 +17,8 @@ def draw_A(shape: tuple[int, int], rank_max: int, generator: torch.Generator) ->
     """Draw A_max, (k, in) with k = min(rank_max, out, in), in float32 on the CPU.
 
     Kaiming uniform with a = √5, as PEFT draws lora_A: uniform in ±1/√in. A module of rank r uses the first r
-    rows, so its A does not depend on
-    the ranks of the plan (but on rank_max, where several modules are drawn from one generator).
+    rows, so its A does not depend on the ranks of the plan (but on rank_max, where several modules are drawn from one
+    generator).
     """
     out_features, in_features = shape
     k = min(rank_max, out_features, in_features)

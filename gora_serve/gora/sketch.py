@@ -97,9 +97,9 @@ class SketchedGradient:
     def choose_rows(self, W: Tensor, *, error: float, generator: torch.Generator, reduce: Reduce = alone) -> RowSample:
         """Take this gradient as the pilot: draw the rows with which the importance's standard error is at most `error`.
 
-        The chance of a row is in proportion to |S_o| |W_o|; the number of rows follows from how much
-        y / x differs between the pilot's rows, with the correction for a finite number of rows, and is rounded up to a
-        multiple of ROWS_STEP. A pilot that says nothing, of zeros or not finite, gives PILOT_ROWS at even chances.
+        The chance of a row is in proportion to |S_o| |W_o|; the number of rows follows from how much y / x differs
+        between the pilot's rows, with the correction for a finite number of rows, and is rounded up to a multiple of
+        ROWS_STEP. A pilot that says nothing, of zeros or not finite, gives PILOT_ROWS at even chances.
         """
         S, R = reduce(self.S), reduce(self.R)
         y, x = _row_sums(W, S, R, self.sample)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
+from shlex import quote
 from typing import Any
 
 from gora_serve.config import FitConfig
@@ -53,7 +53,7 @@ def lines_of(run: Run, *, whole: bool) -> list[str]:
     processes = run.record.whole("processes") or 1
     start = "gora-serve" if processes == 1 else f"accelerate launch --num_processes {processes} -m gora_serve"
     return [
-        f"{start} fit {_quoted(_base(run))}",
+        f"{start} fit {quote(_base(run))}",
         *_files(run),
         *(line for one in chosen for line in _option(one, chosen[one])),
     ]
@@ -81,9 +81,9 @@ def _files(run: Run) -> list[str]:
     for option, name in (("--data", "data"), ("--eval-data", "eval_data")):
         data = run.record.part(name)
         given = data.text("given") or data.text("name")
-        lines += [f"{option} {_quoted(given)}"] if given else []
-    lines += [f"--ranks {_quoted(str(run.folder / 'ranks.json'))}"] if run.record.text("ranks_file") else []
-    return [*lines, f"--output {_quoted(str(run.folder).removesuffix('.partial'))}"]
+        lines += [f"{option} {quote(given)}"] if given else []
+    lines += [f"--ranks {quote(str(run.folder / 'ranks.json'))}"] if run.record.text("ranks_file") else []
+    return [*lines, f"--output {quote(str(run.folder).removesuffix('.partial'))}"]
 
 
 def _option(name: str, value: object) -> list[str]:
@@ -92,11 +92,7 @@ def _option(name: str, value: object) -> list[str]:
         return [word] if word else []
     if name not in OPTIONS or value is None:
         return []
-    return [f"{OPTIONS[name]} {_quoted(_word(value))}"]
-
-
-def _quoted(word: str) -> str:
-    return shlex.quote(word)
+    return [f"{OPTIONS[name]} {quote(_word(value))}"]
 
 
 def _word(value: object) -> str:

@@ -1,3 +1,1 @@
-"""Verified multi-adapter serving: vLLM as a child process, planned, checked and watched. Standard library
-only.
-"""
+"""Verified multi-adapter serving: vLLM as a child process, planned, checked and watched. Standard library only."""

@@ -42,10 +42,7 @@ from gora_serve.serving.watch import FileWatch
 POLL = 0.25  # seconds
 MARGIN = 10.0  # seconds beyond the engine's own shutdown timeout, for its interpreters to end
 UNREADY = 3.0  # seconds for an engine that has no requests to finish: it does not listen to signals while it loads
-OLDEST_ENGINE = (
-    0,
-    32,
-)  # the first that honours rank_pattern and alpha_pattern; older ones ignore them silently
+OLDEST_ENGINE = (0, 32)  # the first that honours rank_pattern and alpha_pattern; older ones ignore them silently
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

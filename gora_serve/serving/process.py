@@ -1,5 +1,4 @@
-"""One child process with everything that it starts, in a session of its own: start it, look at it, end all of
-it.
+"""One child process with everything that it starts, in a session of its own: start it, look at it, end all of it.
 
 The session makes "no process left behind" checkable: every descendant that did not leave it on purpose carries
 the child's process id as its session id. Signals and readiness are `engine`'s subject.

@@ -1,7 +1,6 @@
 """From files to token batches: JSONL, JSON, CSV, Parquet, or a hub dataset. Rows become tokens in encode.py.
 
-Every row that is refused is named by
-file and line; every row that is cut or left out is counted and reported.
+Every row that is refused is named by file and line; every row that is cut or left out is counted and reported.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decode
 
     Rows longer than config.max_length lose the end of their completion; rows whose prompt alone fills the limit
     are left out; both are counted. For an encoder-decoder the limit holds for prompt and completion each.
-    Raises InputError naming file and line for a malformed row, or when no row
-    is left, and MachineError for a missing file.
+    Raises InputError naming file and line for a malformed row, or when no row is left, and MachineError for a missing
+    file.
     """
     path = Path(source)
     rows, digest = _read_file(path) if path.suffix in BUILDERS or path.exists() else _read_hub(source)
