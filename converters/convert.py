@@ -20,8 +20,9 @@ from converters.reading import Inputs, Reading
 from converters.receipt import RECEIPT, Converted, files_read, make_receipt
 from converters.source import Source
 from gora_serve.adapter.card import model_card
+from gora_serve.adapter.engine_ranks import LARGEST_RANK
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.format import ENGINE_RANKS, seal_record, write_adapter, written_bytes
+from gora_serve.adapter.format import seal_record, write_adapter, written_bytes
 from gora_serve.adapter.linalg import NUMERICAL, Spectrum, compress, leading
 from gora_serve.adapter.measure import ModuleError, measure_written, rounded_away
 from gora_serve.adapter.spill import Spill
@@ -98,12 +99,12 @@ def convert(
 
 
 def _above_engines(modules: Mapping[str, ModuleError]) -> tuple[str, ...]:
-    large = {path: module.rank for path, module in modules.items() if module.rank > ENGINE_RANKS[-1]}
+    large = {path: module.rank for path, module in modules.items() if module.rank > LARGEST_RANK}
     if not large:
         return ()
     path = max(large, key=lambda one: large[one])
     return (
-        f"{len(large)} modules have a rank above {ENGINE_RANKS[-1]}, the largest that vLLM serves: {path} has "
+        f"{len(large)} modules have a rank above {LARGEST_RANK}, the largest that vLLM serves: {path} has "
         f"{large[path]}; a lower --rank or a larger --tolerance makes it less",
     )
 

@@ -14,8 +14,8 @@ from converters.reading import Inputs, Reading
 from converters.source import Source
 from converters.token_rows import row_factors, rows_of
 from converters.whole import Whole, sort_whole
+from gora_serve.adapter.engine_ranks import LARGEST_RANK
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
-from gora_serve.adapter.format import ENGINE_RANKS
 from gora_serve.errors import InputError
 from gora_serve.integrity.record import read_record, trained_on
 
@@ -70,7 +70,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 def _is_served(source: Source, pairs: Mapping[str, Pair], wrapped: Wrapped, whole: Whole) -> bool:
     """Tell whether an engine takes the file as it is."""
     largest = max((source.tensors.shape(pair.A)[0] for pair in pairs.values()), default=0)
-    return not wrapped.fused and whole.is_served and largest <= ENGINE_RANKS[-1]
+    return not wrapped.fused and whole.is_served and largest <= LARGEST_RANK
 
 
 def modules_of(source: Source, inputs: Inputs) -> LazyModules:

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gora_serve.adapter.engine_ranks import bucket_of
 from gora_serve.adapter.names import parse_embedding_key
 from gora_serve.adapter.peft_config import foreign_scales
 from gora_serve.errors import GoraError, InputError
@@ -21,7 +22,6 @@ from gora_serve.integrity.layout import INDEX, SINGLE, find_model
 from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record
 from gora_serve.integrity.staging import SEAL
 from gora_serve.serving.adapter_dir import CONFIG_FILE, AdapterDir, read_adapter_dir
-from gora_serve.serving.room import RANK_BUCKETS
 
 RUN, CONVERSION, MERGE = "run.json", "conversion.json", "merge.json"
 RECEIPT_BYTES = 2**26  # a receipt names every tensor
@@ -128,7 +128,7 @@ def _ranks(modules: Mapping[str, Module]) -> dict[str, Any]:
     if not modules:
         return {"largest_rank": None, "max_lora_rank": None, "slot_fill": None}
     largest = max(module.rank for module in modules.values())
-    bucket = next((one for one in RANK_BUCKETS if one >= largest), None)
+    bucket = bucket_of(largest)
     used = sum(module.rank * sum(module.shape) for module in modules.values())
     slot = sum(sum(module.shape) for module in modules.values()) * (bucket or 0)
     return {"largest_rank": largest, "max_lora_rank": bucket, "slot_fill": used / slot if slot else None}

@@ -54,6 +54,7 @@ MODULE_LEVEL: Mapping[str, frozenset[str]] = {
     "root": frozenset(),
     "integrity": frozenset(),
     "adapter": frozenset({"torch", "safetensors"}),
+    "gora_serve/adapter/engine_ranks.py": frozenset(),
     "gora_serve/adapter/names.py": frozenset(),
     "gora_serve/adapter/peft_config.py": frozenset(),
     "gora": frozenset({"torch"}),

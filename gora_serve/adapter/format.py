@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import gora_serve
+from gora_serve.adapter.engine_ranks import ENGINE_RANKS, LARGEST_RANK
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors, raw_bytes
 from gora_serve.adapter.linalg import fold_scale, pad_rank
 from gora_serve.adapter.names import embedding_key, parse_embedding_key, parse_key, saved_key, tensor_key
@@ -37,7 +38,6 @@ from gora_serve.integrity.record import (
 )
 
 CONFIG = "adapter_config.json"
-ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that every engine reading PEFT LoRA can hold
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CARRIED_DTYPES = {**DTYPES, torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 
@@ -56,7 +56,7 @@ def to_form(adapter: Adapter, form: Form) -> Adapter:
     rank = next((rank for rank in ENGINE_RANKS if rank >= widest), None)
     if rank is None:
         raise InputError(
-            "rank is too large for the padded form", code="GS-357", expected=f"at most {ENGINE_RANKS[-1]}",
+            "rank is too large for the padded form", code="GS-357", expected=f"at most {LARGEST_RANK}",
             actual=widest, hint="export with --form unit",
         )  # fmt: skip
     return _mapped(adapter, lambda factors: pad_rank(fold_scale(factors), rank))

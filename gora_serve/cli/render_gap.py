@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from gora_serve.adapter.engine_ranks import LARGEST_RANK
 from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
 from gora_serve.errors import MismatchError, printable
@@ -42,8 +43,6 @@ def refusal(report: GapReport, sources: Sequence[str] = (), kept: Sequence[str] 
 
 def _way(report: GapReport, sources: Sequence[str], kept: Sequence[str]) -> str:
     """Return the command that converts the adapter; or merges it, where it carries what no engine takes beside LoRA."""
-    from gora_serve.adapter.format import ENGINE_RANKS
-
     name = Path(report.adapter.partition("@")[0]).name or "adapter"
     family = ["--from", report.config.family] if report.config.family != "auto" else []
     full_rank = report.reading.full_rank
@@ -52,7 +51,7 @@ def _way(report: GapReport, sources: Sequence[str], kept: Sequence[str]) -> str:
         return shlex.join([*words, *sources, *family])
     words = ["gora-serve", "convert", report.adapter, "--base", report.base, "--output", f"{name}-plain"]
     words += [*sources, *kept, *family]
-    too_large = any(module.rank > ENGINE_RANKS[-1] for module in report.gap.modules.values())
+    too_large = any(module.rank > LARGEST_RANK for module in report.gap.modules.values())
     return shlex.join([*words, *(["--rank", "16"] if full_rank or too_large else [])])
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gora_serve.adapter.format import ENGINE_RANKS
+from gora_serve.adapter.engine_ranks import bucket_of
 from gora_serve.config import RankConfig
 from gora_serve.deploy.gap import ModuleGap
-
-BUCKETS = (1, *ENGINE_RANKS)  # the values that vLLM takes for --max-lora-rank
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,6 @@ class Deployment:
     bucket: int | None
     in_memory: int | None
     is_bound: bool = False
-
-
-def bucket_of(rank: int) -> int | None:
-    """Return the smallest rank that vLLM can be told to hold, None above the largest."""
-    return next((bucket for bucket in BUCKETS if bucket >= rank), None)
 
 
 def deployments(

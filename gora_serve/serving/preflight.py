@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from pathlib import Path
 
+from gora_serve.adapter.engine_ranks import LARGEST_RANK
 from gora_serve.adapter.peft_config import LARGEST, is_safe_pattern, pattern_value
 from gora_serve.errors import GoraError, InputError
 from gora_serve.serving.adapter_dir import AdapterDir, FactorPair
@@ -25,7 +26,6 @@ from gora_serve.serving.unserved import (
     type_way,
 )
 
-LARGEST_RANK = 512  # vLLM 0.32, config/lora.py, MaxLoRARanks
 LARGEST_LOGITS = 258_048  # vLLM 0.32, lora/layers/logits_processor.py: tokens of a head that LoRA may adapt
 LOWER = "gora-serve convert with a lower --rank, or a larger --tolerance"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

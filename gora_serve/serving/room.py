@@ -10,16 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gora_serve.adapter.engine_ranks import LARGEST_RANK, bucket_of
 from gora_serve.config import ServeConfig
 from gora_serve.config import ServeDevice as Device
 from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.serving.canary import ASKED
 from gora_serve.serving.options import whole_number
-from gora_serve.serving.preflight import LARGEST_RANK
 from gora_serve.serving.served import ServedAdapter
 
-# vLLM 0.32, config/lora.py, MaxLoRARanks. Every slot of every module is padded to the chosen bucket.
-RANK_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_RANK)
 # vLLM's packed layers and the projections that adapters name (packed_modules_mapping of the classes below).
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -44,16 +42,13 @@ Flags = dict[str, tuple[str, ...]]
 
 def rank_bucket(rank: int) -> int:
     """Return the smallest `--max-lora-rank` that vLLM accepts and that holds `rank`."""
-    for bucket in RANK_BUCKETS:
-        if rank <= bucket:
-            return bucket
-    raise InputError(
-        "the rank is above what vLLM serves",
-        code="GS-387",
-        hint="convert the adapter with a smaller --rank",
-        expected=LARGEST_RANK,
-        actual=rank,
-    )
+    bucket = bucket_of(rank)
+    if bucket is None:
+        raise InputError(
+            "the rank is above what vLLM serves", code="GS-387", expected=LARGEST_RANK, actual=rank,
+            hint="convert the adapter with a smaller --rank",
+        )  # fmt: skip
+    return bucket
 
 
 @dataclass(frozen=True)

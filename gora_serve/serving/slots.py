@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gora_serve.serving.room import PACKED, RANK_BUCKETS, rank_bucket
+from gora_serve.adapter.engine_ranks import RANK_BUCKETS
+from gora_serve.serving.room import PACKED, rank_bucket
 
 Shape = tuple[int, int]  # (out, in)
 

@@ -23,8 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import MakeAdapter, build_gpt2, build_llama, llama_shapes
 
+from gora_serve.adapter.engine_ranks import ENGINE_RANKS
 from gora_serve.adapter.factors import Adapter, BaseId
-from gora_serve.adapter.format import ENGINE_RANKS, cast, read_adapter, to_form, write_adapter
+from gora_serve.adapter.format import cast, read_adapter, to_form, write_adapter
 from gora_serve.config import Form
 from gora_serve.errors import GoraError, InputError
 from gora_serve.integrity.manifest import Roots

@@ -19,7 +19,7 @@ from gora_serve.adapter.factors import LoraFactors
 from gora_serve.adapter.linalg import NUMERICAL
 from gora_serve.deploy import gap as gap_file
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.deploy.cost import BUCKETS, bucket_of, deployments
+from gora_serve.deploy.cost import deployments
 from gora_serve.deploy.gap import NORMS, ModuleGap, Parts, measure_gap
 from gora_serve.deploy.trained_on import quantization
 from gora_serve.errors import BindingError, InputError
@@ -299,13 +299,6 @@ def test_cost_of_an_update_of_full_rank() -> None:
     costs = of_name({"a": module((100, 50), 0, 0, 0)})
     assert list(costs) == ["a base per task", "one base, GoRA at rank 8"]
     assert costs["one base, GoRA at rank 8"].stored == 10_000 + 5 * 2 * 8 * 150
-
-
-def test_buckets_are_those_of_the_engine() -> None:
-    from gora_serve.serving.room import RANK_BUCKETS
-
-    assert BUCKETS == RANK_BUCKETS
-    assert [bucket_of(rank) for rank in (1, 2, 8, 9, 257, 321, 512, 513)] == [1, 8, 8, 16, 320, 512, 512, None]
 
 
 # What an adapter says of the base that it was trained on

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gora_serve.adapter.engine_ranks import LARGEST_RANK
 from gora_serve.config import ServeConfig
 from gora_serve.config import ServeDevice as Device
 from gora_serve.errors import BindingError, InputError, MachineError, UsageError
@@ -20,7 +21,6 @@ from gora_serve.serving.plan import ServePlan, plan_server, with_device
 from gora_serve.serving.plugin import Declared, load_declared
 from gora_serve.serving.room import (
     PROJECTIONS,
-    RANK_BUCKETS,
     Room,
     rank_bucket,
     require_place,
@@ -69,7 +69,7 @@ def test_bucket_is_the_smallest_that_holds_the_rank(rank: int, bucket: int) -> N
 
 def test_bucket_above_the_largest_is_refused() -> None:
     with pytest.raises(InputError, match="GS-387"):
-        rank_bucket(RANK_BUCKETS[-1] + 1)
+        rank_bucket(LARGEST_RANK + 1)
 
 
 def test_command_line(base: Path) -> None:
