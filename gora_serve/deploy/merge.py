@@ -117,8 +117,7 @@ def _shards(base: BaseWeights, plan: ModelPlan, names: Mapping[Path, str]) -> di
 def _jobs(base: BaseWeights, target: Target, places: Mapping[str, Stored], four_bits: FourBits | None) -> Iterator[Job]:
     """Yield the blocks of a target; the sum is made when its turn comes, and gone after the last block."""
     source = places[target.source] if target.source is not None else None
-    changes = bool(target.pieces) or (target.in_4_bits and four_bits is not None and four_bits.add_to)
-    total = sum_of(base, target, four_bits) if changes else None
+    total = sum_of(base, target, four_bits)
     counted = source is not None and not target.fresh
     if source is not None and source.entry.shape != target.shape:  # a resized vocabulary: nothing of it is kept
         size = source.entry.nbytes // max(source.elements, 1)

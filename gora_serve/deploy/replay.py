@@ -220,8 +220,7 @@ def _jobs(
     base: BaseWeights, target: Target, places: dict[str, Stored], theirs: Stored, four_bits: FourBits | None
 ) -> Iterator[Job]:
     source = places[target.source] if target.source is not None else None
-    changes = bool(target.pieces) or (target.in_4_bits and four_bits is not None and four_bits.add_to)
-    total = sum_of(base, target, four_bits) if changes else None
+    total = sum_of(base, target, four_bits)
     if source is not None and source.entry.shape != target.shape:
         source = None
     sizes = [max(1, one.entry.nbytes // max(one.elements, 1)) for one in (theirs, source) if one is not None]

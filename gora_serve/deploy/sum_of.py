@@ -31,9 +31,12 @@ class FourBits:
     compared: bool = True
 
 
-def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None) -> Sum:
-    """Return the sum of a target that changes. Raises InputError (GS-3105) for NaN and absurd numbers, BindingError
-    (GS-405) for an update of another shape."""
+def sum_of(base: BaseWeights, target: Target, four_bits: FourBits | None = None) -> Sum | None:
+    """Return the sum of a target, None for one that stays as it is. Raises InputError (GS-3105) for NaN and absurd
+    numbers, BindingError (GS-405) for an update of another shape."""
+    on_four_bits = target.in_4_bits and four_bits is not None and four_bits.add_to
+    if not target.pieces and not on_four_bits:
+        return None
     source = base.tensors.entries[target.source].dtype if target.source else target.dtype
     dtype = torch.float64 if {source, target.dtype} - NARROW else torch.float32
     turned = base.is_transposed(target.module)
