@@ -149,7 +149,7 @@ def _is_folder(folder: Path, others: Sequence[Path]) -> bool:
 def held_to_base(
     source: Source, detection: Detection, reading: Reading, manifest: Callable[[], Manifest], base: Base, inputs: Inputs
 ) -> tuple[str, ...]:
-    """Return what to warn of: that nothing says which base the adapter belongs to, or that it names another, or that
+    """Return what to warn of: that nothing proves which base the adapter belongs to, or that it names another, or that
     its settings differ; or instead of the first, that an edited base which nobody named was taken as the one that it
     was trained on.
 

@@ -115,8 +115,8 @@ def test_serve_takes_it_and_says_asserted(foreign: Path, tiny_base: Path, tmp_pa
     answer = gora_here("serve", tiny_base, "-a", f"a={foreign}", "-a", f"b={foreign}", "--dry-run", "--json")
     told = json.loads(answer.out)
     assert told["bound"] == {"a": "unbound", "b": "unbound"}
-    assert told["warnings"] == [f"{name}: nothing says which base the adapter belongs to" for name in "ab"]
-    assert answer.err.count("nothing says") == 2
+    assert told["warnings"] == [f"{name}: nothing proves which base the adapter belongs to" for name in "ab"]
+    assert answer.err.count("nothing proves") == 2
 
 
 def test_the_command_tells_what_it_did(foreign: Path, tiny_base: Path, tmp_path: Path) -> None:

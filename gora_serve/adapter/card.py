@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import gora_serve
+from gora_serve.adapter.engine_ranks import padded_rank
 from gora_serve.adapter.factors import Adapter, BaseId
 from gora_serve.adapter.names import by_kind
 from gora_serve.config import Form
@@ -37,10 +39,10 @@ def model_card(adapter: Adapter, form: Form) -> str:
                 ("Base weights root", f"`{roots.weights}`" if roots else "not bound"),
                 ("Modules", str(len(adapter.modules))),
                 ("Parameters" if made else "Trainable parameters", f"{_trained(adapter):,}"),
-                ("Ranks", _rank_text(adapter)),
+                ("Ranks", _rank_text(adapter, form)),
                 ("Form", f"{form} ({USE[form]})"),
                 *_history(origin),
-                ("Made by", origin.get("tool", "gora-serve")),
+                ("Made by", origin.get("tool", f"gora-serve {gora_serve.__version__}")),
             ]
         ),
         "",
@@ -126,9 +128,11 @@ def _trained(adapter: Adapter) -> int:
     return int(adapter.origin.get("parameters", adapter.parameters))
 
 
-def _rank_text(adapter: Adapter) -> str:
+def _rank_text(adapter: Adapter, form: Form) -> str:
     ranks = sorted(adapter.ranks.values())
-    return f"{ranks[0]} to {ranks[-1]}, mean {sum(ranks) / len(ranks):.2f}"
+    low, high = ranks[0], ranks[-1]
+    told = str(low) if low == high else f"{low} to {high}, mean {sum(ranks) / len(ranks):.2f}"
+    return told + (f"; in the file padded with zeros to {padded_rank(high)}" if form == "padded" else "")
 
 
 def _rank_rows(adapter: Adapter) -> list[str]:

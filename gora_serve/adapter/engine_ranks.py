@@ -10,3 +10,8 @@ LARGEST_RANK = ENGINE_RANKS[-1]
 def bucket_of(rank: int) -> int | None:
     """Return the smallest rank that vLLM can be told to hold and that holds `rank`, None above the largest."""
     return next((bucket for bucket in RANK_BUCKETS if bucket >= rank), None)
+
+
+def padded_rank(widest: int) -> int | None:
+    """Return the one rank of the padded form for modules of up to `widest`, None above the largest."""
+    return next((rank for rank in ENGINE_RANKS if rank >= widest), None)

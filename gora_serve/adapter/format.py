@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import gora_serve
-from gora_serve.adapter.engine_ranks import ENGINE_RANKS, LARGEST_RANK
+from gora_serve.adapter.engine_ranks import LARGEST_RANK, padded_rank
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors, raw_bytes
 from gora_serve.adapter.linalg import fold_scale, pad_rank
 from gora_serve.adapter.names import embedding_key, parse_embedding_key, parse_key, saved_key, tensor_key
@@ -45,7 +45,7 @@ CARRIED_DTYPES = {**DTYPES, torch.float64: "F64", torch.int64: "I64", torch.int3
 def to_form(adapter: Adapter, form: Form) -> Adapter:
     """Return the adapter spelled as `form`: the update stays the same. Modules are computed when they are asked for.
 
-    unit: scale folded into B. padded: the same, and every module zero-padded to one common rank of ENGINE_RANKS.
+    unit: scale folded into B. padded: the same, and every module zero-padded to one common rank (`padded_rank`).
     native: as trained. Raises InputError if a rank is above 512 in padded form.
     """
     if form == "native":
@@ -53,7 +53,7 @@ def to_form(adapter: Adapter, form: Form) -> Adapter:
     if form == "unit":
         return _mapped(adapter, fold_scale)
     widest = max(adapter.ranks.values())
-    rank = next((rank for rank in ENGINE_RANKS if rank >= widest), None)
+    rank = padded_rank(widest)
     if rank is None:
         raise InputError(
             "rank is too large for the padded form", code="GS-357", expected=f"at most {LARGEST_RANK}",
@@ -120,11 +120,15 @@ def write_adapter(folder: Path, adapter: Adapter, form: Form, dtype: torch.dtype
 
 def written_bytes(adapter: Adapter, form: Form, dtype: torch.dtype) -> int:
     """Return how many bytes of tensors `write_adapter` will write."""
-    sizes = [(factors.rank, sum(factors.shape)) for factors in adapter.modules.values()]
-    widest = max((rank for rank, _ in sizes), default=0)
-    padded = next((rank for rank in ENGINE_RANKS if rank >= widest), widest) if form == "padded" else 0
-    factors = dtype.itemsize * sum(max(rank, padded) * edges for rank, edges in sizes)
+    factors = dtype.itemsize * written_parameters(adapter, form)
     return factors + sum(tensor.numel() * tensor.itemsize for tensor in adapter.carried.values())
+
+
+def written_parameters(adapter: Adapter, form: Form) -> int:
+    """Return how many elements A and B have in the file, the zeros of the padded form included."""
+    sizes = [(factors.rank, sum(factors.shape)) for factors in adapter.modules.values()]
+    padded = padded_rank(max((rank for rank, _ in sizes), default=0)) if form == "padded" else None
+    return sum(max(rank, padded or 0) * edges for rank, edges in sizes)
 
 
 def unusual_type(tensor: str, dtype: str, *, file: Path | None = None) -> InputError:

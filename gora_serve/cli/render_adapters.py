@@ -14,6 +14,7 @@ from gora_serve.integrity.record import ASSERTED, trained_on_text
 if TYPE_CHECKING:
     from gora_serve.adapter.factors import Adapter
     from gora_serve.bind import Bound
+    from gora_serve.config import Form
     from gora_serve.integrity.bases import Base
     from gora_serve.integrity.manifest import Manifest
     from gora_serve.integrity.verify import Verified
@@ -22,17 +23,23 @@ if TYPE_CHECKING:
 UNVERIFIED = ": digests of files that stand as they stood when they were hashed; not verified"
 
 
-def export_summary(done: Exported, form: str, dtype: str) -> Summary:
+def export_summary(done: Exported, form: Form, dtype: str) -> Summary:
     """An export: where it is, its root, ranks and parameters."""
+    from gora_serve.adapter.format import written_parameters
+
     adapter: Adapter = done.adapter
     ranks = list(adapter.ranks.values())
+    written = written_parameters(adapter, form)
+    zeros = f" ({written:,} in the file, with the zeros of the padding)" if written > adapter.parameters else ""
     value = {
         "adapter": str(done.folder), "adapter_root": done.root, "form": form, "dtype": dtype,
-        "modules": len(ranks), "parameters": adapter.parameters, "max_rank": max(ranks), "canary": done.canary,
+        "modules": len(ranks), "parameters": adapter.parameters, "written_parameters": written,
+        "max_rank": max(ranks), "canary": done.canary,
     }  # fmt: skip
     lines = [
         f"wrote {done.folder}",
-        f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters, form {form}",
+        f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters{zeros}, "
+        f"form {form}",
         f"adapter root {done.root}",
         f"fingerprint of its answers: {done.canary}",
     ]

@@ -162,7 +162,7 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
-UNBOUND = "nothing says which base the adapter belongs to"
+UNBOUND = "nothing proves which base the adapter belongs to"
 _SHOWN = 5  # tensors that a message names
 
 

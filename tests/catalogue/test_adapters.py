@@ -128,7 +128,7 @@ def test_another_base(place: Place) -> None:
     shard.write_bytes(raw)
     place.refuses(place.serve(place.folder / "bound"), 4, "GS-401", "expected: gb1:", "actual: gb1:", file=place.base)
     answer = place.accepts(*place.serve(foreign))
-    assert answer.err.count("warning: adapter: nothing says which base") == 1
+    assert answer.err.count("warning: adapter: nothing proves which base") == 1
 
 
 @pytest.mark.parametrize("what", ["hidden", "vocabulary"])

