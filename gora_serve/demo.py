@@ -158,7 +158,7 @@ def _adapter(
 
 def _rows(file: Path, count: int) -> list[Mapping[str, Any]]:
     """Return the first rows; raise InputError for those of another kind, before anything is trained."""
-    from gora_serve.training.data import json_lines
+    from gora_serve.training.data_files import json_lines
 
     rows = json_lines(file)[:count]
     if not rows:

@@ -1,4 +1,4 @@
-"""From files to token batches: JSONL, JSON, CSV, Parquet, or a hub dataset. Rows become tokens in encode.py.
+"""From rows to token batches. Rows come from files (data_files.py) or a hub dataset, and become tokens in encode.py.
 
 Every row that is refused is named by file and line; every row that is cut or left out is counted and reported.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor
 
 from gora_serve.config import DataConfig
-from gora_serve.errors import InputError, MachineError, first_line
+from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.files import sha256_file
+from gora_serve.training.data_files import READERS, numbered
 from gora_serve.training.encode import IGNORED, Example, Row, encode_pair, encode_row, predicts
-
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-AS_TEXT = dict.fromkeys(("prompt", "completion", "text"), str)  # columns in which "1" and "None" of a CSV stay text
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decode
     file.
     """
     path = Path(source)
-    rows, digest = _read_file(path) if path.suffix in BUILDERS or path.exists() else _read_hub(source)
+    rows, digest = _read_file(path) if path.suffix.lower() in READERS or path.exists() else _read_hub(source)
     if not rows:
         raise InputError("the data file has no rows", code="GS-372", hint="check the file, and --data", file=source)
     template = config.chat_template and bool(getattr(tokenizer, "chat_template", None))
@@ -106,77 +103,19 @@ def check_ids(data: Dataset, vocabulary: int, *, padding: int) -> None:
 def _read_file(path: Path) -> tuple[list[Row], str]:
     if not path.is_file():
         raise MachineError("no such data file", code="GS-522", file=path, hint="check --data")
-    builder = BUILDERS.get(path.suffix)
-    if builder is None:
+    read = READERS.get(path.suffix.lower())
+    if read is None:
         raise InputError(
             "unknown kind of data file",
             code="GS-374",
             hint="write it as .jsonl, .json, .csv or .parquet",
             file=path,
-            expected=", ".join(BUILDERS),
+            expected=", ".join(READERS),
         )
     size, digest = sha256_file(path)
     if size == 0:
         raise InputError("the data file is empty", code="GS-372", hint="check the file, and --data", file=path)
-    if path.suffix == ".jsonl":
-        return json_lines(path), digest
-    return _numbered(_load(builder, path), str(path)), digest
-
-
-def _load(builder: str, path: Path) -> list[Mapping[str, Any]]:
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    datasets.disable_progress_bars()
-    options: dict[str, Any] = {"converters": AS_TEXT, "keep_default_na": False} if builder == "csv" else {}
-    files = str(path.resolve())
-    try:
-        with tempfile.TemporaryDirectory() as cache:  # the usual cache goes by time stamps, and keeps copies of data
-            return list(datasets.load_dataset(builder, data_files=files, split="train", cache_dir=cache, **options))
-    except (DatasetGenerationError, ValueError, OSError) as err:
-        cause = err.__cause__ or err
-        raise InputError(
-            f"cannot be read as {path.suffix[1:]}", code="GS-375", file=path,
-            hint="check that the file is what its ending says",
-            actual=first_line(cause),
-        ) from err  # fmt: skip
-
-
-def json_lines(path: Path) -> list[Row]:
-    """Parse line by line, so that a fault has a line number; blank lines are skipped."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as err:
-        place = err.object[: err.start].count(b"\n") + 1
-        raise InputError("not UTF-8", code="GS-376", hint="convert the file to UTF-8", file=f"{path}:{place}") from err
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            raise InputError(
-                "not JSON",
-                code="GS-377",
-                hint="correct the line: one JSON object a line",
-                file=f"{path}:{number}",
-                actual=str(err),
-            ) from err
-        if not isinstance(value, dict):
-            raise InputError(
-                "not a JSON object",
-                code="GS-377",
-                hint="correct the line: one JSON object a line",
-                file=f"{path}:{number}",
-                actual=line[:60],
-            )
-        rows.append(Row(value, f"{path}:{number}"))
-    return rows
-
-
-def _numbered(values: Sequence[Mapping[str, Any]], source: str) -> list[Row]:
-    return [Row(value, f"{source}:row {number}") for number, value in enumerate(values, start=1)]
+    return read(path), digest
 
 
 def _read_hub(source: str) -> tuple[list[Row], str]:
@@ -192,7 +131,7 @@ def _read_hub(source: str) -> tuple[list[Row], str]:
             actual=" ".join(str(err).split()),
             hint="check --data (NAME:CONFIGURATION where a dataset has several), the network and HF_TOKEN",
         ) from err  # fmt: skip
-    rows = _numbered(list(loaded), source)
+    rows = numbered(list(loaded), source)
     lines = (json.dumps(row.values, sort_keys=True, default=str) for row in rows)
     return rows, hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

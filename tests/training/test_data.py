@@ -20,6 +20,7 @@ from tiny_models import build_tokenizer, write_jsonl
 from gora_serve.config import DataConfig
 from gora_serve.errors import GoraError, InputError, MachineError
 from gora_serve.training.data import Dataset, _read_hub, check_ids, collate, load_data, schedule
+from gora_serve.training.data_files import csv_rows, json_rows
 from gora_serve.training.encode import IGNORED, Example, Row
 
 PLAIN = DataConfig(chat_template=False, max_length=256)
@@ -270,6 +271,59 @@ def test_files_that_are_something_else_are_named(tmp_path: Path, tokenizer: Any,
     with pytest.raises(InputError, match="GS-375") as caught:
         load(path, tokenizer)
     assert caught.value.fields["file"] == path
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "fields"),
+    [
+        ("prompt,completion\nHello, world,answer\nBye, moon,answer\n", 1, 3),  # every row: no column is an index
+        ("text\nHello\nBye, moon\n", 2, 2),
+        ("prompt,completion\na,b,\n", 1, 3),
+        ("prompt,completion\na,b\n\nc\n", 2, 1),
+    ],
+)
+def test_a_comma_without_quotes_moves_no_text(tmp_path: Path, tokenizer: Any, text: str, row: int, fields: int) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match="GS-375") as caught:
+        load(path, tokenizer)
+    assert (caught.value.fields["file"], caught.value.fields["actual"]) == (f"{path}:row {row}", fields)
+
+
+@pytest.mark.parametrize("text", ['prompt,completion\na,"b', "prompt,prompt,completion\na,b,c\n"])
+def test_a_csv_that_is_none_is_named(tmp_path: Path, tokenizer: Any, text: str) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(InputError, match="GS-375"):
+        load(tmp_path / "rows.csv", tokenizer)
+
+
+def test_text_in_a_csv_stays_as_it_is(tmp_path: Path) -> None:
+    """Python's own csv module wrote it: quotes, commas, breaks of all kinds, numbers, and fields above its limit."""
+    odd = ["1", "None", "NA", "", ' "a", b', "two\nlines", "two\r\nlines", "a\u2028b", "x" * 200_000, "2020-01-01"]
+    path = tmp_path / "rows.CSV"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["prompt", "completion"], *([text, text[::-1]] for text in odd)])
+    limit = csv.field_size_limit()
+    assert [dict(row.values) for row in csv_rows(path)] == [{"prompt": text, "completion": text[::-1]} for text in odd]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("value", ["null", "3", '"abc"', "[1]", "[" * 100_000, '[{"text": "a"}'])
+def test_json_that_is_no_list_of_objects_is_named(tmp_path: Path, tokenizer: Any, value: str) -> None:
+    (tmp_path / "rows.json").write_text(value)
+    with pytest.raises(InputError, match="GS-375"):
+        load(tmp_path / "rows.json", tokenizer)
+
+
+def test_json_is_a_list_or_a_line_for_each_row(tmp_path: Path) -> None:
+    """Text that looks like a date stays text."""
+    rows = [{"prompt": "When?", "completion": "2020-01-01 00:00:00"}, {"prompt": "And?", "completion": "2021-01-01"}]
+    path = tmp_path / "rows.json"
+    for text in (json.dumps(rows), json.dumps(rows, indent=2), "\n".join(map(json.dumps, rows))):
+        path.write_text(text)
+        assert [row.values for row in json_rows(path)] == rows
+    path.write_text(json.dumps(rows[0], indent=2))
+    assert [row.values for row in json_rows(path)] == rows[:1]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
