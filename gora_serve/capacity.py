@@ -16,7 +16,7 @@ from gora_serve.errors import UsageError
 from gora_serve.integrity.headers import DTYPE_BITS
 from gora_serve.serving.adapter_dir import read_adapter_dir
 from gora_serve.serving.fits import ADAPTED_EMBEDDINGS, place_of
-from gora_serve.serving.plan import architecture, plugin_settings, uses_plugin
+from gora_serve.serving.plan import architecture, plugin_settings, refuse_encoder_decoder, uses_plugin
 from gora_serve.serving.plugin import Declared
 from gora_serve.serving.room import rank_bucket, slots, target_modules
 from gora_serve.serving.served import ServedAdapter, read_served_adapters
@@ -66,6 +66,7 @@ def capacity(
     served = read_served_adapters(named, given)
     if len({name for name, _ in named}) < len(named):
         raise UsageError("two adapters have the same name", code="GS-2472", hint="name them: -a NAME=DIR")
+    refuse_encoder_decoder(base)
     shapes, kind = read_shapes(base), architecture(base)
     found = [_adapter(name, path) for name, path in named]
     config = ServeConfig(device="cpu" if device == "cpu" else "cuda", plugin=plugin)

@@ -35,6 +35,7 @@ FREE_SETTINGS = frozenset({"model.offload", "train.save_every", "train.track"})
 MOST_STEPS = 10**7
 MOST_ROWS = 10**8  # that all steps take together: their order is drawn at once
 IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
+LARGEST_LR = 1e37  # what float32 holds, with room for Adam's own factors
 TAKES = "gora-serve COMMAND --help says what each option takes, and its default"
 
 
@@ -116,7 +117,7 @@ class ProbeConfig:
         finite = self.memory is None or 0 <= self.memory < float("inf")
         _require(finite, "--probe-memory must be finite and not negative", actual=self.memory)
         _require(1e-4 <= self.error < 1, "--probe-error must be at least 0.0001 and less than 1", actual=self.error)
-        _require(0 <= self.lr < float("inf"), "--probe-lr must be finite and not negative", actual=self.lr)
+        _require(0 <= self.lr <= LARGEST_LR, f"--probe-lr must be between 0 and {LARGEST_LR:g}", actual=self.lr)
         _require(
             self.mode != "sketch" or not self.needs_exact,
             "--probe sketch cannot give nuclear norms or GoRA-pro (--probe-lr)", hint="--probe exact",
@@ -207,8 +208,10 @@ class TrainConfig:
         fits = self.epochs is None or 0 < self.epochs < 1e6
         _require(fits, "--epochs must be more than 0 and less than 1000000", actual=self.epochs)
         _require(self.grad_accum >= 1, "--grad-accum must be at least 1", actual=self.grad_accum)
-        _require(0 <= self.lr < float("inf"), "--lr must be finite and not negative", actual=self.lr)
+        _require(0 <= self.lr <= LARGEST_LR, f"--lr must be between 0 and {LARGEST_LR:g}", actual=self.lr)
         _require(0 < self.ratio < float("inf"), "--lr-ratio must be positive", actual=self.ratio)
+        faster = self.lr * self.ratio
+        _require(faster <= LARGEST_LR, f"--lr times --lr-ratio must be at most {LARGEST_LR:g}", actual=faster)
         _require(0 <= self.warmup <= 1, "--warmup must be between 0 and 1", actual=self.warmup)
         _require(0 <= self.floor <= 1, "floor must be between 0 and 1", actual=self.floor)
         _require(0 <= self.weight_decay < float("inf"), "--weight-decay must not be negative", actual=self.weight_decay)

@@ -75,7 +75,7 @@ def _pools(base: str, plan: PoolPlan) -> tuple[list[str], Table]:
     return [
         f"{base}: {_mib(plan.bytes)} MiB of LoRA buffers in {plan.layers} layers, by the ranks that each adapter has "
         "there: the plugin's, which serve uses on a CPU (--no-plugin: vLLM's own)",
-        "no module makes others larger: what counts is the sum of the ranks, which fit --rank and convert --rank set",
+        "memory follows the sum of all ranks: lower it with --rank of fit or convert",
     ], _pools_table(plan)
 
 
@@ -105,7 +105,7 @@ def _slots_table(plan: SlotPlan) -> Table:
 
 def _pools_table(plan: PoolPlan) -> Table:
     names = ("adapter", "modules", "largest rank", "MiB", "as --form padded", "file MiB")
-    return _table(names, "--form padded only takes more: its zeros have rows, too", map(_pool_cells, plan.adapters))
+    return _table(names, "--form padded takes more: its zero rows count too", map(_pool_cells, plan.adapters))
 
 
 def _table(names: Sequence[str], title: str, rows: Iterable[Sequence[str]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ class _Output(Console):
 
 def print_tables(tables: Sequence[Table]) -> None:
     """Print tables as wide as the terminal is, or as COLUMNS says; else, where there is none, at 120 columns."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # small curves and lines are not in every encoding
     known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
     console = _Output(width=None if known else 120, highlight=False)
     for table in tables:

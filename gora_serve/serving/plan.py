@@ -16,7 +16,7 @@ from typing import Literal
 
 from gora_serve.config import ServeConfig
 from gora_serve.config import ServeDevice as Device
-from gora_serve.errors import InputError, MachineError, UsageError
+from gora_serve.errors import BindingError, InputError, MachineError, UsageError
 from gora_serve.serving.adapter_names import check_names
 from gora_serve.serving.exposure import MIDDLEWARE, guard_environment, url_of
 from gora_serve.serving.meter import LOG_REQUESTS
@@ -31,6 +31,7 @@ SCRUBBED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*", "VLLM_ALLOW_INSECURE_*",
     "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_USE_RUST_FRONTEND", "VLLM_ENABLE_RESPONSES_API_STORE",
 )  # fmt: skip
+ENCODER_DECODERS = ("WhisperForConditionalGeneration",)
 # Secrets that an engine without a network has no use for: taken away without a word.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
@@ -168,6 +169,22 @@ def with_device(config: ServeConfig, device: Literal["cpu", "cuda"]) -> ServeCon
 
 def architecture(base: Path) -> str | None:
     """Return the first of the architectures that the base's config.json names."""
+    names = _base_config(base).get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def refuse_encoder_decoder(base: Path) -> None:
+    """Raise BindingError (GS-473) for T5, BART and their kin, which vLLM 0.32 does not serve: of encoder-decoders it
+    has Whisper alone (model_executor/models/registry.py)."""
+    kind = architecture(base)
+    if _base_config(base).get("is_encoder_decoder") is True and kind not in ENCODER_DECODERS:
+        raise BindingError(
+            "vLLM does not serve this encoder-decoder", code="GS-473", file=base / "config.json", actual=kind,
+            hint="use the adapter with PEFT: AutoModelForSeq2SeqLM and PeftModel",
+        )  # fmt: skip
+
+
+def _base_config(base: Path) -> dict[str, object]:
     file = base / "config.json"
     try:
         config = json.loads(file.read_bytes())
@@ -178,8 +195,7 @@ def architecture(base: Path) -> str | None:
             hint="fetch the base's config.json again",
             file=file,
         ) from err
-    names = config.get("architectures") if isinstance(config, dict) else None
-    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    return config if isinstance(config, dict) else {}
 
 
 def _command(base: Path, device: Device) -> tuple[str, ...]:

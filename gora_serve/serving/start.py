@@ -32,6 +32,7 @@ from gora_serve.serving.plan import (
     listening,
     name_of_base,
     plan_server,
+    refuse_encoder_decoder,
     uses_plugin,
     with_device,
 )
@@ -121,7 +122,8 @@ def _with_plugin(config: ServeConfig, engine: Engine) -> tuple[ServeConfig, str 
 
 
 def served_base(located: Base, served_name: str | None = None, listen: Listener = silent) -> ServedBase:
-    """Hash the base that adapters are admitted to."""
+    """Hash the base that adapters are admitted to. Raises BindingError (GS-473) for one that vLLM does not serve."""
+    refuse_encoder_decoder(located.path)
     manifest = hash_base(located.path, listen=listen)
     names = names_of(located.path, located.name, *([served_name] if served_name else []))
     return ServedBase(located.path, manifest, architecture(located.path), names)

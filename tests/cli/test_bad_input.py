@@ -151,7 +151,8 @@ def test_targets_that_match_nothing(space: Space, targets: str, gs: str) -> None
 SETTINGS = [
     "--rank 0", "--rank -1", "--rank-min -1", "--rank-min 5 --rank-max 3", "--rank-min 3", "--rank-max 1",
     "--gamma -1", "--gamma nan", "--gamma inf", "--alpha 0", "--alpha -1", "--alpha nan", "--alpha inf",
-    "--lr nan", "--lr inf", "--lr -1", "--lr-ratio 0", "--lr-ratio nan", "--batch-size 0", "--grad-accum 0",
+    "--lr nan", "--lr inf", "--lr -1", "--lr 1e38", "--lr 1 --lr-ratio 1e38", "--probe-lr 1e38", "--lr-ratio 0",
+    "--lr-ratio nan", "--batch-size 0", "--grad-accum 0",
     "--max-length 0", "--max-length 1", "--probe-steps 0", "--probe-error 0", "--probe-error 1", "--probe-memory -1",
     "--probe-memory inf", "--probe-memory nan", "--probe-error 1e-300", "--probe-steps 99999999999", "--steps 10000001",
     "--probe-lr -1", "--probe-lr inf", "--probe sketch --probe-lr 0.1", "--probe sketch --importance gradient-nuclear",

@@ -289,6 +289,13 @@ def test_export_json_and_existing_output(work: Path, exports: dict[str, Answer])
     assert snapshot(work / "[b]unit") == before
 
 
+def test_an_output_that_is_not_utf8_loses_small_curves_and_nothing_else(work: Path, fit: Answer) -> None:
+    plain = {**environment(), "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    answer = gora("ranks", "[link]run", cwd=work, env=plain)
+    assert (answer.code, answer.err) == (0, "")
+    assert "first to last layer" in answer.out
+
+
 # verify and hash
 
 
@@ -547,6 +554,12 @@ def test_an_encoder_decoder(tiny_t5: Path, tmp_path: Path) -> None:
     ran("export", tmp_path / "run", "--output", tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
     ran("verify", tmp_path / "adapter", "--base", tiny_t5)
+    for words in (
+        ("serve", tiny_t5, "-a", f"a={tmp_path / 'adapter'}", "--dry-run"),
+        ("plan", tiny_t5, "-a", tmp_path / "adapter"),
+    ):
+        unserved = gora_here(*words)
+        assert (unserved.code, unserved.gs) == (4, "GS-473")
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "The apple is red."}])
     refused = gora_here("fit", tiny_t5, "--data", texts, "--output", tmp_path / "other")
     assert (refused.code, refused.gs, refused.field("file")) == (3, "GS-378", f"{texts}:1")

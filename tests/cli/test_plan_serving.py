@@ -157,7 +157,7 @@ def test_on_a_cpu_it_is_what_the_plugin_makes(base: Path, tmp_path: Path) -> Non
     told = gora_here("plan", base, *words, "--memory", "80")
     assert f"{4 * (a + b) / MIB:.1f} MiB of LoRA buffers in 128 layers" in told.out
     assert "GiB of KV cache and about 2.0 GiB of the engine itself" in told.out
-    assert "--form padded only takes more" in told.out
+    assert "--form padded takes more" in told.out
     assert "--max-lora-rank" not in told.out
     assert "--rank-max" not in told.out
 
