@@ -34,12 +34,12 @@ def plot_ranks(plan: RankPlan, file: Path) -> None:
     """Draw the ranks as layer by kind of module (the paper's figure 3a): PNG, SVG or PDF, by the file's ending."""
     pyplot = _pyplot()
     kinds, layers, grid = _grid(plan.ranks)
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.32 * len(layers) + 2.5), 0.5 * len(kinds) + 1.8))
+    size = max(6.0, 0.32 * len(layers) + 2.5), 0.5 * len(kinds) + 1.8
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     image = _heat_map(axes, kinds, layers, grid)
     share = plan.parameters / plan.lora_parameters
     axes.set_title(f"Ranks: {plan.parameters:,} parameters, {share:.1%} of LoRA's at rank {plan.rank}")
-    figure.colorbar(image, label="rank")
-    figure.tight_layout()
+    figure.colorbar(image, label="rank", pad=0.01)
     _write(pyplot, figure, file)
 
 
@@ -52,15 +52,16 @@ def plot_gap(gap: Gap, file: Path, *, dtype: str, title: str) -> None:
     part = "unconverted" if gap.loads else "update"
     kinds, layers, grid = _grid({path: getattr(one, part) / (one.weight or 1.0) for path, one in gap.modules.items()})
     size = max(6.5, 0.32 * len(layers) + 3.0), 0.45 * len(kinds) + 4.6
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=size, height_ratios=[0.45 * len(kinds) + 1.0, 2.4])
+    heights = [0.45 * len(kinds) + 1.0, 2.4]
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=size, height_ratios=heights, layout="constrained")
     image = _heat_map(top, kinds, layers, grid)
     top.set_title("Served as it is: error / |W0|" if gap.loads else "No engine loads it as LoRA. Its update / |W0|")
-    figure.colorbar(image, ax=top)
+    figure.colorbar(image, ax=top, pad=0.01)
     shares = gap.shares()
     named = {
         "served as it is": shares["unconverted_of_update"],
         "rounding of the edited base": shares["base_rounding_of_update"],
-        f"exact factors, {dtype}": shares["stored_plain_of_update"],
+        f"not compressed, {dtype}": shares["stored_plain_of_update"],
         f"converted, {dtype}": shares["stored_of_update"],
     }
     known = {name: value for name, value in named.items() if value}
@@ -73,7 +74,6 @@ def plot_gap(gap: Gap, file: Path, *, dtype: str, title: str) -> None:
     bottom.invert_yaxis()
     bottom.set_title("All modules together: error / |dW|")
     figure.suptitle(title, fontsize="medium")
-    figure.tight_layout()
     _write(pyplot, figure, file)
 
 
