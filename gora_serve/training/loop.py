@@ -22,7 +22,7 @@ Record = Callable[[Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: optimizer steps taken, tokens seen by all processes, seconds spent."""
+    """Where training stands: optimizer steps taken, tokens seen by all processes, seconds spent on them."""
 
     step: int = 0
     tokens: int = 0
@@ -103,7 +103,9 @@ def train(
         numbers = {"loss": loss, "lr": config.lr * factor, "grad_norm": norm, "tokens": seen}
         record({"step": step + 1, **numbers, "seconds": seconds})
         listen(Progress("train", step + 1, steps, {"loss": loss, "tokens/s": seen / seconds}))
+        paused = time.perf_counter()
         after_step(step + 1)
+        started += time.perf_counter() - paused  # an evaluation is no training
         save(Position(step + 1, seen, time.perf_counter() - started), optimizer)
     accelerator.free_memory()
 

@@ -136,6 +136,9 @@ class Run:
         )  # fmt: skip
         with self.timed("train"):
             training.run(model)
+        self.seconds["train"] -= training.evaluating
+        if self.held_out is not None:
+            self.seconds["evaluate"] = training.evaluating
         adapter = inject.extract(
             model,
             base=BaseId(self.session.base.name, self.session.base.revision, self.session.manifest.roots),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,7 +36,10 @@ NEXT = "the same command with --resume goes on"
 
 
 class TrainStage:
-    """The training of one run. `checkpoint`: where to go on from; `inputs`: what checkpoints say of their run."""
+    """The training of one run. `checkpoint`: where to go on from; `inputs`: what checkpoints say of their run.
+
+    losses: on the evaluation data, and evaluating: the seconds that they took.
+    """
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class TrainStage:
         self.session, self.config, self.folder, self.held_out = session, config, folder, held_out
         self.checkpoint, self.inputs, self.stop, self.listen = checkpoint, inputs, stop, listen
         self.losses: dict[str, float] = dict(checkpoint.losses) if checkpoint else {}
+        self.evaluating = 0.0
         self.steps = count_steps(session, config)
 
     def run(self, model: nn.Module) -> None:
@@ -139,6 +144,7 @@ class TrainStage:
         """Measure the loss on the evaluation data, if there is any; at the start also the base's own."""
         if self.held_out is None:
             return
+        started = time.perf_counter()
         batches: list[LazyBatch] = self.session.in_order(self.held_out.examples)
         accelerator = self.session.accelerator
         if name == "start":
@@ -149,6 +155,7 @@ class TrainStage:
         self.losses[name] = evaluate(model, batches, accelerator=accelerator)
         check_loss(self.losses[name], f"the loss on the evaluation data at step {step}", code="GS-704")
         self.folder.metrics({"step": step, "eval_loss": self.losses[name]})
+        self.evaluating += time.perf_counter() - started
 
 
 def count_steps(session: Session, config: TrainConfig) -> int:

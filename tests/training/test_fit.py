@@ -127,7 +127,10 @@ def test_run_json(finished: Any, tiny_base: Path, tiny_data: Path, held_out: Pat
     assert run_json["result"]["peak_bytes"]["device"] is None
     assert run_json["result"]["gamma"] == result.gamma
     assert run_json["result"]["parameters"] == result.adapter.parameters
-    assert run_json["seconds"] > 0
+    stages = run_json["result"]["seconds_by_stage"]
+    assert list(stages) == ["probe", "gamma", "train", "evaluate", "verify"]
+    assert sum(stages.values()) <= run_json["seconds"]
+    assert lines(output / "metrics.jsonl")[-2]["seconds"] <= stages["train"]
 
 
 def test_ranks_json(finished: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -133,6 +134,17 @@ def run(
         after_step=steps.append, listen=options.get("listen", silent),
     )  # fmt: skip
     return records, steps
+
+
+def test_what_is_done_after_a_step_is_no_time_of_training(make_adapter: MakeAdapter) -> None:
+    records: list[tuple[float, float]] = []
+    train(
+        lora_model(make_adapter), [lambda: make_batch(0)] * 3, accelerator=Accelerator(cpu=True), config=TrainConfig(),
+        record=lambda line: records.append((time.perf_counter(), line["seconds"])),
+        after_step=lambda _: time.sleep(0.2), listen=silent,
+    )  # fmt: skip
+    (began, first), _, (ended, last) = records
+    assert last - first < ended - began - 0.3, "two pauses lie between"
 
 
 def torch_training(model: nn.Module, groups: list[list[Batch]], config: TrainConfig) -> list[float]:
