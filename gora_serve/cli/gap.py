@@ -78,7 +78,7 @@ def gap(
     """Measure what serving an adapter as it is would cost, on the untouched base.
 
     Per module and in total: the error of the adapter unconverted; the rounding of an edited base, which no adapter can
-    hold; the error of storing the update, converted and concatenated; and what N tasks take to deploy.
+    hold; the error of storing the update, converted and not compressed; and what N tasks take to deploy.
 
     Exit status: 0 the adapter may be served as it is; 1 it is off by more than --threshold, or no engine loads it.
     """

@@ -110,7 +110,7 @@ def _rounding(report: GapReport) -> list[str]:
     shares, gap = report.gap.shares(), report.gap
     if shares["base_rounding_of_update"] is None:
         return []
-    error = f"{_percent(shares['base_rounding_of_update'])} of the update, which no adapter can hold"
+    error = f"{_of_update(shares['base_rounding_of_update'])}, which no adapter can hold"
     if not gap.estimated:
         return [f"rounding of the edited base, measured: {error}"]
     dtype = report.lay_in[0] if report.lay_in else "the dtype of its files"
@@ -125,7 +125,7 @@ def _verdict(report: GapReport) -> str:
     if of_update == 0:
         return "right, it is plain LoRA on this base"
     worst = max(report.gap.modules, key=lambda path: report.gap.modules[path].unconverted or 0.0)
-    error = "off, where the update is zero" if of_update is None else f"off by {_percent(of_update)} of the update"
+    error = "off, where the update is zero" if of_update is None else f"the error is {_of_update(of_update)}"
     return f"{error}, {_percent(shares['unconverted_of_weight'])} of |W0|; most in {printable(worst)}"
 
 
@@ -208,6 +208,10 @@ def _percent(value: float | None) -> str:
     if value >= 10:
         return f"{value:.3g} times"
     return f"{value:.2%}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+def _of_update(share: float) -> str:
+    return f"{_percent(share)} {'the' if share >= 10 else 'of the'} update"
 
 
 def _size(count: int) -> str:

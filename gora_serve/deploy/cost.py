@@ -51,7 +51,7 @@ def deployments(
         return Deployment(name, tasks, base_bytes + tasks * parameters * itemsize, rank, bucket, memory)
 
     ways = [Deployment("a base per task", tasks, tasks * base_bytes, 0, None, tasks * base_bytes)]
-    for name, ranks in (("one base, concatenated", plain), ("one base, converted", converted)):
+    for name, ranks in (("one base, not compressed", plain), ("one base, converted", converted)):
         if any(ranks.values()):
             ways.append(over_one_base(name, _parameters(modules, ranks), max(ranks.values())))
     gora = over_one_base(f"one base, GoRA at rank {mean}", budget, RankConfig(mean).highest)

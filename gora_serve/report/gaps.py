@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GAP_SCHEMA = "gora-serve/gap/1"
 NAMES: Mapping[str, str] = {
     "unconverted_of_update": "served as it is", "base_rounding_of_update": "rounding of the edited base",
-    "stored_plain_of_update": "exact factors, as stored", "stored_of_update": "converted, as stored",
+    "stored_plain_of_update": "not compressed, as stored", "stored_of_update": "converted, as stored",
 }  # fmt: skip
 
 
@@ -116,8 +116,9 @@ def verdict(one: GapFile) -> str:
     share = one.gap.shares()["unconverted_of_update"]
     if share == 0:
         return "Right as it is: plain LoRA on this base."
-    off = "off, where the update is zero" if share is None else f"off by {_share(share)} of the update"
-    return f"Served as it is, {off}."
+    if share is None:
+        return "Served as it is, off, where the update is zero."
+    return f"Served as it is, the error is {_share(share)} {'the' if share >= 10 else 'of the'} update."
 
 
 def gap_tables(one: GapFile) -> Html:
@@ -135,7 +136,10 @@ def gap_tables(one: GapFile) -> Html:
         tables.append(Table(caption, ("model", *_OUTCOMES), rows))
     costs = one.record.items("deployment")
     if costs:
-        rows = [[it.text("name") or "", *(_cell(it.whole(key), show) for key, show in _COSTS.values())] for it in costs]
+        rows = [
+            [it.text("name") or "", *(_cell(it.whole(key) or None, show) for key, show in _COSTS.values())]
+            for it in costs
+        ]
         tables.append(Table(f"To deploy {costs[0].whole('tasks')} tasks", ("", *_COSTS), rows))
     return join(table.html() for table in tables)
 

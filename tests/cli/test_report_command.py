@@ -57,6 +57,8 @@ def test_with_a_gap(run: Path, gap: Path, tmp_path: Path) -> None:
     assert "Right as it is: plain LoRA on this base." in page
     assert f'<data value="{told["total"]["stored_of_update"]!r}">' in page
     assert f'<data value="{told["deployment"][0]["stored"]}">' in page
+    row = page.split('<th scope="row">a base per task</th>')[1].split("</tr>")[0]
+    assert row.split("</td><td>")[1:3] == ["-", "-"], "it has no ranks"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,8 @@ def test_with_a_gap_that_is_one(run: Path, wrong: Path, tmp_path: Path) -> None:
     assert answer.code == 0
     page, told = (tmp_path / "page.html").read_text(), json.loads(wrong.read_text())
     assert 'id="gap-0"' in page
+    assert "Not compressed, as stored: " in page
+    assert f"the error is {told['total']['unconverted_of_update']:.2%} of the update" in page
     for name in ("unconverted_of_update", "base_rounding_of_update", "stored_of_update", "stored_plain_of_update"):
         assert page.count(f'<data value="{told["total"][name]!r}">') == 2, "in the figure's table, and in the total"
     for outcome in told["comparison"]["outcomes"].values():

@@ -274,7 +274,7 @@ def test_cost_of_a_pissa_like_adapter() -> None:
     width = 150 + 40
     assert list(costs) == [
         "a base per task",
-        "one base, concatenated",
+        "one base, not compressed",
         "one base, converted",
         "one base, GoRA at rank 16",
     ]
@@ -289,8 +289,8 @@ def test_cost_of_a_pissa_like_adapter() -> None:
 
 def test_cost_of_ranks_that_no_engine_holds() -> None:
     costs = of_name({"a": module((2000, 2000), 256, 520, 260)})
-    assert costs["one base, concatenated"].bucket is None
-    assert costs["one base, concatenated"].in_memory is None
+    assert costs["one base, not compressed"].bucket is None
+    assert costs["one base, not compressed"].in_memory is None
     assert costs["one base, converted"].bucket == 256
 
 
