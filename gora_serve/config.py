@@ -197,6 +197,12 @@ class TrainConfig:
             return self.lr_ratio
         return 16.0 if self.method == "gora" else 1.0
 
+    def count_steps(self, rows: int, batch_size: int, processes: int) -> tuple[int, int]:
+        """Return how many optimizer steps so many rows make, and rows a step. A batch holds a row once."""
+        per_step = min(batch_size, rows) * self.grad_accum * processes
+        wanted = int(round(rows * (self.epochs or 1.0), 6))  # 0.29 * 100 is a little less than 29
+        return self.steps or -(-wanted // per_step) or 1, per_step
+
     def saves_at(self, step: int, steps: int) -> bool:
         """Return whether a checkpoint is due after step `step` of `steps`, 1-based."""
         return step == steps or step % (self.save_every or -(-steps // 10)) == 0

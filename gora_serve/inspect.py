@@ -15,13 +15,15 @@ from typing import Any
 from gora_serve.adapter.engine_ranks import bucket_of
 from gora_serve.adapter.names import parse_embedding_key
 from gora_serve.adapter.peft_config import foreign_scales
+from gora_serve.config import TrainConfig
 from gora_serve.errors import GoraError, InputError
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry, read_header
 from gora_serve.integrity.layout import INDEX, SINGLE, find_model
 from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record
-from gora_serve.integrity.staging import SEAL
+from gora_serve.integrity.staging import SEAL, is_held
 from gora_serve.serving.adapter_dir import CONFIG_FILE, AdapterDir, read_adapter_dir
+from gora_serve.training.run_files import standing
 
 RUN, CONVERSION, MERGE = "run.json", "conversion.json", "merge.json"
 RECEIPT_BYTES = 2**26  # a receipt names every tensor
@@ -146,10 +148,12 @@ def _base_of(read: AdapterDir, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(path: Path) -> Inspected:
+    held = is_held(path)
     value = _receipt(path / RUN)
+    steps = sorted(int(one.name[5:]) for one in path.glob("checkpoints/step-*") if one.name[5:].isdecimal())
     result, config = _object(value.get("result")), _object(value.get("config"))
     facts = {
-        "status": value.get("status"),
+        "status": standing(value.get("status"), held=held),
         "method": _object(config.get("train")).get("method"),
         "base": _object(value.get("base")),
         "data": _object(value.get("data")),
@@ -157,10 +161,23 @@ def _run(path: Path) -> Inspected:
         "gamma": result.get("gamma"),
         "losses": result.get("losses"),
         "seconds": value.get("seconds"),
-        "checkpoints": sorted(one.name for one in path.glob("checkpoints/step-*")),
+        "checkpoints": [f"step-{step}" for step in steps],
+        "step": steps[-1] if steps else None,
+        "steps": _steps(value),
     }
     whole = path / "adapter"
     return Inspected("run", path, facts, adapter=_adapter(whole) if (whole / CONFIG_FILE).is_file() else None)
+
+
+def _steps(value: Mapping[str, Any]) -> int | None:
+    """Return how many steps the run takes in all; None where run.json does not say."""
+    config = _object(value.get("config"))
+    train = _object(config.get("train"))
+    plan = TrainConfig(steps=train.get("steps"), epochs=train.get("epochs"), grad_accum=train.get("grad_accum", 1))
+    try:
+        return int(plan.count_steps(value["data"]["used"], config["data"]["batch_size"], value["processes"])[0])
+    except (LookupError, TypeError, ValueError, ArithmeticError):  # of another kind, or not there
+        return None
 
 
 def _model(path: Path) -> Inspected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from gora_serve.bind import bind
 from gora_serve.integrity.manifest import hash_model
 
 sys.path.insert(0, str(Path(__file__).parent / "cli"))
-from shell import SMALL, environment, gora_here
+from shell import SMALL, environment, gora_here, snapshot
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -150,6 +151,54 @@ def test_a_run(tmp_path: Path, tiny_base: Path, tiny_data: Path) -> None:
     assert told(tmp_path / "run")["status"] is None
 
 
+WRITER = """
+import sys, time
+from pathlib import Path
+from gora_serve.integrity.staging import staged_folder
+with staged_folder(Path(sys.argv[1]), visible=True) as stage:
+    (stage / "run.json").write_text(sys.argv[2])
+    for step in (4, 10):
+        (stage / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    print("there", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_unfinished_run_and_one_that_was_killed(tmp_path: Path) -> None:
+    """Another process holds the run, then dies by SIGKILL. 50 rows, 4 a step: 13 steps."""
+    config = {"train": {"method": "gora", "epochs": None, "grad_accum": 2}, "data": {"batch_size": 2}}
+    text = json.dumps({"status": "running", "config": config, "data": {"used": 50}, "processes": 1})
+    words = [sys.executable, "-c", WRITER, str(tmp_path / "run"), text]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment()) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"there\n"
+        value, shown = told(tmp_path / "run.partial"), gora_here("inspect", tmp_path / "run.partial").out
+        writer.kill()
+    assert (value["status"], value["step"], value["steps"]) == ("running", 10, 13)
+    assert "running, method gora" in shown
+    assert "step 10 of 13; checkpoints: step-4, step-10" in shown
+    before = snapshot(tmp_path)
+    assert told(tmp_path / "run.partial")["status"] == "interrupted"
+    shown = gora_here("inspect", tmp_path / "run.partial").out
+    assert "interrupted: no process holds it; fit --resume goes on" in shown
+    (tmp_path / ".run.lock").unlink()
+    assert told(tmp_path / "run.partial")["status"] == "interrupted"
+    assert snapshot(tmp_path) == {path: held for path, held in before.items() if not path.endswith(".lock")}
+
+
+@pytest.mark.parametrize("odd", [5, None, "x", [1], {"a": 1}, 0])
+def test_a_run_with_values_of_another_kind(tmp_path: Path, odd: object) -> None:
+    (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)
+    for value in (
+        {"config": odd, "data": odd, "processes": odd},
+        {"config": {"train": {"steps": odd, "epochs": odd, "grad_accum": odd}, "data": {"batch_size": odd}},
+         "data": {"used": odd}, "processes": odd},
+    ):  # fmt: skip
+        (tmp_path / "run.json").write_text(json.dumps(value))
+        assert told(tmp_path)["step"] == 4
+        assert "checkpoints: step-4" in gora_here("inspect", tmp_path).out
+
+
 def test_what_is_none_of_them(tmp_path: Path) -> None:
     for folder, gs in ((tmp_path, "GS-3197"), (tmp_path / "none", "GS-503")):
         answer = gora_here("inspect", folder)
@@ -157,8 +206,6 @@ def test_what_is_none_of_them(tmp_path: Path) -> None:
 
 
 def test_torch_is_not_imported(foreign: Path, tiny_base: Path) -> None:
-    import subprocess
-
     script = (
         "import sys; from gora_serve.cli.main import main; code = main(['inspect', sys.argv[1]]);"
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)), code)"

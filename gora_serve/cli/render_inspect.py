@@ -11,6 +11,7 @@ from rich.text import Text
 from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
 from gora_serve.errors import printable
+from gora_serve.training.run_files import GO_ON, INTERRUPTED
 
 if TYPE_CHECKING:
     from gora_serve.inspect import Inspected, Module
@@ -51,9 +52,12 @@ def _base(base: Mapping[str, Any]) -> str:
 
 def _run(found: Inspected) -> list[str]:
     facts = found.facts
-    lines = [f"{facts['status']}, method {facts['method']}, on {facts['base'].get('name')}"]
+    method = f"method {facts['method']}, on {facts['base'].get('name')}"
+    lines = [f"{INTERRUPTED}: {GO_ON}", method] if facts["status"] == INTERRUPTED else [f"{facts['status']}, {method}"]
     lines += [f"data {facts['data'].get('name')}, {facts['data'].get('used')} rows used"] if facts["data"] else []
-    lines += [f"checkpoints: {', '.join(facts['checkpoints'])}"] if facts["checkpoints"] else []
+    if facts["checkpoints"]:
+        of = f" of {facts['steps']}" if facts["steps"] else ""
+        lines.append(f"step {facts['step']}{of}; checkpoints: {', '.join(facts['checkpoints'])}")
     return [*lines, *(_lines(found.adapter) if found.adapter else ["no adapter yet"])]
 
 

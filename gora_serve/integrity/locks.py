@@ -18,12 +18,34 @@ log = logging.getLogger(__name__)
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Hold the lock of `target` for as long as the block runs; it is a file beside the target, removed at the end."""
-    path = target.with_name(f".{target.name}.lock")
+    path = _place(target)
     fd = _lock(path, target)
     try:
         yield
     finally:
         _unlock(path, fd)
+
+
+def is_locked(target: Path) -> bool:
+    """Return whether a process holds the lock of `target`, or may hold it where that cannot be asked.
+
+    Nothing is made: the lock is shared for a moment where nobody holds it.
+    """
+    try:
+        fd = os.open(_place(target), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as err:
+        return not isinstance(err, FileNotFoundError)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _place(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
 
 
 def _unlock(path: Path, fd: int) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gora_serve.errors import MachineError, OutputError, UsageError
-from gora_serve.integrity.locks import locked
+from gora_serve.integrity.locks import is_locked, locked
 from gora_serve.integrity.publishing import (
     beside,
     delete_old,
@@ -29,8 +29,8 @@ from gora_serve.integrity.targets import SEAL, UNCHANGED, check_target
 from gora_serve.signals import leave_if_asked
 
 __all__ = [
-    "SEAL", "UNCHANGED", "check_partial", "check_target", "fsync_path", "partial_of", "probe_folder", "publish",
-    "staged_folder", "sync_published",
+    "SEAL", "UNCHANGED", "check_partial", "check_target", "fsync_path", "is_held", "partial_of", "probe_folder",
+    "publish", "staged_folder", "sync_published",
 ]  # fmt: skip
 
 _LEFTOVER = re.compile(r"\.(.+\.)?gora-\d+-[0-9a-f]{8}\.(tmp|old)|\..+\.lock")  # of a killed process
@@ -163,6 +163,12 @@ def _new_stage(target: Path) -> Path:
 def partial_of(target: Path) -> Path:
     """Return the name of the visible stage of `target`."""
     return target.with_name(f"{target.name}.partial")
+
+
+def is_held(partial: Path) -> bool:
+    """Return whether a process writes the output whose visible stage this is, as far as can be told."""
+    stage = partial.resolve()
+    return is_locked(stage.with_name(stage.name.removesuffix(".partial")))
 
 
 def check_partial(target: Path, *, overwrite: bool, resume: bool = False, mark: str | None = None) -> Path:

@@ -10,7 +10,7 @@ from gora_serve.errors import InputError, UsageError
 from gora_serve.integrity.binding import check_folder
 from gora_serve.integrity.canonical import is_unicode, parse_json
 from gora_serve.integrity.reading import naming_inputs
-from gora_serve.integrity.staging import partial_of
+from gora_serve.integrity.staging import is_held, partial_of
 from gora_serve.report.numbers import Point
 from gora_serve.report.record import Record
 from gora_serve.training.run_files import (
@@ -20,6 +20,7 @@ from gora_serve.training.run_files import (
     probe_shapes,
     read_object,
     read_probe,
+    standing,
 )
 
 MOST_RUNS = 24  # that colour, dash and mark tell apart
@@ -31,14 +32,16 @@ Shape = tuple[int, int]
 class Run:
     """What a run left. Parts that it does not have (yet) are None or empty.
 
-    label: what the page calls it. record: run.json; ranks and gamma: those files. losses and evaluations: by
-    step, None where the file has no finite number. tokens, seconds: of training, as the last line of metrics.jsonl has
-    them. shapes: (out, in) by module. updates: |dW| of the trained adapter by module, Frobenius.
+    label: what the page calls it. record: run.json; ranks and gamma: those files. status: run.json's, or interrupted.
+    losses and evaluations: by step, None where the file has no finite number. tokens, seconds: of training, as the last
+    line of metrics.jsonl has them. shapes: (out, in) by module. updates: |dW| of the trained adapter by module,
+    Frobenius.
     """
 
     folder: Path
     label: str
     record: Record
+    status: str = "unknown"
     losses: Sequence[Point] = ()
     evaluations: Sequence[Point] = ()
     base_loss: float | None = None
@@ -49,10 +52,6 @@ class Run:
     adapter_root: str | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     updates: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def status(self) -> str:
-        return self.record.text("status") or "unknown"
 
     @property
     def is_complete(self) -> bool:
@@ -125,13 +124,14 @@ def read_run(folder: Path, label: str) -> Run:
     Raises InputError for a file of another kind (GS-379) or with odd values (GS-3380, GS-3381), MismatchError for a
     damaged adapter, MachineError for what cannot be read.
     """
+    held = is_held(folder)
     record = Record(read_object(folder / "run.json", RUN_SCHEMA), folder / "run.json")
     losses, evaluations, base_loss, last = read_metrics(folder / "metrics.jsonl")
     has_probe = (folder / "probe" / "probe.json").is_file()
     shapes = probe_shapes(read_probe(folder)) if has_probe else {}
     root, measured, updates = _read_updates(folder / "adapter")
     return Run(
-        folder, label, record, losses, evaluations, base_loss,
+        folder, label, record, standing(record.text("status"), held=held) or "unknown", losses, evaluations, base_loss,
         tokens=last.whole("tokens"), seconds=last.number("seconds"),
         ranks=_optional(folder / "ranks.json", RANKS_SCHEMA), gamma=_optional(folder / "gamma.json", GAMMA_SCHEMA),
         adapter_root=root, shapes={**shapes, **measured}, updates=updates,

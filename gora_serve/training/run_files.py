@@ -19,6 +19,9 @@ RANKS_SCHEMA = "gora-serve/ranks/1"
 RUN_SCHEMA = "gora-serve/run/1"
 GAMMA_SCHEMA = "gora-serve/gamma/1"
 
+INTERRUPTED = "interrupted"  # of a run that says it is running, and that no process holds
+GO_ON = "no process holds it; fit --resume goes on"
+
 PROBE_AGAIN = "probe again: gora-serve probe"
 REMAKE = "correct the value, or make the file anew: gora-serve ranks"
 
@@ -37,6 +40,11 @@ def read_object(path: Path, schema: str) -> dict[str, Any]:
             actual=found,
         )
     return value
+
+
+def standing(status: str | None, *, held: bool) -> str | None:
+    """Return how a run stands whose run.json has this status. held: whether a process held it before that was read."""
+    return INTERRUPTED if status == "running" and not held else status
 
 
 def read_probe(folder: Path) -> dict[str, Any]:

@@ -159,14 +159,12 @@ class TrainStage:
 
 
 def count_steps(session: Session, config: TrainConfig) -> int:
-    """Return how many optimizer steps --steps or --epochs asks for. A batch holds a row once, as in `schedule`.
+    """Return how many optimizer steps --steps or --epochs asks for, in batches as `schedule` makes them.
 
     Raises UsageError where they take more rows than an order is drawn for.
     """
-    rows = len(session.data.examples)
-    per_step = min(session.batch_size, rows) * config.grad_accum * session.accelerator.num_processes
-    wanted = int(round(rows * (config.epochs or 1.0), 6))  # 0.29 * 100 is a little less than 29
-    steps = config.steps or -(-wanted // per_step) or 1
+    rows, processes = len(session.data.examples), session.accelerator.num_processes
+    steps, per_step = config.count_steps(rows, session.batch_size, processes)
     check_rows(steps * per_step, hint="fewer --steps or --epochs, or less --grad-accum")
     return steps
 
