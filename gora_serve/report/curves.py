@@ -85,7 +85,7 @@ def gamma_figure(run: Run, index: int, name: str) -> Figure | None:
     )
     rows = [(exact(gamma, short(gamma)), exact(value, short(value)) if value is not None else NOT_FINITE)
             for gamma, value in sorted(tried, key=lambda one: one[0] or 0.0)]  # fmt: skip
-    table = Table(f"Gamma that were tried, {run.label}", ("gamma", "loss"), rows)
+    table = Table(f"Values of gamma tried, {run.label}", ("gamma", "loss"), rows)
     return Figure(name, f"Search for gamma: {run.label}", says, SIZE, join(parts), table)
 
 

@@ -11,8 +11,9 @@ from gora_serve.report.modules import clipped
 from gora_serve.report.numbers import duration, percent, short, size
 from gora_serve.report.repeat import settings_of
 from gora_serve.report.runs import Run
+from gora_serve.training.run_files import GO_ON, INTERRUPTED
 
-STAGES = ("probe", "gamma", "train", "verify")
+STAGES = ("probe", "gamma", "train", "evaluate", "verify")
 
 
 def named(index: int, run: Run) -> Html:
@@ -50,6 +51,8 @@ def headline(runs: Sequence[Run]) -> str:
     measured = [run for run in runs if run.is_complete and run.final_loss is not None]
     if not measured:
         return "No complete run with evaluation rows: there is no final loss to tell."
+    if _have_other_rows(runs):
+        return "The runs were evaluated on different rows: there is no lowest loss to tell."
     best = min(measured, key=lambda run: run.final_loss or 0.0)
     start = f", from the base's {short(best.base_loss)}" if best.base_loss is not None else ""
     lead = "Loss on the evaluation rows:" if len(runs) == 1 else f"Lowest loss on the evaluation rows: {best.label},"
@@ -75,17 +78,23 @@ def cautions(runs: Sequence[Run]) -> list[str]:
         found.append("The runs have different bases: their losses are no measure of the method.")
     if len({run.record.part("data").text("sha256") for run in runs}) > 1:
         found.append("The runs were trained on different data.")
-    if len({run.record.part("eval_data").text("sha256") for run in runs if run.evaluations}) > 1:
+    if _have_other_rows(runs):
         found.append("The runs were evaluated on different rows: their evaluation losses cannot be compared.")
     if len({settings_of(run).get("train.seed") for run in runs}) == 1:
         found.append("All runs have the same seed: small differences can be chance.")
     return found
 
 
+def _have_other_rows(runs: Sequence[Run]) -> bool:
+    """Return whether not all runs were evaluated on the same rows, of those that were."""
+    return len({run.record.part("eval_data").text("sha256") for run in runs if run.evaluations}) > 1
+
+
 def _unfinished(run: Run) -> str:
     error = run.record.part("error")
     what, fault = error.text("what"), error.text("code")
     why = f": {f'{fault}, ' if fault else ''}{what}" if what else ""
+    why = f": {GO_ON}" if run.status == INTERRUPTED else why
     return f"{run.label} is {run.status}{why}. What it left so far is shown."
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from shlex import quote
 from typing import Any
 
-from gora_serve.config import FitConfig
+from gora_serve.config import FitConfig, RankConfig, TrainConfig
 from gora_serve.report.runs import Run
 
 # Setting -> option. A test runs the words through the command itself and compares what comes out.
@@ -48,7 +48,10 @@ def settings_of(run: Run) -> dict[str, Any]:
 def lines_of(run: Run, *, whole: bool) -> list[str]:
     """Return the command, an option a line: all settings, or those that are not this version's defaults."""
     chosen = settings_of(run)
-    if not whole:
+    if whole:
+        taken = _taken(run)
+        chosen = {name: taken.get(name) if value is None else value for name, value in chosen.items()}
+    else:
         chosen = {name: value for name, value in chosen.items() if _plain(DEFAULTS.get(name)) != _plain(value)}
     processes = run.record.whole("processes") or 1
     start = "gora-serve" if processes == 1 else f"accelerate launch --num_processes {processes} -m gora_serve"
@@ -57,6 +60,19 @@ def lines_of(run: Run, *, whole: bool) -> list[str]:
         *_files(run),
         *(line for one in chosen for line in _option(one, chosen[one])),
     ]
+
+
+def _taken(run: Run) -> dict[str, Any]:
+    """Return the values that settings take which are left open."""
+    ranks, train = (run.record.part("config").part(name) for name in ("ranks", "train"))
+    bounds = RankConfig(ranks.whole("rank") or RankConfig.rank)
+    return {
+        "ranks.rank_min": bounds.lowest,
+        "ranks.rank_max": bounds.highest,
+        "train.lr_ratio": TrainConfig(method="gora" if train.text("method") == "gora" else "lora").ratio,
+        "train.epochs": None if train.whole("steps") else 1.0,
+        "train.mixed_precision": run.record.text("mixed_precision"),
+    }
 
 
 def without_option(run: Run) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from gora_serve.cli.fitting import _fit_config
 from gora_serve.cli.main import cli
 from gora_serve.errors import GoraError
 from gora_serve.integrity.binding import seal_folder
+from gora_serve.integrity.locks import locked
 from gora_serve.report.page import render, write_report
 from gora_serve.report.repeat import lines_of
 from gora_serve.report.runs import labels, read_run, read_runs
@@ -58,6 +59,14 @@ def test_results(page: Element, runs: Path) -> None:
         assert row[9] == "complete"
     lowest = min(("gora", "lora"), key=lambda name: float(rows[("gora", "lora").index(name)][1]))
     assert f"Lowest loss on the evaluation rows: {lowest}," in page.one("header").text
+
+
+def test_runs_with_other_evaluation_rows_have_no_winner(copied: Callable[..., Path], runs: Path) -> None:
+    other = copied("lora", run=lambda value: value["eval_data"].update(sha256="0" * 64))
+    page = page_of(runs / "gora", other)
+    assert "their evaluation losses cannot be compared" in page.one("aside").text
+    assert "different rows: there is no lowest loss to tell" in page.one("header").text
+    assert "Lowest loss" not in page.text
 
 
 def test_losses(page: Element, runs: Path) -> None:
@@ -113,7 +122,7 @@ def deltas(adapter: Path) -> dict[str, Any]:
 
 def test_search_for_gamma(page: Element, runs: Path) -> None:
     searched = content(runs / "gora" / "gamma.json")
-    rows = tables(page)["Gamma that were tried, gora"]
+    rows = tables(page)["Values of gamma tried, gora"]
     assert sorted(map(tuple, rows)) == sorted((repr(one["gamma"]), repr(one["loss"])) for one in searched["tried"])
     assert "gamma-2" not in {element.attributes.get("id") for element in page.all("figure")}, "given, not searched"
 
@@ -134,7 +143,8 @@ def test_time_and_memory(page: Element, runs: Path) -> None:
         assert float(row[3]) == trained["tokens"] / trained["seconds"]
         assert row[4] == str(run["result"]["peak_bytes"]["host"])
     stages = tables(page)["Seconds by stage"][0]
-    assert stages[3] == repr(content(runs / "gora" / "run.json")["result"]["seconds_by_stage"]["train"])
+    written = content(runs / "gora" / "run.json")["result"]["seconds_by_stage"]
+    assert stages[1:6] == [repr(written[name]) for name in ("probe", "gamma", "train", "evaluate", "verify")]
 
 
 def test_time_of_a_resumed_run(copied: Callable[..., Path]) -> None:
@@ -149,7 +159,7 @@ def test_time_of_a_resumed_run(copied: Callable[..., Path]) -> None:
     changed = [line | {"seconds": 3600.0} if "tokens" in line else line for line in lines(folder)]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in changed))
     page = page_of(folder)
-    assert tables(page)["Seconds by stage"][0][1:] == ["0.0", "0.0", "3600.0", "10.0", "20.0"]
+    assert tables(page)["Seconds by stage"][0][1:] == ["0.0", "0.0", "3600.0", "0.0", "10.0", "20.0"]
     assert tables(page)["Time and memory"][0][1] == "3630.0"
     assert "copy was resumed" in page.one("aside").text
 
@@ -193,10 +203,19 @@ def test_the_command_repeats_the_run(runs: Path, name: str, whole: bool) -> None
     with cli.commands["fit"].make_context("fit", [base, *words]) as context:
         options = context.params
     recorded = content(runs / name / "run.json")
-    assert json.loads(json.dumps(_config(options))) == recorded["config"]
+    config = recorded["config"]
+    if whole:  # what settings that were left open came to, by the paper's rules
+        config["ranks"] |= {"rank_min": 2, "rank_max": 16}
+        config["train"] |= {"lr_ratio": 1.0 if name == "lora" else 16.0, "mixed_precision": "no"}
+    assert json.loads(json.dumps(_config(options))) == config
     assert options["data"] == recorded["data"]["given"]
     assert options["eval_data"] == (recorded["eval_data"] or {}).get("given")
     assert options["output"] == runs / name
+
+
+def test_the_whole_command_names_the_one_epoch_that_nobody_asked_for(copied: Callable[..., Path]) -> None:
+    run = read_run(copied("short", run=lambda value: value["config"]["train"].update(steps=None)), "x")
+    assert "--epochs 1.0" in lines_of(run, whole=True)
 
 
 def _config(options: dict[str, Any]) -> dict[str, Any]:
@@ -297,6 +316,16 @@ def test_an_unfinished_run(unfinished: Path, runs: Path) -> None:
     assert "Not proved" in page.text
     assert tables(page)["Training loss by step"][-1][:2] == ["7", "not finite"]
     assert "Size of the update against rank: failed.partial" not in tables(page)
+
+
+def test_a_run_that_was_killed(copied: Callable[..., Path]) -> None:
+    """run.json says that it is running: so it is while a process holds it."""
+    folder = copied("gora", "killed.partial", run=lambda value: value.update(status="running"))
+    with locked(folder.with_name("killed")):
+        assert "killed.partial is running." in page_of(folder).text
+    page = page_of(folder)
+    assert "killed.partial is interrupted: no process holds it; fit --resume goes on." in page.one("aside").text
+    assert tables(page)["Losses are per token, on the evaluation rows"][0][9] == "interrupted"
 
 
 def test_a_run_that_left_nothing(copied: Callable[..., Path]) -> None:
