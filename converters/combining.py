@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from converters.base_names import check_names, names_of
 from converters.merge_receipt import Opened
 from converters.read import check_can_be_low_rank, held_to_base, is_asserted, read, refuse_another_base
 from converters.reading import Inputs
@@ -34,7 +35,7 @@ def merge_adapters(
 
     Adapters may be of any family that `convert` reads; sealed ones are held to their manifests. Raises what the readers
     and `merge_into_adapter` raise, UsageError (GS-231) for an update of full rank without a limit, MismatchError for a
-    damaged adapter, BindingError (GS-401, GS-4352) for one of another base.
+    damaged adapter, BindingError (GS-401, GS-4352) for one of another base, and for two names of one module (GS-454).
     """
     config = config or MergeConfig(into="adapter")
     config.validate()
@@ -47,6 +48,7 @@ def merge_adapters(
         if (path / SEAL).is_file():
             check_folder(path)
     opened = [Opened(path, weight, *read(path, inputs, config.family)) for path, weight in adapters]
+    check_names([(one.source.weights, names_of(one.reading)) for one in opened], weights)
     limited = any(limit is not None for limit in (config.rank, config.tolerance, config.parameters))
     for one in opened:
         check_can_be_low_rank(one.source, one.detection, one.reading, limited=limited)

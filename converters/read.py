@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from converters.base_names import by_base_names
 from converters.detect import Detection, decide
 from converters.families import family_named
 from converters.patterns import LEFT_OUT, Patterns
@@ -23,10 +24,10 @@ from gora_serve.integrity.verify import check_bound
 
 
 def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Detection, Reading]:
-    """Open a checkpoint, decide its family and read it, with every tensor accounted for.
+    """Open a checkpoint, decide its family and read it, with every tensor accounted for, by the base's names.
 
-    Raises UsageError for an option that the family has no use for (GS-238, GS-233), and what `decide`, the reader and
-    `_account` raise.
+    Raises UsageError for an option that the family has no use for (GS-238, GS-233), and what `decide`, the reader,
+    `_account` and `by_base_names` raise.
     """
     source = open_source(path, pickles=inputs.pickles)
     _check_kinds(source)
@@ -38,7 +39,8 @@ def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Dete
         )  # fmt: skip
     reading = family_named(detection.family).read(source, inputs)
     _check_used(source, detection, reading, inputs)
-    return source, detection, _account(source, detection, reading, inputs)
+    reading = _account(source, detection, reading, inputs)
+    return source, detection, by_base_names(reading, inputs, file=source.weights)
 
 
 def _check_kinds(source: Source) -> None:

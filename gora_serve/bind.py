@@ -33,6 +33,7 @@ from gora_serve.integrity.verify import check_bound
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.adapter_dir import CONFIG_FILE, AdapterDir, read_adapter_dir
 from gora_serve.serving.preflight import check_adapter, refuse
+from gora_serve.serving.unserved import convert_command
 
 if TYPE_CHECKING:
     from gora_serve.deploy.base import BaseWeights
@@ -70,8 +71,9 @@ def bind(adapter: Path, base: str, output: Path, *, overwrite: bool = False, lis
     """Write a copy of the PEFT LoRA adapter in `adapter` into `output`, bound to `base` by assertion, and sealed.
 
     Raises InputError for a pickle (GS-337), NaN (GS-339) and what `preflight` finds; BindingError for shapes that the
-    base does not have (GS-404, GS-462) and for an adapter that says that it belongs to another base (GS-401);
-    UsageError (GS-271) for one that is bound to this base already; MachineError (GS-560) where the disk has no room.
+    base does not have (GS-404, GS-462), for names that lack their first part (GS-463) and for an adapter that says that
+    it belongs to another base (GS-401); UsageError (GS-271) for one that is bound to this base already; MachineError
+    (GS-560) where the disk has no room.
     """
     located = locate_base(base)
     require_space(output, size_of_files(adapter))
@@ -118,7 +120,8 @@ def _refuse_pickles(adapter: Path) -> None:
 
 
 def check_shapes(adapter: AdapterDir, base: Path) -> None:
-    """Raise BindingError where a module of the adapter is none of the base's (GS-404), or has another shape (GS-462).
+    """Raise BindingError where a module of the adapter is none of the base's (GS-404), has another shape (GS-462), or
+    lacks the first part of its name (GS-463).
 
     The first is named, and how many there are.
     """
@@ -133,6 +136,19 @@ def check_shapes(adapter: AdapterDir, base: Path) -> None:
             f"the adapter does not fit this base{more}", code="GS-462", file=base, tensor=path,
             expected=f"(out, in) {expected}", actual=actual, hint="give the base that the adapter was trained on",
         )  # fmt: skip
+    for path in adapter.pairs:
+        name = weights.name_in_model(f"{path}.weight", _task(adapter)).removesuffix(".weight")
+        if name != path:
+            raise BindingError(
+                "the adapter's names lack the first part of the base's: PEFT and engines would pass over its modules",
+                code="GS-463", file=adapter.weights_file, tensor=path, expected=name,
+                hint=convert_command(adapter.path, base),
+            )  # fmt: skip
+
+
+def _task(adapter: AdapterDir) -> str | None:
+    task = adapter.config.get("task_type")
+    return task if isinstance(task, str) else None
 
 
 def _shapes(adapter: AdapterDir, weights: BaseWeights, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -119,6 +119,30 @@ class BaseWeights:
         module, _, kind = parameter.rpartition(".")
         return self.find(module) if kind == "weight" else self.find_parameter(parameter)
 
+    def own_name(self, parameter: str) -> str:
+        """Return what the checkpoint calls a parameter, where only a first part tells the two names apart.
+
+        The name as it is for one that the base lacks, or that is another's tensor: a tied head, shared embeddings.
+        """
+        found = self.counterpart(parameter) or parameter
+        stem, half = split_shared(parameter.removesuffix(".weight"))
+        for name in (parameter, f"{stem}{SHARED}.weight") if half else (parameter,):
+            if found.endswith(f".{name}"):
+                return found.removesuffix(name) + parameter
+            if name.endswith(f".{found}"):
+                return parameter.removeprefix(name.removesuffix(found))
+        return parameter
+
+    def name_in_model(self, parameter: str, task_type: str | None) -> str:
+        """Return what a parameter is called in the model that PEFT loads from this checkpoint, where an adapter that
+        was trained on the model without its head calls it by all but the first part of its name.
+
+        Without a head (FEATURE_EXTRACTION, or as config.json says) it is loaded again: such names stay.
+        """
+        own = self.own_name(parameter)
+        headless = self.is_trunk or task_type == "FEATURE_EXTRACTION"
+        return parameter if headless or len(own) < len(parameter) else own
+
     @cached_property
     def is_bare(self) -> bool:
         """Whether the checkpoint's names lack their first part, as those of a model saved without its head do."""

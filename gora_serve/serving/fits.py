@@ -14,7 +14,7 @@ from gora_serve.integrity.digest import TensorRecord
 from gora_serve.serving.adapter_dir import AdapterDir
 from gora_serve.serving.preflight import FLOATS
 from gora_serve.serving.room import SAME_NAMES
-from gora_serve.serving.unserved import TRAIN_ELSE
+from gora_serve.serving.unserved import TRAIN_ELSE, convert_command
 
 Place = tuple[tuple[str, ...], str]
 RIGHT_BASE = "give the base that the adapter was trained on"
@@ -46,7 +46,7 @@ def fit_errors(
     if strange:
         yield BindingError(
             f"{_count(strange, adapter)} are not in the base: {_named(strange)}", code="GS-471",
-            file=adapter.weights_file, tensor=strange[0], hint=RIGHT_BASE,
+            file=adapter.weights_file, tensor=strange[0], hint=_way(adapter, tensors, strange),
         )  # fmt: skip
     yield from _shape_errors(adapter, tensors)
     if same_names:
@@ -67,6 +67,14 @@ def _strange(adapter: AdapterDir, tensors: Mapping[str, TensorRecord], *, same_n
         for module in adapter.pairs
         if (place := place_of(module)) not in places and place[0] and (same_names or place[1] in leaves)
     ]
+
+
+def _way(adapter: AdapterDir, tensors: Mapping[str, TensorRecord], strange: Collection[str]) -> str:
+    """Return what to do about modules that are not in the base: some may lack only the first part of their names."""
+    tails = {name.partition(".")[2] for name in tensors}
+    if not all(f"{module}.weight" in tails for module in strange):
+        return RIGHT_BASE
+    return f"the first part of their names is missing: {convert_command(adapter.path, None)}"
 
 
 def _shape_errors(adapter: AdapterDir, tensors: Mapping[str, TensorRecord]) -> Iterator[GoraError]:
