@@ -25,8 +25,11 @@ from gora_serve.deploy.base import BaseWeights
 from gora_serve.deploy.cost import Deployment, deployments
 from gora_serve.deploy.gap import STORED, Gap, Parts, measure_gap
 from gora_serve.deploy.trained_on import quantization
+from gora_serve.errors import GoraError
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.manifest import hash_model
+from gora_serve.serving.adapter_dir import read_adapter_dir
+from gora_serve.serving.preflight import Fault, as_fault, check_adapter
 from gora_serve.training.lengths import check_length, positions
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ def find_gap(
         check_length(positions(weights.config), rows)
     inputs = replace(inputs, base=weights)
     source, detection, reading = read(path, inputs, config.family)
+    reading = _as_served(source, reading, base)
     manifest = partial(hash_model, base.path, listen=inputs.listen)
     warnings = held_to_base(source, detection, reading, manifest, base, inputs)
     lay_in = _lay_in(source, reading, config)
@@ -92,6 +96,26 @@ def find_gap(
         base_bytes=sum(entry.nbytes for entry in weights.tensors.entries.values()),
     )  # fmt: skip
     return GapReport(str(path), base.name, config, detection, reading, lay_in, gap, costs, comparison, warnings)
+
+
+def _as_served(source: Source, reading: Reading, base: Base) -> Reading:
+    """Return the reading as one that no engine loads, where `serve` refuses the files as they are.
+
+    That an initialisation edited the base is not asked of them: the error that it leaves is measured.
+    """
+    if reading.served is None:
+        return reading
+    faults = [fault for fault in _faults(source, base) if fault.code != "GS-383" or reading.initial is None]
+    if not faults:
+        return reading
+    return replace(reading, served=None, notes=(*reading.notes, f"serve refuses it as it is: {faults[0]}"))
+
+
+def _faults(source: Source, base: Base) -> Sequence[Fault]:
+    try:
+        return check_adapter(read_adapter_dir(source.folder.name, source.folder), base.path)
+    except GoraError as err:  # pickles, another name of the file
+        return (as_fault(err, source.folder),)
 
 
 def _lay_in(source: Source, reading: Reading, config: GapConfig) -> tuple[str, str] | None:

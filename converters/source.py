@@ -83,6 +83,8 @@ def open_source(path: Path, *, pickles: bool = False) -> Source:
         raise InputError(
             "adapter_config.json is not an object", code="GS-3107", file=folder / CONFIG, hint="fetch the adapter again"
         )
+    if isinstance(kind := config.get("peft_type"), str):  # written by hand, in small letters
+        config["peft_type"] = kind.upper()
     return Source(folder, weights, config, _whole(folder, _open_tensors(weights, pickles=pickles)))
 
 

@@ -158,9 +158,9 @@ def _config_faults(adapter: AdapterDir, base: Path | None) -> Iterator[Fault]:
         what = "trained biases come with the adapter, and vLLM adapts none"
         yield Fault("GS-382", what, file, "bias", "none", config["bias"], TRAIN_ELSE)
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        what, hint = init_way(init, path, base)
-        yield Fault("GS-383", what, file, "init_lora_weights", True, init, hint)
+    if not (init is None or isinstance(init, bool)) and str(init).lower() not in PLAIN_INITS:
+        what, hint = init_way(str(init), path, base)
+        yield Fault("GS-383", what, file, "init_lora_weights", True, _short(init), hint)
     for key in ("use_rslora", "fan_in_fan_out"):
         if config.get(key) is not None and not isinstance(config[key], bool):
             what = 'neither true nor false: the text "false" would be read as true'

