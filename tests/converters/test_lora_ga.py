@@ -44,7 +44,7 @@ def test_lora_ga(tmp_path: Path, tiny_base: Path, settings: dict[str, Any], way:
 
 def test_an_edited_base_that_is_named_is_no_other_base(tmp_path: Path, tiny_base: Path) -> None:
     run = make_lora_ga(tmp_path)
-    for named, told in ((run.mutated, "nothing says"), ("org/other-model", "org/other-model")):
+    for named, told in ((run.mutated, "nothing proves"), ("org/other-model", "org/other-model")):
         edit_config(run.adapter, base_model_name_or_path=str(named))
         done = converted(
             run.adapter, tiny_base, tmp_path / told[-5:], inputs=inputs_of(run, "mutated"), family="lora_ga"

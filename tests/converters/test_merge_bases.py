@@ -54,7 +54,7 @@ def test_another_name_is_refused_and_the_same_elsewhere_is_not(tmp_path: Path) -
     for index, name in enumerate(same):
         naming(tmp_path, name)
         done = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / f"out{index}")
-        assert ["nothing says" in line for line in done.warnings] == [True]
+        assert ["nothing proves" in line for line in done.warnings] == [True]
 
 
 @pytest.mark.parametrize("weights", [None, "pytorch_model.bin", "model.safetensors"])
@@ -73,7 +73,7 @@ def test_a_named_folder_whose_weights_cannot_be_hashed_goes_by_its_name(tmp_path
     assert str(tmp_path / "other") in done.warnings[0]
     naming(tmp_path, tmp_path / "elsewhere" / "base")
     done = merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
-    assert ["nothing says" in line for line in done.warnings] == [True]
+    assert ["nothing proves" in line for line in done.warnings] == [True]
 
 
 def test_a_base_that_is_called_as_a_mirror_in_4_bits(tmp_path: Path) -> None:
