@@ -105,7 +105,7 @@ def _as_served(source: Source, reading: Reading, base: Base) -> Reading:
     """
     if reading.served is None:
         return reading
-    faults = [fault for fault in _faults(source, base) if fault.code != "GS-383" or reading.initial is None]
+    faults = [fault for fault in _faults(source, base) if fault.key != "init_lora_weights" or reading.initial is None]
     if not faults:
         return reading
     return replace(reading, served=None, notes=(*reading.notes, f"serve refuses it as it is: {faults[0]}"))
