@@ -77,6 +77,18 @@ def test_the_copy_differs_in_its_header_alone(foreign: Path, tiny_base: Path, tm
     assert json.loads((bound / "gora_manifest.json").read_text())["binding"] == record["base"]
 
 
+def test_a_value_beyond_float32_is_refused(foreign: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """As convert, gap and merge do: an engine would make it infinite."""
+    tensors = {name: tensor.double() for name, tensor in load_file(foreign / WEIGHTS).items()}
+    tensors[f"base_model.model.{Q}.lora_A.weight"][1, 2] = 1e300
+    save_file(tensors, foreign / WEIGHTS)
+    out = ("--base", tiny_base, "--output", tmp_path / "bound")
+    for words in (("bind", foreign, *out), ("serve", tiny_base, "-a", f"x={foreign}", "--dry-run")):
+        answer = gora_here(*words)
+        assert (answer.code, answer.gs) == (3, "GS-339")
+        assert "[1, 2]" in answer.err
+
+
 def test_it_is_held_to_its_base_and_says_asserted(foreign: Path, tiny_base: Path, tmp_path: Path) -> None:
     bind(foreign, str(tiny_base), tmp_path / "bound")
     done = verify_adapter(tmp_path / "bound", base=tiny_base, strict=True)

@@ -17,7 +17,7 @@ import torch
 
 import gora_serve
 from gora_serve.adapter.card import model_card
-from gora_serve.adapter.factors import Adapter, BaseId, LazyModules
+from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.format import read_adapter, seal_record, write_adapter
 from gora_serve.adapter.linalg import NUMERICAL
 from gora_serve.adapter.measure import Measured, ModuleError, measure_written, rounded_away
@@ -79,9 +79,9 @@ def merge_into_adapter(
     """Write one adapter for several into `output`, in the form and dtype asked for, with manifest and merge.json.
 
     bound_to: `base` by its roots, to which the result is bound. Nothing is written where anything is refused. Raises
-    BindingError (GS-404, GS-405) for modules that the base lacks or has in another shape; InputError: GS-3452 where all
-    updates cancel, GS-3456 where the limit keeps none, GS-3454 where the dtype leaves nothing; and what `combine`
-    raises.
+    BindingError (GS-404, GS-405) for modules that the base lacks or has in another shape; InputError: GS-3452 where
+    nothing is left of the updates, GS-3456 where the limit keeps none, GS-3454 where the dtype leaves nothing; and what
+    `combine` raises.
     """
     dtype: ExportDtype = "float32" if config.dtype == "auto" else config.dtype
     limits = Limits(config.rank, config.tolerance, config.parameters)
@@ -95,7 +95,7 @@ def merge_into_adapter(
             seed=config.seed, base=bound_to, spectra=spill, precision=NUMERICAL[dtype], listen=listen,
         )  # fmt: skip
         if not done.adapter.modules:
-            raise _nothing_is_left(done)
+            raise _nothing_is_left(done, ingredients, config)
         ranks = level(done.ranks, base)
         adapter = _finished(done, ranks, ingredients, base, config)
         root = write_adapter(stage, adapter, config.form, getattr(torch, dtype))
@@ -120,22 +120,31 @@ def _check(ingredients: Sequence[Ingredient], base: BaseWeights) -> None:
         check_carried(base, one.adapter.carried, file=file)
 
 
-def _nothing_is_left(done: Combined) -> InputError:
-    """Return the error for a result without a module: nothing fits the limit (GS-3456), or updates cancel (GS-3452).
+def _nothing_is_left(done: Combined, ingredients: Sequence[Ingredient], config: MergeConfig) -> InputError:
+    """Return the error for a result without modules: nothing fits the limit (GS-3456), or no update is left (GS-3452).
 
     Of the limits only a number of parameters can leave nothing.
     """
     smallest = min((sum(one.shape) for one in done.spectra.values() if one.numerical_rank), default=None)
     if smallest is None:
+        why, hint = "they cancel", "look at the weights; is one of them the other's with the opposite sign?"
+        if all(_is_zero(factors) for one in ingredients for factors in one.adapter.modules.values() if one.weight):
+            why, hint = "each of them is zero", "are these the adapters as they were before training?"
+        elif config.method in DENSITY:
+            why = f"--method {config.method} keeps {_density(config):g} of their values, and these are zero or cancel"
+            hint = "a larger --density; or look at the weights"
         return InputError(
-            "the updates cancel: the merged adapter changes nothing", code="GS-3452",
-            hint="look at the weights; is one of them the other's with the opposite sign?",
-        )  # fmt: skip
+            "nothing is left of the updates: the merged adapter changes nothing", code="GS-3452", actual=why, hint=hint
+        )
     return InputError(
         "the number of parameters is too small: rank 1 of no module fits", code="GS-3456",
         expected=f"--parameters {smallest} or more", actual=done.limits.parameters,
         hint=f"--parameters {smallest} keeps one direction of the smallest module; or --rank R, --tolerance T",
     )  # fmt: skip
+
+
+def _is_zero(factors: LoraFactors) -> bool:
+    return not (factors.scale and factors.A.any() and factors.B.any())
 
 
 def _above_budget(

@@ -1,4 +1,7 @@
-"""NaN and infinity in a safetensors file, found from its bytes: no torch, no numpy, a mebibyte at a time."""
+"""NaN and infinity in a safetensors file, found from its bytes: no torch, no numpy, a mebibyte at a time.
+
+A float64 beyond float32 is infinite too: to engines, which cast factors to the model's dtype.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,19 @@ def _pieces(fd: int, start: int, entry: TensorEntry, path: Path) -> Iterator[tup
 def first_not_finite(data: bytes, dtype: str) -> int | None:
     """Return the index of the first element of `data`, of a type of EXPONENTS, that is NaN or infinite."""
     size, ones = EXPONENTS[dtype]
-    high, low = (data[size - 1 - i :: size].translate(_ones(ones >> 8 - 8 * i & 0xFF)) for i in (0, 1))
-    both = int.from_bytes(high, "little") & int.from_bytes(low, "little")  # one byte per element, 1 where both say so
+    high, low = (data[size - 1 - i :: size] for i in (0, 1))
+    both = _where(high, _ones(ones >> 8)) & _where(low, _ones(ones & 0xFF))
+    if dtype == "F64":  # of 2^128 and above
+        both |= _where(high, _LARGE) | _where(high, _AT_LIMIT) & _where(low, _ones(0xF0))
     return (both & -both).bit_length() // 8 if both else None
+
+
+def _where(data: bytes, table: bytes) -> int:
+    """Return a number of one byte for each of `data`, 1 where the table says so."""
+    return int.from_bytes(data.translate(table), "little")
+
+
+_LARGE, _AT_LIMIT = (bytes(byte & 0x7F in found for byte in range(256)) for found in (range(0x48, 0x80), (0x47,)))
 
 
 @cache
@@ -55,6 +68,6 @@ def _refused(path: Path, entry: TensorEntry, flat: int) -> InputError:
         index.append(place)
     return InputError(
         "the adapter holds a value that is NaN or infinite", code="GS-339", file=path, tensor=entry.name,
-        expected="finite numbers", actual=f"at index {index[::-1]}",
+        expected=f"finite numbers{', below 2^128' if entry.dtype == 'F64' else ''}", actual=f"at index {index[::-1]}",
         hint="take an earlier checkpoint of the run: the training had diverged",
     )  # fmt: skip

@@ -143,6 +143,21 @@ def test_refusals_leave_nothing(tmp_path: Path, tiny_base: Path, bound: BaseId, 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_why_nothing_is_left(tmp_path: Path, tiny_base: Path, bound: BaseId, ingredients: list[Ingredient]) -> None:
+    one = ingredients[0]
+    modules = {path: replace(factors, B=0 * factors.B) for path, factors in one.adapter.modules.items()}
+    zero = replace(one, adapter=replace(one.adapter, modules=modules))
+    for given, settings, why in (
+        ([one, replace(one, weight=-one.weight)], {}, "they cancel"),
+        ([zero], {}, "each of them is zero"),
+        ([zero, zero], {"method": "dare"}, "each of them is zero"),
+        ([one], {"method": "dare", "density": 1e-9}, "--method dare keeps 1e-09 of their values"),
+    ):
+        with pytest.raises(InputError, match="GS-3452") as caught:
+            merge(given, tiny_base, bound, tmp_path / "out", **settings)
+        assert str(caught.value.fields["actual"]).startswith(why)
+
+
 def test_a_number_of_parameters_that_keeps_nothing_is_no_cancelling(
     tmp_path: Path, tiny_base: Path, bound: BaseId, ingredients: list[Ingredient]
 ) -> None:
