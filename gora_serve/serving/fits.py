@@ -70,10 +70,15 @@ def _strange(adapter: AdapterDir, tensors: Mapping[str, TensorRecord], *, same_n
 
 
 def _way(adapter: AdapterDir, tensors: Mapping[str, TensorRecord], strange: Collection[str]) -> str:
-    """Return what to do about modules that are not in the base: some may lack only the first part of their names."""
+    """Return what to do about modules that are not in the base: some may lack only the first part of their names.
+
+    `convert` leaves the names of FEATURE_EXTRACTION as they are: they are right for the model without its head.
+    """
     tails = {name.partition(".")[2] for name in tensors}
     if not all(f"{module}.weight" in tails for module in strange):
         return RIGHT_BASE
+    if adapter.config.get("task_type") == "FEATURE_EXTRACTION":
+        return "serve it with PEFT over AutoModel: it belongs to the base without its head"
     return f"the first part of their names is missing: {convert_command(adapter.path, None)}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from gora_serve.bind import bind
 from gora_serve.config import GapConfig, MergeConfig
 from gora_serve.errors import BindingError
 from gora_serve.integrity.bases import Base
+from gora_serve.integrity.manifest import hash_model
+from gora_serve.serving.adapter_dir import read_adapter_dir
+from gora_serve.serving.fits import fit_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT about embeddings, tied heads and fan_in_fan_out
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -93,8 +97,19 @@ def test_gap_and_bind_say_no_until_it_is_converted(tmp_path: Path, tiny_base: Pa
         bind(tmp_path / "adapter", str(tiny_base), tmp_path / "bound")
     assert (caught.value.code, caught.value.fields["tensor"]) == ("GS-463", "layers.0.mlp.down_proj")
     assert "gora-serve convert" in str(caught.value.fields["try"])
+    ways = {task: serve_says(tmp_path / "adapter", tiny_base, task) for task in (None, "FEATURE_EXTRACTION")}
+    assert "first part of their names is missing: gora-serve convert" in ways[None]
+    assert "PEFT over AutoModel" in ways["FEATURE_EXTRACTION"]
     converted(tmp_path / "adapter", tiny_base, tmp_path / "out")
     assert find_gap(tmp_path / "out", base, GapConfig(), Inputs()).gap.within(0.01)
+
+
+def serve_says(adapter: Path, base: Path, task: str | None) -> str:
+    read = read_adapter_dir("x", adapter)
+    read = replace(read, config={**read.config, "task_type": task})
+    (error,) = fit_errors(read, hash_model(base).tensors, "LlamaForCausalLM")
+    assert error.code == "GS-471"
+    return str(error.fields["try"])
 
 
 def added_by_hand(base: Path, *adapters: Path) -> Tensor:
