@@ -18,7 +18,7 @@ from gora_serve.config import Canary, ExportConfig, ExportDtype, Form
 from gora_serve.errors import UsageError
 
 
-@click.command()
+@click.command(short_help="Write a run's adapter as standard LoRA, for PEFT and vLLM.")
 @click.argument("run", type=FOLDER)
 @click.option("--output", required=True, type=FOLDER, metavar="DIR", help="Folder of the adapter.")
 @click.option(
@@ -94,7 +94,7 @@ def export(
     emit(summary, as_json=as_json)
 
 
-@click.command("hash")
+@click.command("hash", short_help="Hash a base: a root for weights, configuration and tokenizer.")
 @click.argument("base")
 @click.option("--output", type=FILE, help="Write the manifest, for verify --manifest.")
 @click.option("--oms", type=FILE, help="Write a statement of all files in OpenSSF Model Signing's form, to be signed.")

@@ -9,7 +9,7 @@ import click
 from gora_serve.cli.options import FOLDER, json_option, overwrite_option
 
 
-@click.command()
+@click.command(short_help="Copy another tool's adapter, bound to the base that you name.")
 @click.argument("adapter", type=FOLDER)
 @click.option("--base", required=True, help="The base that the adapter was trained on: a model folder or a hub id.")
 @click.option("--output", required=True, type=FOLDER, metavar="DIR", help="Folder of the bound copy.")

@@ -10,7 +10,7 @@ from gora_serve.cli.options import FOLDER, json_option, keep_options, overwrite_
 from gora_serve.config import ConvertConfig, ExportDtype, Form
 
 
-@click.command()
+@click.command(short_help="Rewrite another tool's adapter as plain LoRA on the untouched base.")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The untouched base: a model folder or a hub id.")
 @click.option("--output", required=True, type=FOLDER, metavar="DIR", help="Folder of the converted adapter.")

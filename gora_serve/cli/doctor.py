@@ -7,7 +7,7 @@ import click
 from gora_serve.cli.options import json_option
 
 
-@click.command()
+@click.command(short_help="Look at versions, advisories, this machine and the engine.")
 @click.option(
     "--engine", is_flag=True, help="Also start vLLM, over a model of a few kilobytes. Takes a minute or more."
 )

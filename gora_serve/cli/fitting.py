@@ -32,7 +32,7 @@ from gora_serve.config import (
 )  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="Train an adapter for one task with GoRA, from a base and data.")
 @click.argument("base")
 @data_option
 @click.option("--output", required=True, type=FOLDER, metavar="RUN", help="Run folder, made when the run is complete.")
@@ -112,7 +112,7 @@ def _rank_config(options: dict[str, Any]) -> RankConfig:
     return RankConfig(options["rank"], options["rank_min"], options["rank_max"], options["rank_rule"])
 
 
-@click.command()
+@click.command(short_help="Measure the gradients of a base on data, without training.")
 @click.argument("base")
 @data_option
 @click.option("--output", required=True, type=FOLDER, metavar="DIR", help="Folder for probe.json and its statistics.")
@@ -149,7 +149,7 @@ def probe(base: str, data: str, output: Path, **options: Any) -> None:
     emit(probe_summary(output, result), as_json=options["as_json"])
 
 
-@click.command()
+@click.command(short_help="Allocate ranks anew from a probe: other budget, rule or metric.")
 @click.argument("probe", type=FOLDER)
 @rank_options
 @click.option(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from converters.reading import Inputs
 
 
-@click.command()
+@click.command(short_help="Measure what serving another tool's adapter as it is would cost.")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The untouched base: a model folder or a hub id.")
 @source_options

@@ -9,7 +9,7 @@ import click
 from gora_serve.cli.options import FOLDER, json_option
 
 
-@click.command()
+@click.command(short_help="Say what a folder is: adapter, run, base or merged model.")
 @click.argument("path", type=FOLDER)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:

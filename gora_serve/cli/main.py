@@ -27,41 +27,43 @@ from gora_serve.cli.report import report
 from gora_serve.cli.serve import serve
 from gora_serve.cli.status import status
 from gora_serve.cli.verify import verify
-from gora_serve.errors import GoraError, Stopped
+from gora_serve.errors import GoraError, Stopped, UsageError
 from gora_serve.integrity.hub import without_tokens
 from gora_serve.signals import came, leaving_on_signals
 
 BUG = 70
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+SECTIONS = {  # in the order of work
+    "From data to an adapter": (fit, probe, ranks, plan, report),
+    "Adapters and proof": (export, verify, hash_, bind, inspect),
+    "Adapters of other tools": (convert, gap, merge),
+    "Serving": (serve, status),
+    "This machine": (doctor, demo),
+}
+
+
+class Sections(click.Group):
+    """A group whose help lists the commands section by section."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{command.name:{width}}", command.get_short_help_str()) for command in commands])
+
+
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="gora-serve")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """One untouched base model, many tasks: from training data to a verified multi-adapter server.
 
-    \b
-    plan BASE                            what memory it will take
-    fit BASE --data FILE --output RUN    train an adapter with GoRA
-    export RUN --output DIR              write it as a standard LoRA adapter
-    gap ADAPTER --base BASE              what serving another tool's adapter as it is would cost
-    convert ADAPTER --base BASE --output DIR   another tool's adapter, as the same
-    bind ADAPTER --base BASE --output DIR      another tool's adapter, with the base that you say it has
-    inspect PATH                         what a folder is, by its headers
-    merge BASE -a ADAPTER --output DIR         adapters and base as one model, or as one adapter
-    verify DIR --base BASE               prove files, tensors and base
-    serve BASE -a NAME=DIR ...           serve many adapters over the one base
-    status URL                           how a server stands, and each of its models
-    report RUN ...                       one HTML page about runs: losses, ranks, cost, proof
-    doctor                               versions, advisories, what this machine can do
+    gora-serve COMMAND --help tells all of a command; README.md and docs/ of the repository tell of the whole.
     """
 
 
-COMMANDS = (
-    plan, fit, probe, ranks, export, gap, convert, bind, merge, inspect, hash_, verify, serve, status, report, demo,
-    doctor,
-)  # fmt: skip
-for command in COMMANDS:
+for command in (command for commands in SECTIONS.values() for command in commands):
     cli.add_command(command)
 
 
@@ -89,7 +91,7 @@ def _answer(argv: list[str], *, as_json: bool, debug: bool) -> int:
         if number := came():
             return _interrupted(number)
         with _nobody_may_listen():
-            _report(err, as_json=as_json, debug=debug)
+            _report(_of_command(err, argv[0]), as_json=as_json, debug=debug)
         return err.exit_code
     except Stopped as err:
         if os.environ.get("RANK", "0") == "0":
@@ -97,6 +99,8 @@ def _answer(argv: list[str], *, as_json: bool, debug: bool) -> int:
         return err.exit_code
     except click.ClickException as err:
         err.show()
+        if as_json:
+            click.echo(json.dumps(_usage(err).to_json(), indent=2))
         return err.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _interrupted(signal.SIGINT)
@@ -131,6 +135,19 @@ def _nobody_may_listen() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _of_command(err: GoraError, command: str) -> GoraError:
+    """Return the error with the command's name in its hint, where it speaks of COMMAND."""
+    hint, anyone = str(err.fields.get("try")), "gora-serve COMMAND "
+    return err.advising(hint.replace(anyone, f"gora-serve {command} ")) if anyone in hint else err
+
+
+def _usage(err: click.ClickException) -> UsageError:
+    """Return what click refused as an error of ours: its fields are those of all others."""
+    context = getattr(err, "ctx", None)
+    words = context.command_path if context else "gora-serve"
+    return UsageError(err.format_message(), code="GS-200", hint=f"{words} --help says what it takes")
 
 
 def _report(err: GoraError, *, as_json: bool, debug: bool) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gora_serve.integrity.bases import Base
 
 
-@click.command()
+@click.command(short_help="Merge adapters into their base, or into one adapter.")
 @click.argument("base")
 @click.option(
     "-a", "--adapter", "adapters", multiple=True, required=True, type=Weighted(),

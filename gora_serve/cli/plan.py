@@ -11,7 +11,7 @@ from gora_serve.cli.options import json_option
 from gora_serve.config import DataConfig, ModelConfig, PlanConfig, RankConfig, ServeConfig
 
 
-@click.command()
+@click.command(short_help="Reckon the memory that fit or serving will take, before loading.")
 @click.argument("base")
 @click.option(
     "-a",

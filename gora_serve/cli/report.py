@@ -10,7 +10,7 @@ from gora_serve.cli.options import FILE, FOLDER, json_option, overwrite_option
 from gora_serve.config import ReportConfig
 
 
-@click.command()
+@click.command(short_help="Write one HTML page about runs: losses, ranks, cost, proof.")
 @click.argument("runs", nargs=-1, required=True, type=FOLDER, metavar="RUN...")
 @click.option(
     "--output",

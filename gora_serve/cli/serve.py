@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from gora_serve.cli.journals import Journal
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command(
+    context_settings={"ignore_unknown_options": False},
+    short_help="Serve one base and many adapters through vLLM, each verified.",
+)
 @click.argument("base")
 @click.option(
     "-a",

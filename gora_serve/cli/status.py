@@ -11,7 +11,7 @@ from gora_serve.cli.options import FILE, json_option
 from gora_serve.config import ServeConfig
 
 
-@click.command()
+@click.command(short_help="Ask a server how it stands, and each of its models.")
 @click.argument("url", default=f"http://{ServeConfig.host}:{ServeConfig.port}", metavar="[URL]")
 @click.option(
     "--api-key-file",

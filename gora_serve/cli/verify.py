@@ -17,7 +17,7 @@ SOURCES = {  # of the options of adapters: their names here, and those of `Input
 }  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="Prove files, tensors and base, by hashing every byte.")
 @click.argument("path", type=FOLDER)
 @click.option("--base", help="The base that the adapter must belong to, or that a merged model was made of.")
 @click.option(

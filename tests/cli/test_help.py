@@ -83,8 +83,24 @@ def test_help_is_light_and_names_every_command() -> None:
     code, out, modules = run_help("--help")
     assert code == 0
     check_light(modules)
-    listed = [line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()]
+    listed = [line.split()[0] for line in listed_commands(out)]
     assert sorted(listed) == COMMANDS
+
+
+def listed_commands(out: str) -> list[str]:
+    """The lines of the help that name a command, and those that they were wrapped into."""
+    sections = out.split("Options:")[1].split("\n\n")[1:]
+    return [line for section in sections for line in section.splitlines()[1:]]
+
+
+def test_a_command_has_one_line_of_a_narrow_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gora_serve", "--help"], capture_output=True, text=True, env=environment(COLUMNS="80"),
+        timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    lines = listed_commands(done.stdout)
+    assert sorted(line.split()[0] for line in lines) == COMMANDS
+    assert all(line.endswith(".") and not line.endswith("...") and len(line) <= 80 for line in lines)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

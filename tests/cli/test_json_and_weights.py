@@ -1,4 +1,4 @@
-"""Numbers on the command line: what --json prints of those that are not finite, and which weights are taken."""
+"""What --json prints of words that cannot be read and of numbers that are not finite; which weights are taken."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import click
 import pytest
+from shell import gora_here
 
 from gora_serve.cli.options import Weighted
 from gora_serve.cli.render import Summary, emit
@@ -16,6 +17,28 @@ def test_json_has_null_for_numbers_that_are_not_finite(capsys: pytest.CaptureFix
     emit(Summary(value), as_json=True)
     told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert told == {"a": None, "b": [1.5, None], "c": {"d": [None, True, None, "x", 2]}}
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "command"),
+    [
+        (("fit", "base", "--json"), "Missing option '--data'", "gora-serve fit"),
+        (("serve", "base", "--json", "--port", "x", "--", "--more"), "'x' is not a valid", "gora-serve serve"),
+        (("fitt", "--json"), "No such command 'fitt'", "gora-serve"),
+    ],
+)
+def test_words_that_cannot_be_read_are_json_too(words: tuple[str, ...], what: str, command: str) -> None:
+    answer = gora_here(*words)
+    told = json.loads(answer.out)
+    assert (answer.code, told["exit_code"], told["error"]["code"]) == (2, 2, "GS-200")
+    assert what in told["error"]["what"]
+    assert told["error"]["try"].startswith(f"{command} --help ")
+    assert f"Usage: {command} " in answer.err
+
+
+def test_words_behind_the_dashes_are_the_engines() -> None:
+    answer = gora_here("serve", "base", "--port", "x", "--", "--json")
+    assert (answer.code, answer.out) == (2, "")
 
 
 @pytest.mark.parametrize("text", ["a:1_0", "a:\uff11", "a:\u0661"])
