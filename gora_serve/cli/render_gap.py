@@ -146,10 +146,7 @@ def _table(report: GapReport) -> Table:
     total = gap.shares()
     shown = [name for name in HEADS if total[name] is not None]
     kinds = by_kind(gap.modules)
-    table = Table(title="Error, Frobenius norms", title_justify="left", padding=(0, 0))
-    table.add_column("module", no_wrap=True, min_width=max(map(len, kinds), default=0))
-    table.add_column("number")
-    table.add_column("rank")
+    table = Table("module", "number", "rank", title="Error, Frobenius norms", title_justify="left", padding=0)
     for name in shown:
         table.add_column("\n".join(HEADS[name]), justify="right")
     for kind, paths in kinds.items():

@@ -76,27 +76,29 @@ def _advice(plan: MemoryPlan, config: PlanConfig, memory: int, advice: Advice | 
     ]
 
 
+_HEADS = {"statistics": "statis-\ntics", "activations": "activa-\ntions"}  # 80 columns hold all parts
+
+
 def _table(plan: MemoryPlan, config: PlanConfig) -> Table:
+    """The parts of each job, saved by nothing in its first line, by offloading and checkpointing in the others."""
     left_out = {"holes": config.device != "cpu", "copies": config.mixed_precision == "no"}
     names = [field.name for field in fields(Parts) if not left_out.get(field.name)]
-    total = "device" if config.device == "gpu" else "total"
-    host = ["host"] if config.device == "gpu" else []
-    table = Table("job", "saved by", *names, total, *host, title="GiB at the peak", title_justify="left")
-    table.pad_edge = "copies" not in names  # so 120 columns hold all of them
-    for column in table.columns[2:]:
-        column.justify = "right"
+    totals = ["device", "host"] if config.device == "gpu" else ["total"]
+    table = Table("job,\nsaved by", title="GiB at the peak", title_justify="left", padding=0, show_edge=False)
+    for name in (*names, *totals):
+        table.add_column(_HEADS.get(name, name), justify="right", vertical="bottom")
     for index, need in enumerate(plan.needs):
         cells = [_gib(getattr(need.device, name)) for name in names]
         ends = index + 1 == len(plan.needs) or plan.needs[index + 1].job != need.job
-        totals = [_gib(need.device.total), *([_gib(need.host.total)] if host else [])]
-        table.add_row(need.job, _manner(need), *cells, *totals, end_section=ends)
+        sums = [_gib(side.total) for side in (need.device, need.host)[: len(totals)]]
+        table.add_row(_manner(need) or need.job, *cells, *sums, end_section=ends)
     return table
 
 
 def _manner(need: Need) -> str:
     if need.offload != "none":
-        return f"offload {need.offload}"
-    return "checkpointing" if need.checkpointing else "-"
+        return f" offload {need.offload}"
+    return " checkpointing" if need.checkpointing else ""
 
 
 def _gib(size: int) -> str:

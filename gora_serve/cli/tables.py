@@ -25,4 +25,13 @@ def print_tables(tables: Sequence[Table]) -> None:
     known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
     console = _Output(width=None if known else 120, highlight=False)
     for table in tables:
+        _cut_nothing(table, console.width)
         console.print(table)
+
+
+def _cut_nothing(table: Table, width: int) -> None:
+    """Break cells that are too long into lines; not so the names of what the rows are about, where there is room."""
+    for column in table.columns:
+        column.overflow = "fold"
+    names = [str(cell) for cell in table.columns[0].cells]
+    table.columns[0].no_wrap = all(" " not in name and len(name) <= width // 2 for name in names)

@@ -221,6 +221,23 @@ def test_tables_are_as_wide_as_columns_says(plain: Path, tiny_base: Path, monkey
     assert max(map(len, rows)) <= 60
 
 
+def test_names_are_whole_at_80_columns(
+    plain: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (
+        ("gap", plain, "--base", tiny_base),
+        ("convert", plain, "--base", tiny_base, "--output", tmp_path / "converted"),
+        ("merge", tiny_base, "-a", plain, "--output", tmp_path / "merged"),
+        ("merge", tiny_base, "-a", f"{plain}:0.123456789", "--into", "adapter", "--output", tmp_path / "adapter"),
+    ):
+        answer = gora_here(*words)
+        rows = [line for line in answer.out.splitlines() if line[:1] in "┏┃│└"]
+        assert "self_attn.q_proj" in " ".join(rows), answer.err
+        assert "…" not in answer.out
+        assert max(map(len, rows)) <= 80
+
+
 def test_hashing_is_told_in_megabytes(plain: Path, tiny_base: Path, tmp_path: Path) -> None:
     answer = gora_here("hash", tiny_base)
     assert "hash 0/0 MB" in answer.err

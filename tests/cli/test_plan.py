@@ -39,10 +39,25 @@ def test_plan_tells_parameters_memory_and_what_to_do(tiny_base: Path) -> None:
     assert f"{tiny_base}: {parameters:,} parameters (float32)" in answer.out
     assert "fits 4.00 GiB: fit --probe exact (peak " in answer.out
     assert "--probe auto takes exact there" in answer.out
-    rows = [line for line in answer.out.splitlines() if line.startswith("│")]
-    for job in ("probe exact", "probe sketch", "train"):
-        assert len([row for row in rows if row.startswith(f"│ {job} ")]) == 4
+    first = [line.partition("│")[0] for line in answer.out.splitlines() if line.count("│") > 3]
+    ways = [" checkpointing", " offload cpu", " offload disk"]
+    assert [cell.rstrip() for cell in first] == ["probe exact", *ways, "probe sketch", *ways, "train", *ways]
     assert snapshot(tiny_base) == before
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_the_widest_table_is_whole_at_80_columns(
+    tiny_base: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    answer = gora_here("plan", tiny_base, "--memory", "4", "--device", device, "--mixed-precision", "bf16")
+    head, *rows = answer.out.partition("saved by ")[2].splitlines()
+    parts = ["weights", "copies", "tics", "adapter", "tions", "logits"]
+    totals = ["fixed", "device", "host"] if device == "gpu" else ["holes", "fixed", "total"]
+    assert [name.strip() for name in head.split("┃")[1:]] == [*parts, *totals]
+    assert len(rows) == 1 + 12 + 2  # and three lines between
+    assert "…" not in answer.out
+    assert max(map(len, rows)) <= 80
 
 
 def test_parts_add_up_and_nothing_is_left_out(tiny_base: Path) -> None:
