@@ -46,9 +46,7 @@ def test_plan_tells_parameters_memory_and_what_to_do(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
-def test_the_widest_table_is_whole_at_80_columns(
-    tiny_base: Path, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_widest_table_is_whole_at_80_columns(tiny_base: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     answer = gora_here("plan", tiny_base, "--memory", "4", "--device", device, "--mixed-precision", "bf16")
     head, *rows = answer.out.partition("saved by ")[2].splitlines()
