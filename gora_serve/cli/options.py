@@ -110,6 +110,8 @@ class Weighted(click.ParamType[tuple[str, float]]):
         try:
             weight = float(number)
         except ValueError:
+            if os.path.exists(place):  # noqa: PTH110
+                self.fail(f"the weight of {place} is no number: {number!r}", param, ctx)
             return text, 1.0
         plain = number.isascii() and "_" not in number  # float takes 1_0 and digits of any script
         if not place or not plain or not abs(weight) < float("inf"):

@@ -280,11 +280,15 @@ def find_adapter(path: Path) -> Path:
         return path / "adapter"
     if not path.is_dir():
         hint = "check the path; an adapter of the hub is given with its revision, org/name@main"
+        if path.suffix == ".partial" and path.with_suffix("").is_dir():
+            hint = f"this one is finished: {path.with_suffix('')}"
         raise MachineError("there is no such folder", code="GS-503", file=path, hint=hint)
-    hint = (
-        "give what export or fit wrote; verify also takes a base with --manifest FILE or --against hub, and a merged "
-        "model with --base BASE -a ADAPTER"
-    )
-    if (path / "run.json").is_file():
+    hint = "give a run folder of fit, or an adapter that export, convert or bind wrote"
+    if (path / "config.json").is_file():
+        hint = (
+            "this is a model: export takes a run folder of fit; verify takes a base with --manifest FILE or --against "
+            "hub, and a merged model with --base BASE -a ADAPTER"
+        )
+    elif (path / "run.json").is_file():
         hint = "its adapter comes when the run is finished: fit with --resume goes on with it"
     raise InputError("neither an adapter nor a finished run", code="GS-346", file=path, hint=hint)

@@ -18,8 +18,11 @@ from torch import Tensor
 from gora_serve.config import DataConfig
 from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.files import sha256_file
+from gora_serve.integrity.hub import is_hub_id
 from gora_serve.training.data_files import READERS, numbered
 from gora_serve.training.encode import IGNORED, Example, Row, encode_pair, encode_row, predicts
+
+OTHERS = (".txt", ".tsv", ".md", ".ndjson", ".xlsx", ".arrow", ".gz", ".zst", ".zip")  # no name of a dataset ends so
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decode
     file.
     """
     path = Path(source)
-    rows, digest = _read_file(path) if path.suffix.lower() in READERS or path.exists() else _read_hub(source)
+    rows, digest = _read_file(path) if _means_file(source) else _read_hub(source)
     if not rows:
         raise InputError("the data file has no rows", code="GS-372", hint="check the file, and --data", file=source)
     template = config.chat_template and bool(getattr(tokenizer, "chat_template", None))
@@ -98,6 +101,12 @@ def check_ids(data: Dataset, vocabulary: int, *, padding: int) -> None:
             "the tokenizer's padding token has no embedding in the base", code="GS-392", file=data.name,
             expected=f"token ids below {vocabulary}", actual=padding, hint=hint,
         )  # fmt: skip
+
+
+def _means_file(source: str) -> bool:
+    """Tell whether `source` is a file, there or not: where it is no name of the hub's, or ends as files do."""
+    name = source.partition(":")[0]
+    return Path(source).exists() or not is_hub_id(name) or Path(name).suffix.lower() in (*READERS, *OTHERS)
 
 
 def _read_file(path: Path) -> tuple[list[Row], str]:

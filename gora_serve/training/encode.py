@@ -37,12 +37,16 @@ class Row:
     place: str
 
     def refused(self, what: str, expected: str) -> InputError:
-        return InputError(
-            what,
-            code="GS-378",
-            hint="give each row prompt and completion, messages, or text",
-            file=self.place,
-            expected=expected,
+        hint = "give each row prompt and completion, messages, or text"
+        return InputError(what, code="GS-378", hint=hint, file=self.place, expected=expected)
+
+    def lacking(self, what: str, expected: str) -> InputError:
+        """Return the error for fields that are not there, or not by these names."""
+        separator = next((mark for name in self.values for mark in (";", "\t", "|") if mark in name), None)
+        return self.refused(what, expected).advising(
+            "rename the fields: what is asked is the prompt, what is to be answered the completion"
+            if separator is None
+            else f"separate the columns by commas, not by {separator!r}"
         )
 
 
@@ -60,7 +64,7 @@ def encode_row(row: Row, tokenizer: Any, *, template: bool) -> Example:
     elif values.get("text") and isinstance(values["text"], str):
         segments, start = [(values["text"], True), *_end(values["text"], tokenizer)], _start(tokenizer)
     else:
-        raise row.refused(
+        raise row.lacking(
             "the row lacks the needed fields", f"prompt and completion, messages, or text; got {sorted(values)}"
         )
     if not is_unicode("".join(text for text, _ in segments)):  # no tokenizer takes half of a surrogate pair
@@ -82,7 +86,7 @@ def encode_pair(row: Row, tokenizer: Any, *, template: bool) -> Example:
     absent = [name for name in ("prompt", "completion") if row.values.get(name) is None]
     if absent:
         how = " and ".join(f"{name} is {'null' if name in row.values else 'missing'}" for name in absent)
-        raise row.refused(f"an encoder-decoder needs a prompt and a completion: {how}", "both fields, as text")
+        raise row.lacking(f"an encoder-decoder needs a prompt and a completion: {how}", "both fields, as text")
     if template and isinstance(prompt, list):
         prompt = _render(_turns(prompt, row), tokenizer, row, add_generation_prompt=True)
     elif template and isinstance(prompt, str):

@@ -52,7 +52,7 @@ def export(
     existing output, and what `write_gguf` raises.
     """
     config = config or ExportConfig()
-    if source.name.endswith(".partial") and not (source / "adapter").exists():
+    if source.name.endswith(".partial") and source.is_dir() and not (source / "adapter").exists():
         raise InputError("the run is not finished", code="GS-347", file=source, hint="its run.json says how it stands")
     folder = find_adapter(source)
     check_folder(folder)

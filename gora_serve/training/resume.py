@@ -29,6 +29,9 @@ ANEW = "start anew with --overwrite, without --resume"
 REMADE = f"delete this file, then --resume makes it anew, or {ANEW}"
 RUN = "run.json"  # the first file that a run writes
 OTHER_GAMMA = "to train with another gamma, give it to a new run: fit --gamma"
+# Options of fit that are not called as their settings are, and settings that only Python has.
+OPTIONS = {"probe.mode": "--probe", "probe.importance": "--importance", "ranks.rule": "--rank-rule"}
+NO_OPTION = frozenset({"probe.longest", "init.search_batches", "train.floor", "train.betas"})
 SHOWN = 5  # how many differences a message names
 
 
@@ -133,10 +136,19 @@ def check_same(
     names = [name for name in (*ours, *(theirs.keys() - ours)) if theirs.get(name) != ours.get(name)]
     if names:
         raise BindingError(
-            f"the unfinished run differs in: {_listed(names)}{_tensors(before, names, tensors)}",
+            f"the unfinished run differs in: {_listed([_with_option(name) for name in names])}{_tensors(before, names, tensors)}",
             code="GS-420", file=run, expected=_shown(theirs, names), actual=_shown(ours, names), kept=UNCHANGED,
             hint=f"resume with the settings and inputs of its run.json, or {ANEW}",
         )  # fmt: skip
+
+
+def _with_option(name: str) -> str:
+    """Return the name of a setting, and fit's option for it."""
+    section, _, field = name.partition(".")
+    if not field or name in NO_OPTION:
+        return name
+    plain = f"--{'probe-' if section == 'probe' else ''}{field.replace('_', '-')}"
+    return f"{name} ({OPTIONS.get(name, plain)})"
 
 
 def _tensors(before: Mapping[str, Any], names: list[str], now: Mapping[str, TensorRecord] | None) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 from gora_serve.errors import UsageError
 
+WORDS = ("all-linear", "attention")
+
 
 def select(paths: Collection[str], targets: str) -> set[str]:
     """Return the paths that `targets` names: "all-linear", names such as "q_proj,v_proj", or a regex for whole paths.
@@ -28,6 +30,8 @@ def _by_name(paths: Collection[str], names: list[str]) -> set[str]:
     chosen: set[str] = set()
     for name in names:
         found = {path for path in paths if path == name or path.endswith(f".{name}")}
+        if not found and name in WORDS:
+            raise no_target(paths, name).advising(f"the word {name} stands alone: --targets {name}; or name modules")
         if not found:
             raise no_target(paths, name)
         chosen |= found

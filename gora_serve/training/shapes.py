@@ -109,8 +109,14 @@ def read_shapes(folder: Path) -> BaseShapes:
     settings = _settings(config, path)
     if _has_weights(folder):
         return _from_headers(folder, config, settings)
-    if settings.kind not in LLAMA_LIKE or any(folder.glob("*.bin")):
+    if any(folder.glob("*.bin")):
         find_model(folder)  # says which files there should be
+    if settings.kind not in LLAMA_LIKE:
+        raise InputError(
+            "without weights the shapes of this architecture are not known", code="GS-396", file=folder,
+            expected=f"weights, or one of {', '.join(LLAMA_LIKE)}", actual=settings.kind,
+            hint="give a folder with the weights, of which the headers are read; of a hub id only JSON files are fetched",
+        )  # fmt: skip
     tensors = dict(_llama_tensors(config, settings))
     dtype = _dtype(config) or "bfloat16"
     return _shapes(settings, tensors, dtype, DTYPE_BYTES[dtype])

@@ -74,6 +74,20 @@ def test_missing_data_file(space: Space) -> None:
     assert answer.field("try")
 
 
+@pytest.mark.parametrize("name", ["no.txt", "data/no.tsv", "data/no.JSONL", "./no", "a/b/no"])
+def test_missing_data_file_is_not_looked_for_on_the_hub(space: Space, name: str) -> None:
+    answer = space.refuses(space.fit(data=name), 5, "GS-522")
+    assert answer.field("file") == str(Path(name))
+
+
+@pytest.mark.parametrize(
+    ("head", "hint"), [("prompt;completion", "commas, not by ';'"), ("question,answer", "rename the fields")]
+)
+def test_columns_of_a_csv(space: Space, head: str, hint: str) -> None:
+    file = space.write("rows.csv", head, head)
+    assert hint in str(space.refuses(space.fit(data=file), 3, "GS-378").field("try"))
+
+
 @pytest.mark.parametrize("lines", [(), ("", "   ")])
 def test_empty_data_file(space: Space, lines: tuple[str, ...]) -> None:
     file = space.write("empty.jsonl", *lines)
@@ -146,6 +160,11 @@ def test_targets_that_match_nothing(space: Space, targets: str, gs: str) -> None
     if gs == "GS-203":
         assert "q_proj" in (answer.field("expected") or "")
         assert answer.field("try") == "--targets all-linear"
+
+
+def test_words_among_the_targets(space: Space) -> None:
+    answer = space.refuses(space.fit("--targets", "attention,up_proj"), 2, "GS-203")
+    assert "attention stands alone" in (answer.field("try") or "")
 
 
 SETTINGS = [
@@ -481,6 +500,24 @@ def test_export_of_what_is_no_run(space: Space, what: str) -> None:
     words = ("export", space.folder / what, "--output", space.folder / "out")
     answer = space.refuses(words, *((2, None) if what == "data.jsonl" else (3, "GS-346")))
     assert str(space.folder / what) in answer.err
+
+
+def test_export_of_a_base_names_what_it_takes(space: Space) -> None:
+    answer = space.refuses(("export", space.base, "--output", space.folder / "out"), 3, "GS-346")
+    assert "export takes a run folder of fit" in (answer.field("try") or "")
+
+
+def test_export_of_a_partial_folder_that_is_not_there(space: Space) -> None:
+    words = ("export", space.folder / "run.partial", "--output", space.folder / "out")
+    assert "check the path" in str(space.refuses(words, 5, "GS-503").field("try"))
+    space.run.mkdir()
+    assert space.refuses(words, 5, "GS-503").field("try") == f"this one is finished: {space.run}"
+
+
+def test_a_weight_that_is_no_number(space: Space) -> None:
+    words = ("merge", space.base, "-a", f"{space.folder / 'earlier'}:abc", "--output", space.folder / "out")
+    answer = space.refuses(words, 2, None, "is no number: 'abc'")
+    assert str(space.folder / "earlier") in answer.err
 
 
 def test_verify_of_what_is_no_adapter(space: Space) -> None:

@@ -147,6 +147,14 @@ def test_settings_that_make_no_sense(tiny_base: Path, words: tuple[str, ...], gs
     assert (answer.code, answer.gs, answer.out) == (2, gs, "")
 
 
+def test_shapes_that_only_weights_tell(tiny_gpt2: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_gpt2 / "config.json", tmp_path)
+    answer = gora_here("plan", tmp_path, *ROOM)
+    assert (answer.code, answer.gs) == (3, "GS-396")
+    assert answer.field("expected") == "weights, or one of llama, mistral, qwen2, qwen3"
+    assert answer.field("actual") == "gpt2"
+
+
 def test_bases_that_cannot_be_read(tiny_base: Path, tmp_path: Path) -> None:
     def refused(base: object) -> tuple[int, str | None, str | None]:
         answer = gora_here("plan", base, *ROOM)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from killing import content, killed_after, killed_at, operations_of
 from safetensors.torch import load_file, save_file
 from tiny_models import color_rows, write_jsonl
 
+from gora_serve.cli.main import cli
 from gora_serve.cli.stopping import stopping
 from gora_serve.config import (
     DataConfig,
@@ -41,7 +42,7 @@ from gora_serve.progress import Progress
 from gora_serve.training import loop
 from gora_serve.training.checkpoint import newest_checkpoint
 from gora_serve.training.fit import fit
-from gora_serve.training.resume import Left, check_gamma, check_same
+from gora_serve.training.resume import NO_OPTION, Left, check_gamma, check_same, decisive
 from gora_serve.training.run import FitResult
 
 STEPS = 6
@@ -477,6 +478,17 @@ def test_a_partial_folder_without_its_run_json_is_refused(fitting: Fit, copied: 
         with pytest.raises(OutputError, match="GS-604"):
             fitting(copied, **how)
     assert state(copied.parent) == before
+
+
+def test_what_differs_is_named_with_its_option() -> None:
+    options = {name for parameter in cli.commands["fit"].params for name in parameter.opts}
+    settings = [name for name in decisive({"config": asdict(FitConfig())}) if "." in name]
+    for name in settings:
+        with pytest.raises(BindingError, match="GS-420") as caught:
+            check_same({}, {"config": {name: "other"}}, Path("run.partial"))
+        option = caught.value.what.partition(f"{name} (")[2].rstrip(")")
+        assert option in options if name not in NO_OPTION else not option, name
+    assert set(settings) >= NO_OPTION
 
 
 def test_many_differences_are_counted() -> None:
