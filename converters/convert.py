@@ -31,7 +31,7 @@ from gora_serve.config import ConvertConfig, ExportConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.deploy.stacks import level, levelled_factors
 from gora_serve.deploy.update import check_carried, check_update
-from gora_serve.errors import InputError
+from gora_serve.errors import InputError, counted
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import seal_folder
 from gora_serve.integrity.files import staged_folder, write_json, write_text
@@ -103,8 +103,9 @@ def _above_engines(modules: Mapping[str, ModuleError]) -> tuple[str, ...]:
     if not large:
         return ()
     path = max(large, key=lambda one: large[one])
+    have = counted(len(large), "module has", "modules have")
     return (
-        f"{len(large)} modules have a rank above {LARGEST_RANK}, the largest that vLLM serves: {path} has "
+        f"{have} a rank above {LARGEST_RANK}, the largest that vLLM serves: {path} has "
         f"{large[path]}; a lower --rank or a larger --tolerance makes it less",
     )
 

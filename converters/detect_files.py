@@ -14,7 +14,7 @@ from typing import Any
 
 from converters.source import CONFIG, Source, is_model
 from gora_serve.adapter.peft_config import flag
-from gora_serve.errors import InputError
+from gora_serve.errors import InputError, counted
 
 # Family -> what is in the name of one of its tensors, the surest mark first. PEFT may leave `.default` or `.weight`.
 _MARKS: Mapping[str, re.Pattern[str]] = {
@@ -82,7 +82,8 @@ def by_tensors(names: Iterable[str]) -> Found | None:
     family = next((family for family in _MARKS if family in counts), None)
     if family is None:
         return None
-    return Found(family, f"{counts[family]} tensors are named as those of {family}, such as {first[family]}")
+    named = counted(counts[family], "tensor is named as one", "tensors are named as those")
+    return Found(family, f"{named} of {family}, such as {first[family]}")
 
 
 def by_files(source: Source) -> Found:
@@ -97,7 +98,8 @@ def by_files(source: Source) -> Found:
     names = list(source.tensors)
     raise InputError(
         "no family is known by these tensors", code="GS-3200", file=source.weights,
-        tensor=names[0] if names else None, actual=f"{len(names)} tensors, peft_type {source.config.get('peft_type')}",
+        tensor=names[0] if names else None,
+        actual=f"{counted(len(names), 'tensor')}, peft_type {source.config.get('peft_type')}",
         hint="if you know the family, name it by --from; else report the names of the tensors",
     )  # fmt: skip
 

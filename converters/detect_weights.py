@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gora_serve.adapter.factors import LoraFactors
 from gora_serve.deploy.base import BaseWeights
-from gora_serve.errors import GoraError
+from gora_serve.errors import GoraError, counted
 
 SAMPLE = 8  # modules
 LARGE = 1 << 25  # elements of a weight: larger modules are sampled only where there are no others
@@ -63,7 +63,8 @@ class Halves:
         return abs(self.rows) >= PARALLEL and self.rows * self.columns > 0
 
     def __str__(self) -> str:
-        return f"cosines of their halves {self.rows:.2f} (A) and {self.columns:.2f} (B), in {self.modules} modules"
+        cosines = f"{self.rows:.2f} (A) and {self.columns:.2f} (B)"
+        return f"cosines of their halves {cosines}, in {counted(self.modules, 'module')}"
 
 
 def halves(modules: Mapping[str, LoraFactors]) -> Halves | None:
@@ -112,7 +113,7 @@ class Projections:
 
     def __str__(self) -> str:
         cosines = f"cosine {self.on_rows:.2f} on its rows, {self.on_columns:.2f} on its columns"
-        return f"B A against the base projected on it: {cosines}, in {self.modules} modules"
+        return f"B A against the base projected on it: {cosines}, in {counted(self.modules, 'module')}"
 
 
 def projections(modules: Mapping[str, LoraFactors], base: BaseWeights) -> Projections | None:

@@ -18,7 +18,7 @@ from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
 from gora_serve.adapter.tensors import Renamed
 from gora_serve.deploy.base import COMPUTED, EMBEDDINGS, FILE_HEAD, HEADS, MODEL_HEAD, BaseWeights
-from gora_serve.errors import BindingError, InputError
+from gora_serve.errors import BindingError, InputError, counted
 
 # Modules with a matrix that are no linear layer of their own in transformers' models.
 NOT_LINEAR = re.compile(r"\.experts\.|(emb|wpe|wte|shared|relative_attention_bias)[^.]*$|\.(gate|router)$")
@@ -196,7 +196,7 @@ def _task(model: BaseWeights) -> str | None:
 def _notes(found: _Sorted, model: BaseWeights, base: BaseWeights) -> Iterable[str]:
     if found.left_out:
         where = "tensors.without_effect in conversion.json names them"
-        yield f"the changes of {len(found.left_out)} tensors are left out: {where}"
+        yield f"the changes of {counted(len(found.left_out), 'tensor')} are left out: {where}"
     if found.carried:
         yield CARRIED
     kinds = [{one.tensors.entries[name].dtype for name in one.tensors} for one in (model, base)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from gora_serve.config import ServeConfig
-from gora_serve.errors import UsageError
+from gora_serve.errors import UsageError, counted
 from gora_serve.integrity.headers import DTYPE_BITS
 from gora_serve.serving.adapter_dir import read_adapter_dir
 from gora_serve.serving.fits import ADAPTED_EMBEDDINGS, place_of
@@ -131,7 +131,8 @@ def _strange(adapters: Sequence[AdapterShapes], shapes: BaseShapes) -> list[str]
     for adapter in adapters:
         strange = [module for module in adapter.ranks if place_of(module) not in places and module != "lm_head"]
         if strange:
-            notes.append(f"{adapter.name}: {len(strange)} modules are not in this base, such as {strange[0]}")
+            are = counted(len(strange), "module is", "modules are")
+            notes.append(f"{adapter.name}: {are} not in this base, such as {strange[0]}")
     return notes
 
 

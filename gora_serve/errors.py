@@ -30,6 +30,11 @@ def first_line(err: BaseException) -> str:
     return (str(err).strip() or type(err).__name__).splitlines()[0]
 
 
+def counted(number: int, one: str, more: str = "") -> str:
+    """Return "1 row", "2 rows"; `more`: the words for several, where they are not those for one with an s."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
 class GoraError(Exception):
     """What happened, where, what was expected, what to do next.
 

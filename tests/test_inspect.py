@@ -128,7 +128,7 @@ def test_values_of_another_kind(tmp_path: Path, odd: object) -> None:
     build_llama().save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": odd}))
-    assert "weight files" in gora_here("inspect", tmp_path / "model").out
+    assert "1 weight file\n" in gora_here("inspect", tmp_path / "model").out
     (tmp_path / "model" / "merge.json").write_text(json.dumps({"adapters": odd, "base": odd}))
     value = told(tmp_path / "model")
     assert (value["kind"], value["adapters"]) == ("merged model", [])

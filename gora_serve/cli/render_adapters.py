@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gora_serve.cli.render import Summary
+from gora_serve.errors import counted
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.record import ASSERTED, trained_on_text
 
@@ -38,7 +39,7 @@ def export_summary(done: Exported, form: Form, dtype: str) -> Summary:
     }  # fmt: skip
     lines = [
         f"wrote {done.folder}",
-        f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters{zeros}, "
+        f"{counted(len(ranks), 'module')}, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters{zeros}, "
         f"form {form}",
         f"adapter root {done.root}",
         f"fingerprint of its answers: {done.canary}",
@@ -52,11 +53,12 @@ def export_summary(done: Exported, form: Form, dtype: str) -> Summary:
 def hash_summary(base: Base, manifest: Manifest, outputs: Sequence[Path], level: Level) -> Summary:
     """The roots of a base; as JSON, the whole manifest."""
     roots = manifest.roots
+    size = sum(record.nbytes for record in manifest.tensors.values())
     lines = [
         f"weights   {roots.weights}",
         f"config    {roots.config or 'no config.json'}",
         f"tokenizer {roots.tokenizer or 'no tokenizer'}",
-        f"{len(manifest.tensors)} tensors, {sum(record.nbytes for record in manifest.tensors.values()):,} bytes",
+        f"{counted(len(manifest.tensors), 'tensor')}, {size:,} bytes",
     ]
     lines += [f"{base.name} at commit {base.revision}"] if base.revision else []
     lines.append(f"level {level.value}" + ("" if level.verifies else UNVERIFIED))
@@ -82,7 +84,7 @@ def bind_summary(done: Bound) -> Summary:
     """A binding that a person asserted: what was written, what was left behind."""
     lines = [
         f"wrote {done.folder}",
-        f"{done.modules} modules, asserted to belong to {done.base.name}: {done.roots.weights}",
+        f"{counted(done.modules, 'module')}, asserted to belong to {done.base.name}: {done.roots.weights}",
         f"adapter root {done.root}",
     ]
     lines += [f"left out: {', '.join(done.left_out)}"] if done.left_out else []

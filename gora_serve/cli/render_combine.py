@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gora_serve.cli.render import Summary
 from gora_serve.cli.render_convert import error_cause, module_table, rank_span
+from gora_serve.errors import counted
 
 if TYPE_CHECKING:
     from gora_serve.deploy.combine_files import MergedAdapter
@@ -20,8 +21,8 @@ def adapter_summary(done: MergedAdapter) -> Summary:
         f"{one['adapter']} ({one['family']}), weight {one['applied_weight']:g}" for one in receipt["adapters"]
     ]  # fmt: skip
     lines.append(f"wrote {done.folder}, by {receipt['method']}")
-    lines.append(f"{len(kept)} modules, ranks {rank_span(kept)}, {receipt['parameters']:,} parameters")
-    lines += [f"{left} modules whose update is zero, or below what is kept, are left out"] if left else []
+    lines.append(f"{counted(len(kept), 'module')}, ranks {rank_span(kept)}, {receipt['parameters']:,} parameters")
+    lines += [f"left out: {counted(left, 'module')} whose update is zero, or below what is kept"] if left else []
     lines += [f"carried whole: {', '.join(receipt['carried'])}"] if receipt["carried"] else []
     cause = error_cause(done.error, done.truncated)
     lines.append(f"error of the written update, over all modules: {done.error:.2e} ({cause})")

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
-from gora_serve.errors import printable
+from gora_serve.errors import counted, printable
 
 if TYPE_CHECKING:
     from converters.receipt import Converted
@@ -27,8 +27,8 @@ def convert_summary(done: Converted) -> Summary:
     lines += [f"how: {reading.method}"] if reading.method else []
     lines += [f"note: {note}" for note in reading.notes]
     lines.append(f"wrote {done.folder}")
-    lines.append(f"{len(kept)} modules, ranks {rank_span(module.rank for module in kept)}")
-    lines += [f"{left} modules whose update is zero, or below what is kept, are left out"] if left else []
+    lines.append(f"{counted(len(kept), 'module')}, ranks {rank_span(module.rank for module in kept)}")
+    lines += [f"left out: {counted(left, 'module')} whose update is zero, or below what is kept"] if left else []
     lines += [f"carried as they are: {_some(sorted(reading.carried))}"] if reading.carried else []
     cause = error_cause(done.error, done.truncated)
     lines.append(f"error of the written update, over all modules: {done.error:.2e} ({cause})")

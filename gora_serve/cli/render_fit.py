@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
-from gora_serve.errors import printable
+from gora_serve.errors import counted, printable
 from gora_serve.integrity.levels import Level
 from gora_serve.integrity.record import trained_on_text
 
@@ -46,11 +46,13 @@ def fit_summary(result: FitResult) -> Summary:
 
 
 def _data_lines(data: Mapping[str, Any]) -> list[str]:
-    lines = [f"data: {data['used']} of {data['rows']} rows of {data['name']}"]
+    lines = [f"data: {data['used']} of {counted(data['rows'], 'row')} of {data['name']}"]
     if data["cut"]:
-        lines.append(f"  {data['cut']} rows were cut to --max-length, and lost the end of their completion")
+        were = counted(data["cut"], "row was", "rows were")
+        lines.append(f"  {were} cut to --max-length, and lost the end of the completion")
     if data["left_out"]:
-        lines.append(f"  {data['left_out']} rows were left out: the prompt alone reaches --max-length")
+        were = counted(data["left_out"], "row was", "rows were")
+        lines.append(f"  {were} left out: the prompt alone reaches --max-length")
     return lines
 
 
@@ -72,7 +74,7 @@ def probe_summary(folder: Path, statistics: GradientStatistics) -> Summary:
     stopped = ", where the ranks stood still" if statistics.stopped_early else ""
     lines = [
         f"wrote {folder}",
-        f"{statistics.steps} steps{stopped}, {statistics.tokens} tokens, mean loss {statistics.loss:.4f}",
+        f"{counted(statistics.steps, 'step')}{stopped}, {statistics.tokens} tokens, mean loss {statistics.loss:.4f}",
         *_sketch_line(statistics),
     ]
     return Summary(value, lines, [table])

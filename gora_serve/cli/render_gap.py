@@ -14,7 +14,7 @@ from rich.text import Text
 from gora_serve.adapter.engine_ranks import LARGEST_RANK
 from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
-from gora_serve.errors import MismatchError, printable
+from gora_serve.errors import MismatchError, counted, printable
 
 if TYPE_CHECKING:
     from converters.gap import GapReport
@@ -173,7 +173,7 @@ def _ranks(report: GapReport, paths: Sequence[str]) -> str:
 
 
 def _outcomes(comparison: Comparison) -> Table:
-    title = f"On {comparison.rows} rows of {comparison.data['name']}, {comparison.tokens} tokens, in float32"
+    title = f"On {counted(comparison.rows, 'row')} of {comparison.data['name']}, {comparison.tokens} tokens, in float32"
     table = Table("model", title=Text(printable(title)), title_justify="left")
     for column in ("loss", "KL(as trained || it)", "same top token"):
         table.add_column(column, justify="right")
@@ -184,7 +184,8 @@ def _outcomes(comparison: Comparison) -> Table:
 
 def _costs(report: GapReport) -> Table:
     tasks = report.costs[0].tasks
-    table = Table(f"to deploy {tasks} tasks", title=f"Adapters in {report.config.dtype}", title_justify="left")
+    title = f"Adapters in {report.config.dtype}"
+    table = Table(f"to deploy {counted(tasks, 'task')}", title=title, title_justify="left")
     for column in ("on disk", "largest rank", "max_lora_rank", "in memory"):
         table.add_column(column, justify="right")
     for cost in report.costs:

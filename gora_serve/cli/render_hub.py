@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gora_serve.cli.render import Summary
-from gora_serve.errors import MismatchError, printable
+from gora_serve.errors import MismatchError, counted, printable
 from gora_serve.integrity.against_hub import AgainstHub
 from gora_serve.integrity.push import Pushed
 
@@ -15,7 +15,7 @@ def with_push(summary: Summary, pushed: Pushed) -> Summary:
     """An export's summary, and where it was pushed."""
     seen_by = "private" if pushed.private else "public"
     lines = [
-        f"pushed to {pushed.repo} ({seen_by}): the hub has all {len(pushed.files)} files as they are here",
+        f"pushed to {pushed.repo} ({seen_by}): the hub has {counted(len(pushed.files), 'file')}, all as they are here",
         f"commit {pushed.commit}",
         pushed.url,
     ]
@@ -33,9 +33,9 @@ def against_hub_summary(compared: AgainstHub) -> Summary:
     equal = sum(file.state == "equal" for file in compared.files)
     lines = [f"{compared.path} against {compared.repo} at commit {compared.commit}"]
     if compared.faults:
-        lines.append(f"{len(compared.faults)} files are not as the hub has them, {equal} are")
+        lines.append(f"{counted(len(compared.faults), 'file is', 'files are')} not as the hub has them, {equal} are")
     else:
-        lines.append(f"verified: the {equal} files here are as the hub has them")
+        lines.append(f"verified: {counted(equal, 'file here is', 'files here are')} as the hub has them")
     return Summary(compared.to_json(), lines, [table])
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
-from gora_serve.errors import printable
+from gora_serve.errors import counted, printable
 from gora_serve.training.run_files import GO_ON, INTERRUPTED
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _adapter(found: Inspected) -> list[str]:
     if facts["largest_rank"]:
         fill = f", {facts['slot_fill']:.0%} of its slot is used" if facts["slot_fill"] else ""
         lines.append(
-            f"{len(found.modules)} modules, ranks up to {facts['largest_rank']}; "
+            f"{counted(len(found.modules), 'module')}, ranks up to {facts['largest_rank']}; "
             f"vLLM: --max-lora-rank {facts['max_lora_rank'] or 'none is enough'}{fill}"
         )
     lines += [f"converted from {facts['converted_from']}"] if facts["converted_from"] else []
@@ -64,7 +64,8 @@ def _run(found: Inspected) -> list[str]:
 def _model(found: Inspected) -> list[str]:
     facts = found.facts
     names = ", ".join(facts["architectures"] or ["of no named architecture"])
-    lines = [f"{names} ({facts['type']}), {facts['layers']} layers, {facts['files']} weight files", _sizes(facts)]
+    layers = f"{facts['layers']} layer{'' if facts['layers'] == 1 else 's'}"  # whatever config.json says
+    lines = [f"{names} ({facts['type']}), {layers}, {counted(facts['files'], 'weight file')}", _sizes(facts)]
     if found.kind == "merged model":
         lines.append(f"base {facts['base'].get('repo_id')}, weights {facts['base'].get('weights_root')}")
         lines += [f"with {one['adapter']} ({one['family']}), weight {one['weight']}" for one in facts["adapters"]]
@@ -73,7 +74,8 @@ def _model(found: Inspected) -> list[str]:
 
 def _sizes(facts: Mapping[str, Any]) -> str:
     dtypes = ", ".join(facts["dtypes"])
-    return f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:,.1f} MB in {dtypes}"
+    numbers = f"{counted(facts['tensors'], 'tensor')}, {facts['parameters']:,} parameters"
+    return f"{numbers}, {facts['bytes'] / 1e6:,.1f} MB in {dtypes}"
 
 
 def _table(modules: Mapping[str, Module]) -> Table:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gora_serve.adapter.names import by_kind
 from gora_serve.cli.render import Summary
-from gora_serve.errors import MismatchError, printable
+from gora_serve.errors import MismatchError, counted, printable
 from gora_serve.integrity.levels import Level
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def model_summary(done: MergedModel) -> Summary:
     totals = done.receipt["totals"]
     lines = [_adapter_line(one.to_json()) for one in done.adapters]
     lines += [f"note: {note}" for note in done.notes]
-    lines.append(f"wrote {done.folder}: {totals['tensors']} tensors merged, {done.receipt['unchanged']} as they were")
+    merged = counted(totals["tensors"], "tensor")
+    lines.append(f"wrote {done.folder}: {merged} merged, {done.receipt['unchanged']} as before")
     lines.append(f"weights root {done.roots.weights}")
     stored = f"; {totals['held']:.1%} of the update is stored" if totals["update"] else ""
     lines.append(f"{totals['changed']:,} of {totals['elements']:,} elements changed{stored}")
@@ -34,7 +35,7 @@ def model_summary(done: MergedModel) -> Summary:
         )
     if done.faint:
         lines.append(
-            f"of {len(done.faint)} tensors less than half of the update is stored, it is too small for their type "
+            f"of {counted(len(done.faint), 'tensor')} less than half of the update is stored, too small for the type "
             f"(--dtype float32 keeps it): {', '.join(done.faint[:3])}{' ...' if len(done.faint) > 3 else ''}"
         )
     return Summary({"model": str(done.folder), **done.receipt}, lines, [_table(done)])
@@ -57,7 +58,8 @@ def replay_summary(done: Checked) -> Summary:
     names = ", ".join(f"{one.path} ({one.detection.family}, weight {one.weight:g})" for one in done.adapters)
     lines = [
         f"{done.folder} against {done.base.path} with {names}",
-        f"{counts['exact']} tensors bit-exact, {counts['rounded']} within rounding, {counts['differs']} differ",
+        f"{counted(counts['exact'], 'tensor')} bit-exact, {counts['rounded']} within rounding, "
+        f"{counted(counts['differs'], 'differs', 'differ')}",
         f"{_SAID[replay.verdict]} ({Level.BYTES.value})",
     ]
     what = "what NF4 makes of the weights" if done.added_to.base_as == "nf4" else "the weights as stored"

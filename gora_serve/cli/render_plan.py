@@ -9,6 +9,7 @@ from rich.table import Table
 
 from gora_serve.cli.render import Summary
 from gora_serve.config import PlanConfig
+from gora_serve.errors import counted
 from gora_serve.integrity.levels import Level
 from gora_serve.training.advice import Advice, least
 from gora_serve.training.memory import GIB, MemoryPlan, Need, Parts
@@ -49,7 +50,8 @@ def _head(base: str, plan: MemoryPlan, config: PlanConfig) -> list[str]:
     dtype += f", mixed precision {config.mixed_precision}" if config.mixed_precision != "no" else ""
     lines = [
         f"{base}: {plan.parameters:,} parameters ({dtype})",
-        f"adapter: {plan.adapter_parameters:,} parameters in {plan.targets} modules at rank {config.ranks.rank}",
+        f"adapter: {plan.adapter_parameters:,} parameters in {counted(plan.targets, 'module')} "
+        f"at rank {config.ranks.rank}",
     ]
     if plan.experts:
         lines.append(f"  of the base, {plan.experts:,} are in experts, which get no adapter")

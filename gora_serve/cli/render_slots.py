@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gora_serve.cli.render import Summary
-from gora_serve.errors import printable
+from gora_serve.errors import counted, printable
 from gora_serve.serving.slots import PoolPlan
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _layout(plan: SlotPlan | PoolPlan) -> str:
 
 def _fits(found: Capacity, memory: int) -> str:
     parts = [f"{found.weights / GIB:.2f} GiB of weights", f"{found.cache / GIB:.2f} GiB of KV cache"]
-    told = f"{found.plan.fits} such adapters fit {memory / GIB:.2f} GiB, beside "
+    told = f"{counted(found.plan.fits, 'such adapter fits', 'such adapters fit')} {memory / GIB:.2f} GiB, beside "
     if found.engine is None:
         return f"{told}{' and '.join(parts)}; activations and CUDA graphs are not counted"
     return f"{told}{', '.join(parts)} and about {found.engine / GIB:.1f} GiB of the engine itself"
@@ -65,16 +65,16 @@ def _pools_value(plan: PoolPlan) -> dict[str, Any]:
 
 def _slots(base: str, plan: SlotPlan) -> tuple[list[str], Table]:
     told = (
-        f"{base}: {plan.slots} slots of {_mib(plan.slot_bytes)} MiB at --max-lora-rank {plan.bucket}, "
-        f"{_mib(plan.bytes)} MiB in all ({plan.wrapped} layers)"
+        f"{base}: {counted(plan.slots, 'slot')} of {_mib(plan.slot_bytes)} MiB at --max-lora-rank {plan.bucket}, "
+        f"{_mib(plan.bytes)} MiB in all ({counted(plan.wrapped, 'layer')})"
     )
     return [told, *_lower(plan)], _slots_table(plan)
 
 
 def _pools(base: str, plan: PoolPlan) -> tuple[list[str], Table]:
     return [
-        f"{base}: {_mib(plan.bytes)} MiB of LoRA buffers in {plan.layers} layers, by the ranks that each adapter has "
-        "there: the plugin's, which serve uses on a CPU (--no-plugin: vLLM's own)",
+        f"{base}: {_mib(plan.bytes)} MiB of LoRA buffers in {counted(plan.layers, 'layer')}, by the ranks that each "
+        "adapter has there: the plugin's, which serve uses on a CPU (--no-plugin: vLLM's own)",
         "memory follows the sum of all ranks: lower it with --rank of fit or convert",
     ], _pools_table(plan)
 

@@ -8,6 +8,7 @@ import click
 
 from gora_serve.cli.options import FILE, FOLDER, json_option, overwrite_option
 from gora_serve.config import ReportConfig
+from gora_serve.errors import counted
 
 
 @click.command(short_help="Write one HTML page about runs: losses, ranks, cost, proof.")
@@ -35,4 +36,4 @@ def report(runs: tuple[Path, ...], output: Path, gaps: tuple[Path, ...], overwri
 
     read = write_report(runs, output, gaps=gaps, overwrite=overwrite)
     value = {"report": str(output), "runs": [{"run": str(run.folder), "status": run.status} for run in read]}
-    emit(Summary(value, [f"wrote {output}: {len(read)} run{'s' if len(read) != 1 else ''}"]), as_json=as_json)
+    emit(Summary(value, [f"wrote {output}: {counted(len(read), 'run')}"]), as_json=as_json)

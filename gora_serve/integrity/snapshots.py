@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gora_serve.errors import GoraError, MachineError, MismatchError
+from gora_serve.errors import GoraError, MachineError, MismatchError, counted
 from gora_serve.integrity.cache import cache_folder
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.files import list_files, sha256_file, write_json
@@ -108,7 +108,7 @@ def _listed(snapshot: Snapshot) -> Mapping[str, tuple[int, str]] | None:
 def _refuse_names(snapshot: Snapshot, names: Sequence[str], fault: str, hint: str) -> None:
     if names:
         raise MismatchError(
-            f"{len(names)} files of the downloaded snapshot are {fault}: {_some(names)}", code="GS-123",
+            f"{counted(len(names), 'file')} of the downloaded snapshot: {fault}: {_some(names)}", code="GS-123",
             file=snapshot.path / names[0], hint=hint,
         )  # fmt: skip
 

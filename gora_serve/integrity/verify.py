@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
+from gora_serve.errors import BindingError, InputError, MachineError, MismatchError, counted
 from gora_serve.integrity.binding import UNBOUND, check_binding, check_folder, which_differ
 from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
@@ -184,13 +184,15 @@ def _other_tensors(folder: Path, expected: Manifest, actual: Manifest, changed: 
     first, ours, theirs = names[0], expected.roots.weights, actual.roots.weights
     if only_types_differ(folder, expected.resolved(), actual):
         was, now = expected.resolved()[first].dtype, actual.resolved()[first].dtype
+        have = counted(len(names), "tensor has", "tensors have")
         return MismatchError(
-            f"all values are equal to the manifest's, but {len(names)} tensors have another type: {now}, not {was}",
+            f"all values are equal to the manifest's, but {have} another type: {now}, not {was}",
             code="GS-150", file=_holder(folder, first), tensor=first, expected=ours, actual=theirs,
             hint="use the base as it was, or hash this one anew; adapters are bound to bytes, not to values",
         )  # fmt: skip
+    differ = counted(len(names), "tensor differs", "tensors differ")
     return MismatchError(
-        f"{len(names)} tensors differ from the manifest: {which_differ(only(changed, names))}"
+        f"{differ} from the manifest: {which_differ(only(changed, names))}"
         f"{damaged_chunk(expected, actual, first)}", code="GS-113",
         file=_holder(folder, first), tensor=first, expected=ours, actual=theirs,
         hint="restore the base, or hash it again if the change was meant",

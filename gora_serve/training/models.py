@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gora_serve.config import ModelConfig
-from gora_serve.errors import GoraError, InputError, UsageError, first_line
+from gora_serve.errors import GoraError, InputError, UsageError, counted, first_line
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.remote_code import refuse_remote_code
 from gora_serve.training.offload import load_on_disk
@@ -146,13 +146,14 @@ def _check_loaded(model: nn.Module, loaded: Mapping[str, Any], base: Base) -> No
     hint = "download the base again, or give another folder"
     if missing := sorted(loaded["missing_keys"]):
         raise InputError(
-            f"the base lacks weights that {type(model).__name__} needs: {len(missing)} tensors", code="GS-349",
-            file=base.path, tensor=missing[0], hint=hint,
+            f"the base lacks weights that {type(model).__name__} needs: {counted(len(missing), 'tensor')}",
+            code="GS-349", file=base.path, tensor=missing[0], hint=hint,
         )  # fmt: skip
     if mismatched := sorted(loaded["mismatched_keys"]):
         tensor, found, expected = mismatched[0]
         raise InputError(
-            f"weights have other shapes than {type(model).__name__} has by config.json: {len(mismatched)} tensors",
+            f"weights have other shapes than {type(model).__name__} has by config.json: "
+            f"{counted(len(mismatched), 'tensor')}",
             code="GS-349", file=base.path, tensor=tensor, expected=tuple(expected), actual=tuple(found), hint=hint,
         )  # fmt: skip
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):

@@ -136,7 +136,7 @@ def check_same(
     names = [name for name in (*ours, *(theirs.keys() - ours)) if theirs.get(name) != ours.get(name)]
     if names:
         raise BindingError(
-            f"the unfinished run differs in: {_listed([_with_option(name) for name in names])}{_tensors(before, names, tensors)}",
+            f"the unfinished run differs in: {_listed([*map(_with_option, names)])}{_tensors(before, names, tensors)}",
             code="GS-420", file=run, expected=_shown(theirs, names), actual=_shown(ours, names), kept=UNCHANGED,
             hint=f"resume with the settings and inputs of its run.json, or {ANEW}",
         )  # fmt: skip

@@ -115,7 +115,7 @@ def read_shapes(folder: Path) -> BaseShapes:
         raise InputError(
             "without weights the shapes of this architecture are not known", code="GS-396", file=folder,
             expected=f"weights, or one of {', '.join(LLAMA_LIKE)}", actual=settings.kind,
-            hint="give a folder with the weights, of which the headers are read; of a hub id only JSON files are fetched",
+            hint="give a folder with the weights, of which headers are read; of a hub id only JSON files are fetched",
         )  # fmt: skip
     tensors = dict(_llama_tensors(config, settings))
     dtype = _dtype(config) or "bfloat16"

@@ -159,7 +159,7 @@ def test_against_hub(hub: Hub, base: str, tiny_base: Path, tmp_path: Path) -> No
     copy = shutil.copytree(tiny_base, tmp_path / "copy")
     before = snapshot(copy)
     answer = done("verify", copy, "--against", "hub", "--repo", "org/tiny@main")
-    assert f"verified: the {len(before)} files here are as the hub has them" in answer.out
+    assert f"verified: {len(before)} files here are as the hub has them" in answer.out
     assert base in answer.out
     assert SHARD in answer.out
     (copy / "config.json").write_text("{}")

@@ -245,7 +245,7 @@ def test_what_serve_refuses_is_refused(base: Path, tmp_path: Path) -> None:
 
 def test_another_bases_adapter_is_told(base: Path, tmp_path: Path) -> None:
     value = planned(base, "-a", adapter(tmp_path, "a", {"99:q_proj": 8}))
-    assert value["notes"] == [f"a: 1 modules are not in this base, such as {path_of('q_proj', 99)}"]
+    assert value["notes"] == [f"a: 1 module is not in this base, such as {path_of('q_proj', 99)}"]
 
 
 def test_it_writes_nothing_and_imports_nothing_heavy(base: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_damage_is_told_by_file_tensor_and_chunk(tmp_path: Path) -> None:
         ((4 << 20) - 1, "a", "chunk 1 of 3 on: bytes 0 to 4194303 "),
         (4 << 20, "a", "chunk 2 of 3 on: bytes 4194304 to 8388607 "),
         ((9 << 20) - 1, "a", "chunk 3 of 3 on: bytes 8388608 to 9437183 "),
-        (9 << 20, "b", "1 tensors differ from the manifest"),
+        (9 << 20, "b", "1 tensor differs from the manifest"),
     ]:
         data = bytearray(weights.read_bytes())
         data[len(header) + at] ^= 1
@@ -124,7 +124,7 @@ def test_a_head_that_differs_is_named_where_it_lies_in_a_file(tmp_path: Path) ->
     write_json(tmp_path / "ring.json", {**value, "aliases": {head: embeddings, embeddings: embeddings}})
     other = {embeddings: torch.zeros(2, 2), **norm}
     for folder, manifest, what in (
-        (model("tied", other), "m.json", f"1 tensors differ from the manifest: {embeddings} (changed)"),
+        (model("tied", other), "m.json", f"1 tensor differs from the manifest: {embeddings} (changed)"),
         (model("stored", other | {head: torch.zeros(2, 2)}), "m.json",
          f"2 tensors differ from the manifest: {head} (changed), {embeddings} (changed)"),
         (model("none", norm), "ring.json", f"{embeddings} (missing)"),
