@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a stage: `done` of `total` units, with the numbers worth showing (loss, tokens/s ...)."""
+    """One step of a stage: `done` of `total` units, with the numbers worth showing (loss, tokens/s ...).
+
+    in_bytes: the units are bytes.
+    """
 
     stage: str
     done: int
     total: int
     fields: Mapping[str, float] = field(default_factory=dict)
+    in_bytes: bool = False
 
 
 Listener = Callable[[Progress], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def fit(base: str, data: str, output: Path, **options: Any) -> None:
     what --resume goes on with.
     On several GPUs: accelerate launch --multi_gpu -m gora_serve fit BASE ...
     """
-    from gora_serve.cli.render import emit
+    from gora_serve.cli.render import emit, say
     from gora_serve.cli.render_fit import fit_summary
     from gora_serve.cli.stopping import stopping
     from gora_serve.cli.watching import watching
@@ -76,6 +77,8 @@ def fit(base: str, data: str, output: Path, **options: Any) -> None:
             listen=listen,
         )
     emit(fit_summary(result), as_json=options["as_json"])
+    adapter = output.with_name(f"{output.name}-adapter")
+    say(f"next: {shlex.join(['gora-serve', 'export', str(output), '--output', str(adapter)])}")
 
 
 def _fit_config(options: dict[str, Any]) -> FitConfig:

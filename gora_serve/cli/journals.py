@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gora_serve.cli.render import say
-from gora_serve.cli.watching import quiet_libraries, watching
+from gora_serve.cli.watching import watching
 from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
 from gora_serve.integrity.hub import without_tokens
@@ -77,7 +77,6 @@ class JsonJournal(Journal):
         return Pump(JsonLines(self._stack.enter_context(open_log(self.log))), keys, events=self._lines)
 
     def watching(self) -> AbstractContextManager[Listener]:
-        quiet_libraries()
         return nullcontext(silent)
 
     def tell(self, event: str, message: str, *, level: str = "info", **fields: object) -> None:

@@ -27,6 +27,7 @@ from gora_serve.cli.report import report
 from gora_serve.cli.serve import serve
 from gora_serve.cli.status import status
 from gora_serve.cli.verify import verify
+from gora_serve.cli.watching import quiet_libraries
 from gora_serve.errors import GoraError, Stopped, UsageError
 from gora_serve.integrity.hub import without_tokens
 from gora_serve.signals import came, leaving_on_signals
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> int:
     ours = argv[: argv.index("--")] if "--" in argv else argv
     debug = "--debug" in ours
     argv = [word for word in ours if word != "--debug"] + argv[len(ours) :]  # it may stand anywhere
+    quiet_libraries()
     with leaving_on_signals():
         return _answer(argv, as_json="--json" in ours, debug=debug)
 

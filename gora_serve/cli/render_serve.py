@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gora_serve.cli.render import Summary
-from gora_serve.errors import printable
+from gora_serve.errors import counted, printable
 from gora_serve.integrity.record import trained_on_text
 
 if TYPE_CHECKING:
@@ -28,16 +28,29 @@ def plan_summary(plan: ServePlan, warnings: Sequence[str] = ()) -> Summary:
         "bound": {adapter.name: adapter.claim or "unbound" for adapter in plan.adapters}, "warnings": list(warnings),
         "adapters": [_served_adapter(adapter) for adapter in plan.adapters], "watched": _watched(plan),
     }  # fmt: skip
-    words = [f"-u {name}" for name in plan.removed if "*" not in name]
-    words += [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
     patterns = [name for name in plan.removed if "*" in name]
     lines = [f"# also taken out of the environment: {', '.join(patterns)}"] if patterns else []
     lines += [f"# LoRA layers: {plan.lora_layers}"] if plan.serves_adapters else []
     lines += [f"# {name}: {trained_on_text(record)}" for name, record in value["trained_on"].items()]
     if watched := value["watched"]:
-        room = f"room for {watched['max_adapters']} adapters up to rank {watched['max_rank']}"
+        room = f"room for {counted(watched['max_adapters'], 'adapter')} up to rank {watched['max_rank']}"
         lines.append(f"# watched: {watched['directory']}, {len(watched['found'])} to be served now, {room}")
-    return Summary(value, [*lines, " ".join(["env", *words, shlex.join(plan.argv)])])
+    return Summary(value, [*lines, *_command_lines(plan)])
+
+
+def _command_lines(plan: ServePlan) -> list[str]:
+    """The command with its environment, an option a line, to be pasted into a shell; the longest setting stands last
+    of all settings."""
+    removed = [f"-u {name}" for name in plan.removed if "*" not in name]
+    settings = [f"{name}={shlex.quote(text)}" for name, text in plan.environment.items()]
+    options: list[list[str]] = [[]]
+    start = plan.argv.index("serve")
+    for word in plan.argv[start:]:
+        options += [[]] if word.startswith("-") else []
+        options[-1].append(word)
+    options[0] = [*plan.argv[:start], *options[0]]
+    pieces = ["env", *removed, *sorted(settings, key=len), *map(shlex.join, options)]
+    return [f"{'  ' if index else ''}{piece} \\" for index, piece in enumerate(pieces[:-1])] + [f"  {pieces[-1]}"]
 
 
 def _watched(plan: ServePlan) -> dict[str, Any] | None:

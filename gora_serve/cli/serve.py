@@ -177,7 +177,7 @@ def _serve(
     layers = f", LoRA layers: {plan.lora_layers}" if plan.serves_adapters else ""
     told.tell(
         "start",
-        f"starting: {json.dumps(plan.models)}{layers}",
+        f"starting: {', '.join(plan.models)}{layers}",
         models=plan.models,
         base=plan.base,
         lora_layers=plan.lora_layers,

@@ -18,7 +18,6 @@ QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
 @contextmanager
 def watching() -> Iterator[Listener]:
     """Show progress on standard error while open. Only the first of several processes does."""
-    quiet_libraries()
     if not speaks():
         yield silent
     elif sys.stderr is not None and sys.stderr.isatty():
@@ -76,7 +75,7 @@ def _lines() -> Listener:
 
 def _amount(event: Progress) -> str:
     """How far a stage is: bytes are told in MB."""
-    if event.stage == "hash":
+    if event.in_bytes:
         return f"{event.done / 1e6:.0f}/{event.total / 1e6:.0f} MB"
     return f"{event.done}/{event.total}"
 

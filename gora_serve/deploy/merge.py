@@ -97,7 +97,7 @@ def write_model(
             if job.keeps:
                 writer.write(made.data)
                 written += len(made.data)
-                listen(Progress("merge", written, total))
+                listen(Progress("merge", written, total, in_bytes=True))
         done.files |= writer.finish()
     if model.placed is not None:
         _write_index(stage, base.folder, plan, shard_of)

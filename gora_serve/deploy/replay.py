@@ -151,7 +151,7 @@ def replay(
         for job, held in in_order(jobs, Job.run):
             found.tensors.setdefault(job.target.name, Held(job.target.name)).add(held)
             done += (job.stop - job.start) * job.theirs.entry.nbytes // max(job.theirs.elements, 1)
-            listen(Progress("replay", done, total))
+            listen(Progress("replay", done, total, in_bytes=True))
     return found
 
 

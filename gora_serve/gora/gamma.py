@@ -10,6 +10,7 @@ LOWEST, HIGHEST = 1e-5, 3.0
 START = 0.05  # the paper's value at rank 8
 STRIDE = 8.0  # factor between the γs that bracket the minimum
 WIDTH = 0.5  # of the final bracket, in log γ: the loss is flat around its minimum
+MOST_CALLS = 15  # of loss_at; mostly it takes 10
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -31,7 +32,7 @@ def search_gamma(loss_at: Callable[[float], float]) -> GammaSearch:
     """Find the γ in [1e-5, 3] with the lowest loss: bracket by factors of 8, then golden section over log γ.
 
     loss_at(0) is the base's loss. A loss that is not finite counts as infinite. γ = 0 is returned when nothing
-    lowers the loss. At most 15 calls of loss_at, mostly 10.
+    lowers the loss. At most MOST_CALLS calls of loss_at.
     """
     tried: dict[float, float] = {}
 

@@ -135,7 +135,7 @@ def _run(jobs: Sequence[_Job], listen: Listener) -> list[_Leaves]:
             for future in as_completed(futures):
                 future.result()
                 done += jobs[futures[future]][0]
-                listen(Progress("hash", done, total))
+                listen(Progress("hash", done, total, in_bytes=True))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

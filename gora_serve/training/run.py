@@ -18,7 +18,7 @@ from gora_serve.adapter.factors import Adapter, BaseId, LoraFactors
 from gora_serve.adapter.format import write_adapter
 from gora_serve.config import FREE_SETTINGS, FitConfig, ModelConfig, TrainConfig
 from gora_serve.errors import RunError
-from gora_serve.gora.gamma import GammaSearch, search_gamma
+from gora_serve.gora.gamma import MOST_CALLS, GammaSearch, search_gamma
 from gora_serve.gora.ranks import RankPlan, allocate_ranks, uniform_ranks
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.binding import seal_folder
@@ -195,7 +195,7 @@ class Run:
             with inject.scaled(model, gamma):
                 loss = evaluate(model, batches, accelerator=self.session.accelerator)
             tried.append(gamma)
-            self.listen(Progress("gamma", len(tried), len(tried) + 1, {"gamma": gamma, "loss": loss}))
+            self.listen(Progress("gamma", len(tried), MOST_CALLS, {"gamma": gamma, "loss": loss}))
             return loss
 
         with self.timed("gamma"):

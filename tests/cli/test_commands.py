@@ -203,6 +203,16 @@ def fit(work: Path, probe: Answer) -> Answer:
     return answer
 
 
+def test_fit_tells_where_it_stands_and_the_next_step(work: Path, fit: Answer) -> None:
+    assert has_talk(fit, "hash", "probe", "gamma", "train")
+    assert "gamma 1/15 " in fit.err
+    assert "Loading weights" not in fit.err  # transformers' own bar
+    *_, last = fit.err.splitlines()
+    assert last.startswith("next: gora-serve export ")
+    done(work, *shlex.split(last)[2:])
+    assert (work / "[link]run-adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_fit_tells_the_result_on_standard_output(fit: Answer) -> None:
     lines = fit.out.splitlines()
     assert lines[:3] == [
@@ -403,11 +413,15 @@ def test_dry_run_prints_command_and_environment(work: Path, exports: dict[str, A
     assert layers == {"--plugin": "# LoRA layers: gora-serve's plugin", "--no-plugin": "# LoRA layers: vLLM's own"}
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in told["removed"]
     text = done(work, *words)
-    line = shlex.split(text.out.splitlines()[-1])
-    plain = json.loads(done(work, *words, "--json").out)["argv"]
-    assert (line[0], line[-len(plain) :]) == ("env", plain)
-    assert "HF_HUB_OFFLINE=1" in line[: -len(plain)]
-    assert " -u VLLM_ALLOW_RUNTIME_LORA_UPDATING " in text.out
+    printed = text.out.splitlines()
+    pasted = "\n".join(printed[printed.index("env \\") :]).replace("env", "printf '%s\\0'", 1)
+    shell = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, check=True, timeout=TIMEOUT)
+    plain = json.loads(done(work, *words, "--json").out)
+    words_of_env = shell.stdout.split("\0")[:-1]
+    assert words_of_env[-len(plain["argv"]) :] == plain["argv"]
+    settings = {f"{name}={text}" for name, text in plain["environment"].items()}
+    assert set(words_of_env[: -len(plain["argv"])]) - settings == {"-u", *(n for n in plain["removed"] if "*" not in n)}
+    assert all(line.count(" --") <= 1 for line in printed if "{" not in line)
 
 
 @needs_engine

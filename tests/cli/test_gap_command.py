@@ -238,9 +238,11 @@ def test_names_are_whole_at_80_columns(
         assert max(map(len, rows)) <= 80
 
 
-def test_hashing_is_told_in_megabytes(plain: Path, tiny_base: Path, tmp_path: Path) -> None:
-    answer = gora_here("hash", tiny_base)
-    assert "hash 0/0 MB" in answer.err
+def test_bytes_are_told_in_megabytes(plain: Path, tiny_base: Path, tmp_path: Path) -> None:
+    assert "hash 0/0 MB" in gora_here("hash", tiny_base).err
+    assert "merge 0/0 MB" in gora_here("merge", tiny_base, "-a", plain, "--output", tmp_path / "merged").err
+    verified = gora_here("verify", tmp_path / "merged", "--base", tiny_base, "-a", plain)
+    assert "replay 0/0 MB" in verified.err
 
 
 def test_an_untrained_adapter_is_no_division_by_zero(edited: Edited, tiny_base: Path) -> None:
