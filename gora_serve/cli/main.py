@@ -100,9 +100,10 @@ def _answer(argv: list[str], *, as_json: bool, debug: bool) -> int:
             click.echo(str(err), err=True)
         return err.exit_code
     except click.ClickException as err:
-        err.show()
-        if as_json:
-            click.echo(json.dumps(_usage(err).to_json(), indent=2))
+        with _nobody_may_listen():
+            err.show()
+            if as_json:
+                click.echo(without_tokens(json.dumps(_usage(err).to_json(), indent=2)))
         return err.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _interrupted(signal.SIGINT)

@@ -102,7 +102,6 @@ def merge(
     from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
-    from gora_serve.integrity.verify import adapter_of_run
 
     config = MergeConfig(
         family, into, dtype, base_as, method, rank, tolerance, parameters, density, form, seed
@@ -117,7 +116,7 @@ def merge(
         from converters.reading import Inputs
 
         inputs = Inputs(None, init_adapter, mutated_base, cache, allow_pickle, listen)
-        folders = [(adapter_of_run(locate_adapter(name)), weight) for name, weight in adapters]
+        folders = [(locate_adapter(name), weight) for name, weight in adapters]
         write = _into_model if config.into == "model" else _into_adapter
         summary = write(folders, locate_base(base), output, config, inputs, overwrite)
     for warning in summary.value["warnings"]:

@@ -137,11 +137,10 @@ def _verify_merge(
     from gora_serve.cli.watching import watching
     from gora_serve.integrity.bases import locate_adapter, locate_base
     from gora_serve.integrity.reading import naming_inputs
-    from gora_serve.integrity.verify import adapter_of_run
     from gora_serve.training.quantize import nf4_rounder
 
     with watching() as listen, naming_inputs():
-        folders = [(adapter_of_run(locate_adapter(name)), weight) for name, weight in adapters]
+        folders = [(locate_adapter(name), weight) for name, weight in adapters]
         located = locate_base(base)
         merged = locate_base(str(path)).path
         inputs = Inputs(listen=listen, **{field: source[name] for name, field in SOURCES.items()})

@@ -11,6 +11,7 @@ from gora_serve.errors import InputError, MachineError
 from gora_serve.integrity.hub import is_hub_id, parse_id
 from gora_serve.integrity.reading import naming_inputs, unreadable
 from gora_serve.integrity.snapshots import ADAPTER, MODEL, SETTINGS, download
+from gora_serve.integrity.verify import adapter_of_run
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ def locate_settings(name: str) -> Base:
 def locate_adapter(name: str | Path) -> Path:
     """Find ADAPTER: what lies at that path, or a hub id with its revision, downloaded and checked as a base is.
 
+    Of a finished run it is the adapter in it.
     Without `@REVISION` it is a path, whether there is anything or not: a mistyped one never goes to the hub.
     """
     text = str(name)
     if _exists(Path(text)) or _is_path(text) or "@" not in text:
-        return Path(text)
+        return adapter_of_run(Path(text))
     return download(parse_id(text), ADAPTER).path
 
 

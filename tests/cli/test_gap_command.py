@@ -238,6 +238,20 @@ def test_names_are_whole_at_80_columns(
         assert max(map(len, rows)) <= 80
 
 
+@pytest.mark.parametrize("command", ["gap", "convert", "plan"])
+def test_a_run_stands_for_its_adapter(plain: Path, tiny_base: Path, tmp_path: Path, command: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(plain, run / "adapter")
+    (run / "run.json").write_text("{}")
+    words = {
+        "gap": ("gap", run, "--base", tiny_base),
+        "convert": ("convert", run, "--base", tiny_base, "--output", tmp_path / "converted"),
+        "plan": ("plan", tiny_base, "-a", run),
+    }
+    answer = gora_here(*words[command])
+    assert answer.code == 0, answer.err
+
+
 def test_bytes_are_told_in_megabytes(plain: Path, tiny_base: Path, tmp_path: Path) -> None:
     assert "hash 0/0 MB" in gora_here("hash", tiny_base).err
     assert "merge 0/0 MB" in gora_here("merge", tiny_base, "-a", plain, "--output", tmp_path / "merged").err
