@@ -14,6 +14,7 @@ from typing import Any
 from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import is_unicode
 
+FIELDS = frozenset({"prompt", "completion", "messages", "text"})
 IGNORED = -100  # label of a token without loss, as transformers has it
 Segments = list[tuple[str, bool]]  # pieces of text in order, and whether they carry loss
 
@@ -41,13 +42,13 @@ class Row:
         return InputError(what, code="GS-378", hint=hint, file=self.place, expected=expected)
 
     def lacking(self, what: str, expected: str) -> InputError:
-        """Return the error for fields that are not there, or not by these names."""
-        separator = next((mark for name in self.values for mark in (";", "\t", "|") if mark in name), None)
-        return self.refused(what, expected).advising(
-            "rename the fields: what is asked is the prompt, what is to be answered the completion"
-            if separator is None
-            else f"separate the columns by commas, not by {separator!r}"
-        )
+        """Return the error for fields that are not there, or not by the names that are known."""
+        refused = self.refused(what, expected)
+        if not FIELDS.isdisjoint(self.values):
+            return refused
+        if separator := next((mark for name in self.values for mark in ";\t|" if mark in name), None):
+            return refused.advising(f"separate the columns by commas, not by {separator!r}")
+        return refused.advising("rename the fields: what is asked is the prompt, what is to be answered the completion")
 
 
 def encode_row(row: Row, tokenizer: Any, *, template: bool) -> Example:

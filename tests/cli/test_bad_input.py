@@ -81,8 +81,12 @@ def test_missing_data_file_is_not_looked_for_on_the_hub(space: Space, name: str)
 
 
 @pytest.mark.parametrize(
-    ("head", "hint"), [("prompt;completion", "commas, not by ';'"), ("question,answer", "rename the fields")]
-)
+    ("head", "hint"),
+    [
+        ("prompt;completion", "commas, not by ';'"), ("question,answer", "rename the fields"),
+        ("prompt,answer", "give each row prompt and completion"),
+    ],
+)  # fmt: skip
 def test_columns_of_a_csv(space: Space, head: str, hint: str) -> None:
     file = space.write("rows.csv", head, head)
     assert hint in str(space.refuses(space.fit(data=file), 3, "GS-378").field("try"))
