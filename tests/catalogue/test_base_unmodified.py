@@ -58,7 +58,7 @@ def test_one_flipped_bit(place: Place, name: str, end: str) -> None:
     at = header.data_start + (found.begin if end == "first" else found.end - 1)
     raw[at] ^= 1
     file.write_bytes(raw)
-    place.refuses(("verify", folder, "--manifest", manifest), 1, "GS-113", "1 tensors differ", file=file, tensor=name)
+    place.refuses(("verify", folder, "--manifest", manifest), 1, "GS-113", "1 tensor differs", file=file, tensor=name)
 
 
 def test_the_chunk_of_a_flipped_bit(place: Place) -> None:
@@ -89,7 +89,7 @@ def test_values_that_compare_equal_or_sum_to_the_same(place: Place, change: str)
     BITS[change](tensors)
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     named = {"34": "z", "35": "n", "36": "a"}[change[:2]]
-    count = "2 tensors differ" if change[:2] == "36" else "1 tensors differ"
+    count = "2 tensors differ" if change[:2] == "36" else "1 tensor differs"
     words = ("verify", folder, "--manifest", manifest)
     place.refuses(words, 1, "GS-113", count, file=folder / SINGLE, tensor=named)
 
