@@ -39,8 +39,8 @@ def export_summary(done: Exported, form: Form, dtype: str) -> Summary:
     }  # fmt: skip
     lines = [
         f"wrote {done.folder}",
-        f"{counted(len(ranks), 'module')}, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters{zeros}, "
-        f"form {form}",
+        f"{counted(len(ranks), 'module')}, ranks {min(ranks)} to {max(ranks)}, {adapter.parameters:,} parameters"
+        f"{zeros}, form {form}",
         f"adapter root {done.root}",
         f"fingerprint of its answers: {done.canary}",
     ]
