@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from converters.reading import Beyond, Inputs, Reading
-from gora_serve.deploy.base import BaseWeights
+from converters.source import Source
+from gora_serve.deploy.base import SAVE_AGAIN, BaseWeights
 from gora_serve.errors import BindingError
 
 FEATURES = "its modules are named as in the model without a head: PEFT loads it over AutoModel, and no engine"
@@ -38,20 +39,20 @@ class Under(Mapping[str, Value]):
         return len(self._names)
 
 
-def by_base_names(reading: Reading, inputs: Inputs, *, file: Path) -> Reading:
+def by_base_names(source: Source, reading: Reading, inputs: Inputs) -> Reading:
     """Return the reading with the paths under which PEFT finds the modules in the base's model; for merging into a
     model, those of the base's files. What was renamed, no engine finds by the names in the file.
 
-    Raises BindingError (GS-454) for a module with two names.
+    Raises BindingError for a module with two names (GS-454), and where the base's own lack that part (GS-453).
     """
     base = inputs.base
     if base is None:
         return reading
     names = _parameters(reading)
-    check_names([(file, names)], base)
+    check_names([(source.weights, names)], base)
     own = {name: base.own_name(name) for name in names}
-    given = {name: base.name_in_model(name, reading.adapter.task_type) for name in names}
-    renamed = {name: new for name, new in (own if inputs.merging else given).items() if new != name}
+    new = own if inputs.merging else {name: base.name_in_model(name, source.config) for name in names}
+    renamed = {name: new[name] for name in names if new[name] != name}
     lacking = next((name for name in names if len(own[name]) > len(name)), None)
     if not inputs.merging and lacking and not renamed and not base.is_trunk:
         return replace(reading, served=None, notes=(*reading.notes, FEATURES))
@@ -60,8 +61,8 @@ def by_base_names(reading: Reading, inputs: Inputs, *, file: Path) -> Reading:
     reading = _renamed(reading, lambda name: renamed.get(name, name))
     if inputs.merging:
         return reading
-    old, new = (one.removesuffix(".weight") for one in next(iter(renamed.items())))
-    note = f"the names lack the first part of the base's, which PEFT and engines go by: {old} is {new}"
+    before, after = (one.removesuffix(".weight") for one in next(iter(renamed.items())))
+    note = f"the names lack the first part of the base's, which PEFT and engines go by: {before} is {after}"
     return replace(reading, served=None, notes=(*reading.notes, note))
 
 
@@ -80,10 +81,10 @@ def check_names(adapters: Iterable[tuple[Path, Iterable[str]]], base: BaseWeight
         for name in names:
             other = seen.setdefault(base.own_name(name), name)
             if other != name:
+                hint = "write into adapter_config.json the task_type that each adapter was trained for"
                 raise BindingError(
                     "one module has two names, of the model with its head and of the one without", code="GS-454",
-                    file=file, tensor=name, expected=other, actual=name,
-                    hint="write into adapter_config.json the task_type that each adapter was trained for",
+                    file=file, tensor=name, expected=other, actual=name, hint=SAVE_AGAIN if base.is_bare else hint,
                 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def read(path: Path, inputs: Inputs, family: str = "auto") -> tuple[Source, Dete
     reading = family_named(detection.family).read(source, inputs)
     _check_used(source, detection, reading, inputs)
     reading = _account(source, detection, reading, inputs)
-    return source, detection, by_base_names(reading, inputs, file=source.weights)
+    return source, detection, by_base_names(source, reading, inputs)
 
 
 def _check_kinds(source: Source) -> None:

@@ -121,7 +121,7 @@ def _refuse_pickles(adapter: Path) -> None:
 
 def check_shapes(adapter: AdapterDir, base: Path) -> None:
     """Raise BindingError where a module of the adapter is none of the base's (GS-404), has another shape (GS-462), or
-    lacks the first part of its name (GS-463).
+    lacks the first part of its name (GS-463); or the base's own do (GS-453).
 
     The first is named, and how many there are.
     """
@@ -137,18 +137,13 @@ def check_shapes(adapter: AdapterDir, base: Path) -> None:
             expected=f"(out, in) {expected}", actual=actual, hint="give the base that the adapter was trained on",
         )  # fmt: skip
     for path in adapter.pairs:
-        name = weights.name_in_model(f"{path}.weight", _task(adapter)).removesuffix(".weight")
+        name = weights.name_in_model(f"{path}.weight", adapter.config).removesuffix(".weight")
         if name != path:
             raise BindingError(
                 "the adapter's names lack the first part of the base's: PEFT and engines would pass over its modules",
                 code="GS-463", file=adapter.weights_file, tensor=path, expected=name,
                 hint=convert_command(adapter.path, base),
             )  # fmt: skip
-
-
-def _task(adapter: AdapterDir) -> str | None:
-    task = adapter.config.get("task_type")
-    return task if isinstance(task, str) else None
 
 
 def _shapes(adapter: AdapterDir, weights: BaseWeights, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -39,6 +39,7 @@ HEAD_OF_TYPE = {  # model_type -> the path of the head that may be tied, where i
 }  # fmt: skip
 # Tensors that models compute for themselves, and old checkpoints hold.
 COMPUTED = re.compile(r"(inv_freq|position_ids|\.masked_bias|\battn\.bias|\battention\.bias)$")
+SAVE_AGAIN = "save the base again: AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(DIR)"
 HEADLESS = ("Classification", "ForQuestionAnswering", "ForMultipleChoice")  # ends of the names of such architectures
 
 
@@ -133,15 +134,28 @@ class BaseWeights:
                 return parameter.removeprefix(name.removesuffix(found))
         return parameter
 
-    def name_in_model(self, parameter: str, task_type: str | None) -> str:
+    def name_in_model(self, parameter: str, adapter: Mapping[str, Any]) -> str:
         """Return what a parameter is called in the model that PEFT loads from this checkpoint, where an adapter that
         was trained on the model without its head calls it by all but the first part of its name.
 
-        Without a head (FEATURE_EXTRACTION, or as config.json says) it is loaded again: such names stay.
+        adapter: its adapter_config.json. Over another class it is loaded again: such names stay. Raises BindingError
+        (GS-453) where the checkpoint lacks that part itself.
         """
+        if self._is_for_another_class(adapter):
+            return parameter
+        if parameter.partition(".")[0] in BARE and self.counterpart(parameter) == parameter:
+            self.need_model_names()
         own = self.own_name(parameter)
-        headless = self.is_trunk or task_type == "FEATURE_EXTRACTION"
-        return parameter if headless or len(own) < len(parameter) else own
+        return parameter if len(own) < len(parameter) else own
+
+    def _is_for_another_class(self, adapter: Mapping[str, Any]) -> bool:
+        """Whether an adapter's class is not the one that config.json names, nor that one without its head."""
+        if self.is_trunk or adapter.get("task_type") == "FEATURE_EXTRACTION":
+            return True
+        mapping = adapter.get("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        own = self.config.get("architectures") or ()
+        return isinstance(name, str) and not name.endswith("Model") and name not in own
 
     @cached_property
     def is_bare(self) -> bool:
@@ -156,7 +170,7 @@ class BaseWeights:
             raise BindingError(
                 "the base's tensors lack the first part of their names, which an adapter's need", code="GS-453",
                 file=self.folder, tensor=next(iter(self.tensors)),
-                hint="save the base again: AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(DIR)",
+                hint=SAVE_AGAIN,
             )  # fmt: skip
 
     @cached_property

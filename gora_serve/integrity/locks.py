@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from gora_serve.errors import OutputError
 from gora_serve.integrity.targets import UNCHANGED
 
 log = logging.getLogger(__name__)
+GLANCE = 0.1  # seconds: longer than `is_locked` may hold a lock that is another's to take
 
 
 @contextmanager
@@ -59,11 +61,16 @@ def _unlock(path: Path, fd: int) -> None:
 
 
 def _lock(path: Path, target: Path) -> int:
+    patience = time.monotonic() + GLANCE
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
+            if time.monotonic() < patience:
+                os.close(fd)
+                time.sleep(GLANCE / 20)
+                continue
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(fd)
             what = f"another process is writing this output, pid {holder}"

@@ -174,12 +174,12 @@ def architecture(base: Path) -> str | None:
 
 
 def refuse_encoder_decoder(base: Path) -> None:
-    """Raise BindingError (GS-473) for T5, BART and their kin, which vLLM 0.32 does not serve: of encoder-decoders it
-    has Whisper alone (model_executor/models/registry.py)."""
+    """Raise BindingError (GS-473) for T5, BART and their kin: of encoder-decoders vLLM 0.32 takes adapters for Whisper
+    alone (classes of vllm/model_executor/models with SupportsLoRA)."""
     kind = architecture(base)
     if _base_config(base).get("is_encoder_decoder") is True and kind not in ENCODER_DECODERS:
         raise BindingError(
-            "vLLM does not serve this encoder-decoder", code="GS-473", file=base / "config.json", actual=kind,
+            "vLLM serves no adapters of this encoder-decoder", code="GS-473", file=base / "config.json", actual=kind,
             hint="use the adapter with PEFT: AutoModelForSeq2SeqLM and PeftModel",
         )  # fmt: skip
 

@@ -72,6 +72,8 @@ def prepare(
     if "--trust-remote-code" not in options:
         refuse_remote_code(located.path)
     beside = refuse_other_weights(located.path, single(options, "--load-format"))
+    if adapters or config.adapters_dir is not None:
+        refuse_encoder_decoder(located.path)
     warnings = vulnerable_versions(ENGINE_PACKAGES, strict=strict)
     warnings += [f"{name} is set, and taken away from the engine" for name in scrubbed(os.environ, SCRUBBED)]
     warnings += _without_effect(config)
@@ -122,8 +124,7 @@ def _with_plugin(config: ServeConfig, engine: Engine) -> tuple[ServeConfig, str 
 
 
 def served_base(located: Base, served_name: str | None = None, listen: Listener = silent) -> ServedBase:
-    """Hash the base that adapters are admitted to. Raises BindingError (GS-473) for one that vLLM does not serve."""
-    refuse_encoder_decoder(located.path)
+    """Hash the base that adapters are admitted to."""
     manifest = hash_base(located.path, listen=listen)
     names = names_of(located.path, located.name, *([served_name] if served_name else []))
     return ServedBase(located.path, manifest, architecture(located.path), names)

@@ -37,7 +37,7 @@ class Checkpoint:
     """Training after `position.step` steps.
 
     tensors: `capture`. random: the generators of every process. scaler: of fp16, empty without. losses: measured so
-    far. inputs: digests of what the run is made from.
+    far, and evaluating: the seconds that took. inputs: digests of what the run is made from.
     """
 
     position: Position
@@ -46,6 +46,7 @@ class Checkpoint:
     scaler: Mapping[str, Any]
     losses: Mapping[str, float]
     inputs: Mapping[str, Any]
+    evaluating: float = 0.0
 
 
 def capture(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
@@ -143,6 +144,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
             "tokens": position.tokens,
             "seconds": position.seconds,
             "losses": dict(checkpoint.losses),
+            "evaluating": checkpoint.evaluating,
             "inputs": dict(checkpoint.inputs),
             "scaler": dict(checkpoint.scaler),
             "random": [dict(one) for one in checkpoint.random],
@@ -160,7 +162,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     state = read_object(folder / STATE, SCHEMA)
     position = Position(state["step"], state["tokens"], state["seconds"])
     tensors = load_file(folder / TENSORS)
-    return Checkpoint(position, tensors, state["random"], state["scaler"], state["losses"], state["inputs"])
+    evaluating = state.get("evaluating", 0.0)  # a run of an older version has none
+    return Checkpoint(
+        position, tensors, state["random"], state["scaler"], state["losses"], state["inputs"], evaluating
+    )  # fmt: skip
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:

@@ -106,7 +106,8 @@ def check_ids(data: Dataset, vocabulary: int, *, padding: int) -> None:
 def _means_file(source: str) -> bool:
     """Tell whether `source` is a file, there or not: where it is no name of the hub's, or ends as files do."""
     name = source.partition(":")[0]
-    return Path(source).exists() or not is_hub_id(name) or Path(name).suffix.lower() in (*READERS, *OTHERS)
+    endings = {Path(one).suffix.lower() for one in (name, source)}
+    return Path(source).exists() or not is_hub_id(name) or not endings.isdisjoint((*READERS, *OTHERS))
 
 
 def _read_file(path: Path) -> tuple[list[Row], str]:

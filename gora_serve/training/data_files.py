@@ -50,7 +50,7 @@ def json_rows(path: Path) -> list[Row]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as err:
-        if text.lstrip().startswith("{") and "\n" in text.strip():
+        if _is_object(text.lstrip().partition("\n")[0]):
             return json_lines(path)
         raise _unreadable(path, str(err)) from err
     values = value if isinstance(value, list) else [value]
@@ -69,8 +69,7 @@ def csv_rows(path: Path) -> list[Row]:
     with _fields_of_any_size():
         reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
         try:
-            names = next(reader, [])
-            rows = [row for row in reader if row]
+            names, *rows = [row for row in reader if len(row) > 1 or "".join(row).strip()] or [[]]
         except csv.Error as err:
             raise _unreadable(path, f"line {reader.line_num}: {err}") from err
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -109,6 +108,13 @@ READERS: Mapping[str, Callable[[Path], list[Row]]] = {
 def numbered(values: Sequence[Mapping[str, Any]], source: str) -> list[Row]:
     """Name each row by its number, from 1."""
     return [Row(value, f"{source}:row {number}") for number, value in enumerate(values, start=1)]
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _text(path: Path) -> str:

@@ -134,9 +134,10 @@ class Run:
             self.session, self.config.train, self.folder, self.held_out, checkpoint=self.left.checkpoint,
             inputs={**digests(self.facts()), "gamma": gamma}, stop=self.stop, listen=self.listen,
         )  # fmt: skip
+        before = training.evaluating  # of the processes that this one goes on from
         with self.timed("train"):
             training.run(model)
-        self.seconds["train"] -= training.evaluating
+        self.seconds["train"] -= training.evaluating - before
         if self.held_out is not None:
             self.seconds["evaluate"] = training.evaluating
         adapter = inject.extract(

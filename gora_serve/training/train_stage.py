@@ -56,7 +56,7 @@ class TrainStage:
         self.session, self.config, self.folder, self.held_out = session, config, folder, held_out
         self.checkpoint, self.inputs, self.stop, self.listen = checkpoint, inputs, stop, listen
         self.losses: dict[str, float] = dict(checkpoint.losses) if checkpoint else {}
-        self.evaluating = 0.0
+        self.evaluating = checkpoint.evaluating if checkpoint else 0.0
         self.steps = count_steps(session, config)
 
     def run(self, model: nn.Module) -> None:
@@ -111,7 +111,7 @@ class TrainStage:
         if self.folder.writes:
             self.folder.sync_metrics()
             tensors = capture(model, optimizer)
-            checkpoint = Checkpoint(position, tensors, random, scaler, self.losses, self.inputs)
+            checkpoint = Checkpoint(position, tensors, random, scaler, self.losses, self.inputs, self.evaluating)
             write_checkpoint(self.folder.path, checkpoint)
         if number is not None:
             what = f"stopped by {signal.Signals(number).name} after training step {position.step} of {self.steps}"

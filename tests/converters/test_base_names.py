@@ -16,7 +16,15 @@ from proving import EXACT, converted, input_ids, load_on, logits_of, merged, off
 from safetensors.torch import load_file, save_file
 from tiny_models import build_gpt2, build_llama
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaModel,
+    WhisperConfig,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+)
 
 from converters.combining import merge_adapters
 from converters.gap import find_gap
@@ -160,9 +168,31 @@ def test_of_a_checkpoint_whose_names_lack_their_first_part(tmp_path: Path) -> No
             B = load_file(headless / WEIGHTS)[name.replace("lora_A", "lora_B")]
             again.base_model.model.get_submodule(path).base_layer.weight.data += 2.0 * (B @ A).T  # alpha 8 / r 4
     assert off_by(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits_of(again)) < EXACT
-    with pytest.raises(BindingError) as caught:
-        merge_adapters(both, named, tmp_path / "both", MergeConfig(into="adapter", method="cat"))
-    assert caught.value.code == "GS-454"
+    refused: list[Callable[[], Any]] = [
+        lambda: merge_adapters(both, named, tmp_path / "both", MergeConfig(into="adapter", method="cat")),
+        lambda: converted(headless, base, tmp_path / "no"),
+        lambda: find_gap(headless, named, GapConfig(), Inputs()),
+        lambda: bind(headless, str(base), tmp_path / "bound"),
+    ]
+    for command in refused:  # the model with its head calls them otherwise, and PEFT would pass over them
+        with pytest.raises(BindingError) as caught:
+            command()
+        assert caught.value.code == "GS-453"
+
+
+def test_names_of_another_class_stay(tmp_path: Path) -> None:
+    """A Whisper for classification has its encoder at the top; the checkpoint, of another class, below `model`."""
+    base, given = tmp_path / "base", tmp_path / "given"
+    small = {"d_model": 16, "num_mel_bins": 8, "vocab_size": 20, "max_source_positions": 10, "max_target_positions": 10}
+    sides = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    widths = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "pad_token_id": 0, "decoder_start_token_id": 1}
+    config = WhisperConfig(**small, **sides, **widths, suppress_tokens=None, begin_suppress_tokens=None)
+    WhisperForConditionalGeneration(config).save_pretrained(base)
+    model = WhisperForAudioClassification.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(given)
+    converted(given, base, tmp_path / "out")
+    assert load_file(tmp_path / "out" / WEIGHTS).keys() == load_file(given / WEIGHTS).keys()
+    bind(given, str(base), tmp_path / "bound")
 
 
 @pytest.mark.parametrize("trunk", [False, True])

@@ -67,7 +67,8 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def made(step: int, tensors: dict[str, Tensor] | None = None, **fields: Any) -> Checkpoint:
     values: dict[str, Any] = {
-        "random": [random_state(CPU)], "scaler": {}, "losses": {"start": 1 / 3}, "inputs": {"data": "ab"}
+        "random": [random_state(CPU)], "scaler": {}, "losses": {"start": 1 / 3}, "inputs": {"data": "ab"},
+        "evaluating": 0.5,
     } | fields  # fmt: skip
     return Checkpoint(Position(step, 10 * step, 0.1 * step), tensors or {"parameter.a": torch.ones(2)}, **values)
 
@@ -87,6 +88,7 @@ def test_restored_training_is_the_training_that_was_captured(tmp_path: Path, pre
     fresh: Any = Accelerator(cpu=True).prepare_optimizer(adamw(other)) if prepared else adamw(other)
     take_steps(other, fresh, 1)  # a state of its own, which must leave no trace
     back = read_checkpoint(tmp_path / "checkpoints" / "step-2")
+    assert (back.position, back.evaluating) == (kept.position, 0.5)
     restore(other, fresh, back.tensors)
     set_random_state(back.random[0], CPU)
     assert take_steps(other, fresh, 3) == losses

@@ -279,7 +279,7 @@ def test_files_that_are_something_else_are_named(tmp_path: Path, tokenizer: Any,
         ("prompt,completion\nHello, world,answer\nBye, moon,answer\n", 1, 3),  # every row: no column is an index
         ("text\nHello\nBye, moon\n", 2, 2),
         ("prompt,completion\na,b,\n", 1, 3),
-        ("prompt,completion\na,b\n\nc\n", 2, 1),
+        ("\n  \nprompt,completion\na,b\n\n \nc\n", 2, 1),
     ],
 )
 def test_a_comma_without_quotes_moves_no_text(tmp_path: Path, tokenizer: Any, text: str, row: int, fields: int) -> None:
@@ -308,7 +308,7 @@ def test_text_in_a_csv_stays_as_it_is(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
-@pytest.mark.parametrize("value", ["null", "3", '"abc"', "[1]", "[" * 100_000, '[{"text": "a"}'])
+@pytest.mark.parametrize("value", ["null", "3", '"abc"', "[1]", "[" * 100_000, '[{"text": "a"}', '{"a": 1\n"b": 2}'])
 def test_json_that_is_no_list_of_objects_is_named(tmp_path: Path, tokenizer: Any, value: str) -> None:
     (tmp_path / "rows.json").write_text(value)
     with pytest.raises(InputError, match="GS-375"):
