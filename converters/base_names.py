@@ -5,38 +5,20 @@ PEFT passes over `layers.0.self_attn.q_proj` without a word where the model call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from converters.reading import Beyond, Inputs, Reading
 from converters.source import Source
+from gora_serve.adapter.tensors import Renamed
 from gora_serve.deploy.base import SAVE_AGAIN, BaseWeights
 from gora_serve.errors import BindingError
 
 FEATURES = "its modules are named as in the model without a head: PEFT loads it over AutoModel, and no engine"
 Name = Callable[[str], str]
 Value = TypeVar("Value")
-
-
-class Under(Mapping[str, Value]):
-    """The values of a mapping under other names, read at each look-up as its own are."""
-
-    def __init__(self, values: Mapping[str, Value], name: Name) -> None:
-        self._values, self._names = values, {name(old): old for old in values}
-
-    def __getitem__(self, name: str) -> Value:
-        return self._values[self._names[name]]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def by_base_names(source: Source, reading: Reading, inputs: Inputs) -> Reading:
@@ -100,6 +82,10 @@ def _parameters(reading: Reading) -> list[str]:
     return list(dict.fromkeys([*_weights(modules), *others]))
 
 
+def _under(values: Mapping[str, Value], name: Name) -> Mapping[str, Value]:
+    return Renamed(values, {name(old): old for old in values})
+
+
 def _renamed(reading: Reading, name: Name) -> Reading:
     """Return the reading with other names of parameters, and the modules' by those of their weights."""
 
@@ -112,19 +98,19 @@ def _renamed(reading: Reading, name: Name) -> Reading:
         reading,
         adapter=replace(
             adapter,
-            modules=Under(adapter.modules, module),
-            carried=Under(adapter.carried, name),
+            modules=_under(adapter.modules, module),
+            carried=_under(adapter.carried, name),
             embeddings=frozenset(map(module, adapter.embeddings)),
         ),
-        served=None if reading.served is None else Under(reading.served, module),
-        initial=None if reading.initial is None else Under(reading.initial, module),
+        served=None if reading.served is None else _under(reading.served, module),
+        initial=None if reading.initial is None else _under(reading.initial, module),
         beyond=Beyond(
-            replaced=Under(beyond.replaced, name),
-            added=Under(beyond.added, name),
-            magnitudes=Under(beyond.magnitudes, module),
-            before=Under(beyond.before, module),
-            stacks=Under(beyond.stacks, name),
-            grounds=Under(beyond.grounds, module),
+            replaced=_under(beyond.replaced, name),
+            added=_under(beyond.added, name),
+            magnitudes=_under(beyond.magnitudes, module),
+            before=_under(beyond.before, module),
+            stacks=_under(beyond.stacks, name),
+            grounds=_under(beyond.grounds, module),
             sizes=None if sizes is None else lambda path: sizes(back[path]),
         ),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import safe_open
 from torch import Tensor
@@ -15,6 +16,8 @@ from gora_serve.errors import InputError
 from gora_serve.integrity.canonical import is_unicode
 from gora_serve.integrity.headers import TensorEntry, read_header
 from gora_serve.integrity.reading import unreadable
+
+Value = TypeVar("Value")
 
 
 def _check_path(path: Path) -> None:
@@ -76,15 +79,15 @@ class TensorFiles(Mapping[str, Tensor]):
         return self.entries[name].shape
 
 
-class Renamed(Mapping[str, Tensor]):
-    """Tensors under other names, read at each look-up as the files' own are."""
+class Renamed(Mapping[str, Value]):
+    """The values of a mapping under other names, read at each look-up as its own are."""
 
-    def __init__(self, tensors: TensorFiles, names: Mapping[str, str]) -> None:
-        """names: what a tensor is called here -> what it is called in the files."""
-        self._tensors, self._names = tensors, dict(names)
+    def __init__(self, values: Mapping[str, Value], names: Mapping[str, str]) -> None:
+        """names: what a value is called here -> what it is called in the mapping."""
+        self._values, self._names = values, dict(names)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
+    def __getitem__(self, name: str) -> Value:
+        return self._values[self._names[name]]
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
