@@ -44,7 +44,7 @@ from gora_serve.training.session import LazyBatch, Session, peak_bytes
 from methods.bench import Bench, kept_name
 from methods.graph import train_recorded
 from methods.methods import Method, methods
-from methods.tasks import TASKS, Row, score
+from methods.tasks import TASKS, Row, credits_of
 
 START = 2  # the step after which time is taken: the first are slower
 
@@ -100,7 +100,8 @@ def run(bench: Bench, wanted: Wanted) -> dict[str, Any]:
         if wanted.split == "test":
             if hasattr(model, "merge_adapter") and not method.quantize:
                 model.merge_adapter()  # the same function, in fewer kernels
-            row["score"] = score(model, session.tokenizer, task, rows)
+            row["credits"] = credits_of(model, session.tokenizer, task, rows)
+            row["score"] = statistics.fmean(row["credits"])
         del model, session
         if wanted.served:
             row["served"] = served(bench, folder, method, wanted, rows)
@@ -206,7 +207,7 @@ def loaded_score(bench: Bench, adapter: Path, wanted: Wanted, rows: list[Row]) -
     session = bench.session(wanted.task, wanted.seed)
     model: Any = PeftModel.from_pretrained(session.model, str(adapter))  # type: ignore[arg-type]
     model.merge_adapter()
-    return score(model, session.tokenizer, TASKS[wanted.task], rows)
+    return statistics.fmean(credits_of(model, session.tokenizer, TASKS[wanted.task], rows))
 
 
 def device(session: Session) -> str:

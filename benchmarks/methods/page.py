@@ -12,8 +12,8 @@ from methods.tasks import TASKS
 Rows = Sequence[dict[str, Any]]
 OF_PAIRS = (
     "On tasks with sweeps of their own: the method's less the other's, of the same seed and device (of `-32` less "
-    "`-32`), with the standard error over seeds and the interval that holds the mean with 95 % (Student's t); in the "
-    "mean over tasks."
+    "`-32`), with the standard error over seeds and the interval that holds the mean with 95 % (Student's t); the "
+    "standard error over test rows, where the credit of each was stored; in the mean over tasks."
 )
 
 
@@ -76,17 +76,20 @@ def told(cell: dict[str, Any] | None) -> str:
 
 def against(value: dict[str, Any], rival: str) -> str:
     """The paired differences from the rival, for each task and over all that there are."""
-    lines = ["| method | task | score | 95 % of it | loss | score of each seed |", "| --- " * 6 + "|"]
+    heads = ("method", "task", "score", "95 % of it", "over rows", "loss", "score of each seed")
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name, one in value.items():
         score, loss = one["against"][rival]["score"], one["against"][rival]["loss"]
         if score is None:
             continue
         for task, of_task in score["by task"].items():
             each = ", ".join(f"{one:+.3f}" for one in of_task["of seeds"])
-            cells = f"{difference(of_task)} | {interval(of_task)} | {difference(loss['by task'][task])} | {each}"
-            lines.append(f"| {name} | {task} | {cells} |")
+            over_rows = of_task["error over rows"]
+            rows = "" if over_rows is None else f"± {over_rows:.4f}"
+            cells = (difference(of_task), interval(of_task), rows, difference(loss["by task"][task]), each)
+            lines.append(f"| {name} | {task} | {' | '.join(cells)} |")
         if score["count"] > 1:
-            cells = f"{difference(score)} | {interval(score)} | {difference(loss)} |"
+            cells = f"{difference(score)} | {interval(score)} | | {difference(loss)} |"
             lines.append(f"| {name} | mean of {score['count']} | {cells} |")
     return "\n".join(lines)
 

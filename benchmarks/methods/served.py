@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -79,7 +80,7 @@ def ask(base: str, adapters: dict[str, Path], task: Task) -> dict[str, float]:
     for number, (name, folder) in enumerate({"": None, **adapters}.items()):
         request = LoRARequest(name, number, str(folder)) if folder else None
         texts = [one.outputs[0].text for one in engine.chat(turns, greedy, lora_request=request, use_tqdm=False)]
-        scores[name] = sum(map(task.right, texts, wanted)) / len(wanted)
+        scores[name] = statistics.fmean(map(task.credit, texts, wanted))
         print(name or "base", f"{scores[name]:.3f}", flush=True)
     return scores
 

@@ -48,21 +48,35 @@ def paired(every: Rows, method: str, rival: str, what: str) -> dict[str, Any] | 
     Both rows of a difference are of a CPU, or both of an accelerator, which goes first.
     """
     against = f"{rival}-32" if method.endswith("-32") else rival
-    by = {(row["method"], row["task"], row["seed"], on_cpu(row)): row[what] for row in every}
-    differences: dict[str, dict[int, float]] = {}
-    for (name, *rest), value in sorted(by.items()):
+    by = {(row["method"], row["task"], row["seed"], on_cpu(row)): row for row in every}
+    pairs: dict[str, dict[int, tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for (name, *rest), row in sorted(by.items(), key=lambda one: one[0]):
         if name == method != against and (against, *rest) in by:
-            differences.setdefault(rest[0], {}).setdefault(rest[1], value - by[against, *rest])
-    if not differences:
+            pairs.setdefault(rest[0], {}).setdefault(rest[1], (row, by[against, *rest]))
+    if not pairs:
         return None
-    of_tasks = [list(one.values()) for one in differences.values()]
-    means = [statistics.fmean(values) for values in of_tasks]
+    differences = {task: [one[what] - other[what] for one, other in some.values()] for task, some in pairs.items()}
+    means = [statistics.fmean(values) for values in differences.values()]
     better = sum(value > 0 if what == "score" else value < 0 for value in means)
     by_task = {
         task: with_error(values) | {"of seeds": [round(value, 3) for value in values]}
-        for task, values in zip(differences, of_tasks, strict=True)
+        for task, values in differences.items()
     }
+    if what == "score":
+        for task, some in pairs.items():
+            by_task[task]["error over rows"] = error_over_rows(list(some.values()))
     return with_error(means) | {"better on": better, "by task": by_task}
+
+
+def error_over_rows(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float | None:
+    """Return the standard error over test rows of the mean difference, each row's taken over the seeds; None where the
+    credits of rows were not stored."""
+    credits = [(one.get("credits"), other.get("credits")) for one, other in pairs]
+    if not all(one and other for one, other in credits):
+        return None
+    by_seed = [[a - b for a, b in zip(one, other, strict=True)] for one, other in credits if one and other]
+    of_rows = [statistics.fmean(row) for row in zip(*by_seed, strict=True)]
+    return round(statistics.stdev(of_rows) / math.sqrt(len(of_rows)), 4)
 
 
 def with_error(values: Sequence[float]) -> dict[str, Any]:

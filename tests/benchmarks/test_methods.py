@@ -14,7 +14,7 @@ sys.path.append(str(REPOSITORY / "benchmarks"))
 
 from methods import run, tables
 from methods.methods import LORA_RATES, methods
-from methods.tasks import TASKS, exact, same_number
+from methods.tasks import TASKS, exact, same_number, words_shared
 
 METHODS = methods(run.STEPS)
 LORA, GORA = METHODS["lora"], METHODS["gora"]
@@ -89,8 +89,10 @@ def test_differences_are_of_the_same_seed_and_device() -> None:
     # snips: +0.1 and +0.3, so 0.2 with an error of 0.1414 / sqrt(2); mnli: -0.1; in the mean 0.05
     # Student's t of one degree of freedom, a Cauchy variable: tan(0.475 pi) = 12.706
     snips = {"mean": 0.2, "error": 0.1, "interval": [-1.071, 1.471], "count": 2, "of seeds": [0.1, 0.3]}
+    snips |= {"error over rows": None}  # credits were not stored
     assert found["by task"]["snips"] == snips
-    assert found["by task"]["mnli"] == {"mean": -0.1, "error": None, "interval": None, "count": 1, "of seeds": [-0.1]}
+    alone = {"error": None, "interval": None, "count": 1, "error over rows": None}
+    assert found["by task"]["mnli"] == alone | {"mean": -0.1, "of seeds": [-0.1]}
     assert (found["mean"], found["error"], found["count"], found["better on"]) == (0.05, 0.15, 2, 1)
     losses = tables.paired(rows, "gora", "lora", "eval_loss")
     assert losses is not None
@@ -103,6 +105,18 @@ def test_differences_are_of_the_same_seed_and_device() -> None:
     assert mirrored is not None
     assert mirrored["mean"] == -0.05
     assert tables.paired(rows[:1], "gora", "lora", "score") is None
+
+
+def test_the_error_over_rows_is_that_of_their_mean_over_seeds() -> None:
+    credits = {"lora": [[0, 0, 1], [0, 1, 1]], "gora": [[1, 0, 1], [1, 1, 1]]}
+    rows = [
+        row_of(method, "snips", seed, 0.5) | {"credits": of_seed}
+        for method, of_seeds in credits.items() for seed, of_seed in enumerate(of_seeds)
+    ]  # fmt: skip
+    found = tables.paired(rows, "gora", "lora", "score")
+    assert found is not None
+    # of the rows: 1, 0, 0; their deviation sqrt(1/3), over sqrt(3)
+    assert found["by task"]["snips"]["error over rows"] == 0.3333
 
 
 def test_a_mean_is_of_one_kind_of_device() -> None:
@@ -159,6 +173,14 @@ def test_answers_that_are_right() -> None:
     assert same_number("6 * 7 = 42\n#### 1,042", {"answer": "1042"})
     assert not same_number("1042", {"answer": "1042"})
     assert not same_number("#### 1042\n#### 7", {"answer": "1042"})
+
+
+def test_words_that_are_shared() -> None:
+    row = {"completion": "find . -name a", "references": ["ls -a"]}
+    assert words_shared("find . -name a\n", row) == 1.0
+    assert words_shared("ls", row) == pytest.approx(2 / 3)  # of the nearer one
+    assert words_shared("find find .", row) == pytest.approx(4 / 7)  # a word counts as often as it is in both
+    assert words_shared("", row) == 0.0
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
