@@ -18,7 +18,7 @@ from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
 from gora_serve.adapter.tensors import Renamed
 from gora_serve.deploy.base import COMPUTED, EMBEDDINGS, FILE_HEAD, HEADS, MODEL_HEAD, BaseWeights
-from gora_serve.errors import BindingError, InputError, counted
+from gora_serve.errors import BindingError, InputError, counted, listed
 
 # Modules with a matrix that are no linear layer of their own in transformers' models.
 NOT_LINEAR = re.compile(r"\.experts\.|(emb|wpe|wte|shared|relative_attention_bias)[^.]*$|\.(gate|router)$")
@@ -176,11 +176,10 @@ def _refuse_problems(source: Source, found: _Sorted) -> None:
     if not found.problems:
         return
     lines = [f"{name} {change}" for name, change in found.problems.items()]
-    more = f"; and {len(lines) - 12} more" if len(lines) > 12 else ""
     count = f"{len(lines)} tensors" if len(lines) > 1 else "a tensor"
     raise InputError(
         f"{count} changed that LoRA cannot hold (norms, biases, embeddings): they would be lost",
-        code="GS-3157", file=source.folder, tensor=next(iter(found.problems)), actual="; ".join(lines[:12]) + more,
+        code="GS-3157", file=source.folder, tensor=next(iter(found.problems)), actual=listed(lines, 12, between="; "),
         expected="the base's own; the numbers are |W - W0| / |W0|",
         hint="--carry NAMES keeps modules whole (PEFT loads them, vLLM does not), --leave-out NAMES drops the change",
     )  # fmt: skip

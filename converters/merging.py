@@ -28,7 +28,7 @@ from gora_serve.deploy.merge_values import ModelPlan, Part
 from gora_serve.deploy.replay import Replay, replay
 from gora_serve.deploy.sum_of import FourBits
 from gora_serve.deploy.trained_on import quantization
-from gora_serve.errors import MachineError, MismatchError
+from gora_serve.errors import MachineError, MismatchError, listed
 from gora_serve.integrity.bases import Base
 from gora_serve.integrity.binding import OWN, check_folder, digest_of_seal, seal_folder
 from gora_serve.integrity.canonical import read_json
@@ -264,10 +264,10 @@ def _check_files(folder: Path, theirs: BaseWeights, found: Replay) -> None:
         near = [one for one in found.of("rounded") if _lies_in(theirs, one.name, file)]
         if not near:
             raise
-        named = "; ".join(f"{one.name}: {one.elements - one.equal} of {one.elements} elements" for one in near[:_SHOWN])
-        more = f" and {len(near) - _SHOWN} more" if len(near) > _SHOWN else ""
+        each = (f"{one.name}: {one.elements - one.equal} of {one.elements} elements" for one in near)
+        named = listed(each, _SHOWN, between="; ")
         raise MismatchError(
-            f"{err.what}; not bit-exact, but within rounding, in it: {named}{more}", code=err.code, file=file,
+            f"{err.what}; not bit-exact, but within rounding, in it: {named}", code=err.code, file=file,
             tensor=near[0].name, expected=err.fields.get("expected"), actual=err.fields.get("actual"),
             hint="merge again: gora-serve merge; or fetch the folder again, whole",
         ) from err  # fmt: skip

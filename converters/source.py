@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gora_serve.adapter.format import CARRIED_DTYPES
 from gora_serve.adapter.tensors import TensorFiles
-from gora_serve.errors import InputError, MachineError
+from gora_serve.errors import InputError, MachineError, listed
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry
 from gora_serve.integrity.layout import INDEX, SINGLE, find_model
@@ -105,7 +105,7 @@ def _weights_of(folder: Path) -> Path:
     inner = [str(path.relative_to(folder)) for path in _adapters_in(folder)]
     raise InputError(
         "this folder holds no adapter", code="GS-3101", file=folder, expected=" or ".join(SAFETENSORS),
-        actual=", ".join(names[:8]) or "an empty folder",
+        actual=listed(names, 8) or "an empty folder",
         hint=f"give one of the folders in it: {', '.join(inner[-8:])}" if inner
         else "give the folder that the adapter was saved in",
     )  # fmt: skip

@@ -15,7 +15,7 @@ docs/errors.md; its first digit is the class's exit code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -33,6 +33,13 @@ def first_line(err: BaseException) -> str:
 def counted(number: int, one: str, more: str = "") -> str:
     """Return "1 row", "2 rows"; `more`: the words for several, where they are not those for one with an s."""
     return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
+def listed(names: Iterable[str], shown: int = 5, *, between: str = ", ") -> str:
+    """Return the first `shown` names, and how many more there are: "a, b and 7 more"."""
+    every = list(names)
+    more = f" and {len(every) - shown:,} more" if len(every) > shown else ""
+    return between.join(every[:shown]) + more
 
 
 class GoraError(Exception):

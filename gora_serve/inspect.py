@@ -16,7 +16,7 @@ from gora_serve.adapter.engine_ranks import bucket_of
 from gora_serve.adapter.names import parse_embedding_key
 from gora_serve.adapter.peft_config import foreign_scales
 from gora_serve.config import TrainConfig
-from gora_serve.errors import GoraError, InputError
+from gora_serve.errors import GoraError, InputError, listed
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.headers import TensorEntry, read_header
 from gora_serve.integrity.layout import INDEX, SINGLE, find_model
@@ -80,7 +80,7 @@ def inspect(path: Path) -> Inspected:
     raise InputError(
         "this folder is neither an adapter, a run nor a model", code="GS-3197", file=path,
         expected=f"{CONFIG_FILE}, {RUN}, {SINGLE} or {INDEX}",
-        actual=", ".join(sorted(one.name for one in path.iterdir())[:8]) or "an empty folder",
+        actual=listed(sorted(one.name for one in path.iterdir()), 8) or "an empty folder",
         hint="give the folder that the tool wrote; gora-serve convert also reads files of other tools",
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ ROOT_FILES = (
     "gora_serve/errors.py",
     "gora_serve/config.py",
     "gora_serve/container.py",
+    "gora_serve/fit_options.py",
     "gora_serve/progress.py",
     "gora_serve/signals.py",
 )

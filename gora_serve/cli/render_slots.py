@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gora_serve.cli.render import Summary
-from gora_serve.errors import counted, printable
+from gora_serve.errors import counted, listed, printable
 from gora_serve.serving.slots import PoolPlan
 
 if TYPE_CHECKING:
@@ -88,10 +88,9 @@ def _lower(plan: SlotPlan) -> list[str]:
         f"fit --rank-max {plan.lower}, or convert with a lower --rank"
     ]
     for name, modules in plan.forcing.items():
-        named = ", ".join(f"{path} (rank {rank})" for path, rank in list(modules.items())[:_NAMED])
-        more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
+        named = listed((f"{path} (rank {rank})" for path, rank in modules.items()), _NAMED)
         alone = " alone" if len(modules) == 1 and len(plan.forcing) == 1 else ""
-        lines.append(f"  {name}: {named}{more}{alone} force{'s' if len(modules) == 1 else ''} {plan.bucket}")
+        lines.append(f"  {name}: {named}{alone} force{'s' if len(modules) == 1 else ''} {plan.bucket}")
     return lines
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
-from gora_serve.errors import BindingError, InputError, MachineError, MismatchError
+from gora_serve.errors import BindingError, InputError, MachineError, MismatchError, counted, listed
 from gora_serve.integrity.cache import QuickCache
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.files import json_text, list_files, sha256_file, write_json
@@ -83,7 +83,7 @@ def check_folder(folder: Path, *, cache: QuickCache | None = None) -> dict[str, 
     faults += [("GS-104", name, "a file is not in the manifest", None, None) for name in sorted(present - files.keys())]
     if faults:
         code, name, what, expected, actual = faults[0]
-        more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
+        more = f" (and {counted(len(faults) - 1, 'more difference')})" if len(faults) > 1 else ""
         raise MismatchError(
             what + more,
             code=code,
@@ -163,7 +163,6 @@ def _is_inside(name: str) -> bool:
 
 
 UNBOUND = "nothing proves which base the adapter belongs to"
-_SHOWN = 5  # tensors that a message names
 
 
 def check_binding(
@@ -218,13 +217,12 @@ RESIDUAL = (
 
 
 def which_differ(diff: Differences | None) -> str:
-    """Say which tensors differ, the first five by name; None: they cannot be known."""
+    """Say which tensors differ, the first by name; None: they cannot be known."""
     if diff is None:
         return "which tensors differ is not known here, as neither a manifest nor the folder of the other base is"
     kinds = (("changed", diff.changed), ("missing", diff.missing), ("extra", diff.extra))
     named = [f"{name} ({kind})" for kind, names in kinds for name in names]
-    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-    return f"{', '.join(named[:_SHOWN])}{more}"
+    return listed(named)
 
 
 def _looks_residual(

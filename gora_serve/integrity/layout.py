@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gora_serve.errors import InputError, MachineError
+from gora_serve.errors import InputError, MachineError, listed
 from gora_serve.integrity.canonical import MIB, read_json
 
 SINGLE = "model.safetensors"
@@ -57,7 +57,7 @@ def _two_models(directory: Path, placed: Mapping[str, str]) -> InputError:
     others = sorted(set(placed.values()) - {SINGLE})
     return InputError(
         f"the folder holds {SINGLE} and an index that names other files: transformers reads the one, vLLM the others",
-        code="GS-3290", file=directory, expected=f"{SINGLE}, or {INDEX} and its files", actual=", ".join(others[:5]),
+        code="GS-3290", file=directory, expected=f"{SINGLE}, or {INDEX} and its files", actual=listed(others),
         hint="move away what is a leftover, or fetch the model again into an empty folder",
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def _not_a_model(directory: Path) -> InputError:
         hint = "load the GGUF file with transformers (gguf_file=...) and save_pretrained the result"
     return InputError(
         "this folder is not a model", code="GS-322", file=directory,
-        expected=f"{SINGLE} or {INDEX}", actual=", ".join(names[:8]) or "an empty folder", hint=hint,
+        expected=f"{SINGLE} or {INDEX}", actual=listed(names, 8) or "an empty folder", hint=hint,
     )  # fmt: skip
 
 

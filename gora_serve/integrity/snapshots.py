@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gora_serve.errors import GoraError, MachineError, MismatchError, counted
+from gora_serve.errors import GoraError, MachineError, MismatchError, counted, listed
 from gora_serve.integrity.cache import cache_folder
 from gora_serve.integrity.canonical import read_json
 from gora_serve.integrity.files import list_files, sha256_file, write_json
@@ -78,52 +78,52 @@ def check_snapshot(snapshot: Snapshot, wanted: Sequence[str]) -> None:
 
     Raises MismatchError: GS-123 where files are missing or nobody's, GS-105 where some are damaged.
     """
-    listed = _listed(snapshot)
+    tree = _known_tree(snapshot)
     present = set(list_files(snapshot.path))
-    if listed is not None:
-        missing = sorted(name for name in listed if matches(name, wanted) and name not in present)
+    if tree is not None:
+        missing = sorted(name for name in tree if matches(name, wanted) and name not in present)
         _refuse_names(snapshot, missing, "missing", "run the same command again, with a network")
-        _refuse_names(snapshot, sorted(present - listed.keys()), "not the hub's", "delete them: nobody published them")
+        _refuse_names(snapshot, sorted(present - tree.keys()), "not the hub's", "delete them: nobody published them")
     note = _note_file(snapshot)
     noted = _read_note(note)
     found = {name: _identity(confined(snapshot.path, name)) for name in sorted(present)}
     fresh = [name for name in found if noted.get(name) != found[name]]
     if fresh:
-        _check_files(snapshot, fresh, listed or {})
+        _check_files(snapshot, fresh, tree or {})
         _write_note(note, found)
 
 
-def _listed(snapshot: Snapshot) -> Mapping[str, tuple[int, str]] | None:
+def _known_tree(snapshot: Snapshot) -> Mapping[str, tuple[int, str]] | None:
     """What the hub's library noted of the commit's files when it downloaded: size and git's digest, or None."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        tree = get_cached_repo_tree(snapshot.repo, revision=snapshot.commit)
+        files = get_cached_repo_tree(snapshot.repo, revision=snapshot.commit)
     except CachedRepoTreeNotFoundError:
         return None
-    return {item.path: (item.size, item.blob_id) for item in tree}
+    return {item.path: (item.size, item.blob_id) for item in files}
 
 
 def _refuse_names(snapshot: Snapshot, names: Sequence[str], fault: str, hint: str) -> None:
     if names:
         raise MismatchError(
-            f"{counted(len(names), 'file')} of the downloaded snapshot: {fault}: {_some(names)}", code="GS-123",
+            f"{counted(len(names), 'file')} of the downloaded snapshot: {fault}: {listed(names)}", code="GS-123",
             file=snapshot.path / names[0], hint=hint,
         )  # fmt: skip
 
 
-def _check_files(snapshot: Snapshot, names: Iterable[str], listed: Mapping[str, tuple[int, str]]) -> None:
+def _check_files(snapshot: Snapshot, names: Iterable[str], tree: Mapping[str, tuple[int, str]]) -> None:
     damaged = []
     for name in names:
         path = confined(snapshot.path, name)
-        size, blob = listed.get(name, (None, None))
+        size, blob = tree.get(name, (None, None))
         faults = _damage(path, blob_name(snapshot.path, name), size, blob)
         damaged += [(name, path, *faults)] if faults else []
     if damaged:
         _, path, expected, actual = damaged[0]
         count = "a file" if len(damaged) == 1 else f"{len(damaged)} files"
-        what = f"{count} of the hub cache: not what the hub promised: {_some(one[0] for one in damaged)}"
+        what = f"{count} of the hub cache: not what the hub promised: {listed(one[0] for one in damaged)}"
         raise MismatchError(what, code="GS-105", file=path, expected=expected, actual=actual, hint=AGAIN)
 
 
@@ -160,12 +160,6 @@ def digest_file(path: Path, algorithm: Algorithm) -> str:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Tell whether the hub's library would take `name` for one of `patterns`: `*` stands for slashes too."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return ", ".join(listed[:8]) + more
 
 
 def _identity(path: Path) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from gora_serve.errors import MachineError, OutputError, UsageError
+from gora_serve.errors import MachineError, OutputError, UsageError, listed
 from gora_serve.integrity.locks import is_locked, locked
 from gora_serve.integrity.publishing import (
     beside,
@@ -193,7 +193,7 @@ def _check_ours(stage: Path, mark: str | None) -> None:
     if names:
         raise OutputError(
             f"this folder is no unfinished run of ours: it holds files, but no {mark}", code="GS-604", file=stage,
-            actual=", ".join(names[:5]), kept=UNCHANGED, hint="move it away, or choose another output",
+            actual=listed(names), kept=UNCHANGED, hint="move it away, or choose another output",
         )  # fmt: skip
 
 

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from shlex import quote
 from typing import Any
 
 from gora_serve.config import FitConfig, RankConfig, TrainConfig
+from gora_serve.fit_options import OPTIONS, SWITCHES
 from gora_serve.report.runs import Run
 
-# Setting -> option. A test runs the words through the command itself and compares what comes out.
-OPTIONS: Mapping[str, str] = {
-    "model.targets": "--targets", "model.dtype": "--dtype", "model.quantize": "--quantize",
-    "model.offload": "--offload",
-    "data.max_length": "--max-length", "data.batch_size": "--batch-size",
-    "probe.steps": "--probe-steps", "probe.mode": "--probe", "probe.memory": "--probe-memory",
-    "probe.error": "--probe-error", "probe.lr": "--probe-lr", "probe.importance": "--importance",
-    "ranks.rank": "--rank", "ranks.rank_min": "--rank-min", "ranks.rank_max": "--rank-max", "ranks.rule": "--rank-rule",
-    "train.method": "--method", "init.alpha": "--alpha", "init.gamma": "--gamma", "train.steps": "--steps",
-    "train.epochs": "--epochs", "train.grad_accum": "--grad-accum", "train.lr": "--lr", "train.lr_ratio": "--lr-ratio",
-    "train.warmup": "--warmup", "train.weight_decay": "--weight-decay", "train.max_grad_norm": "--max-grad-norm",
-    "train.mixed_precision": "--mixed-precision", "train.eval_every": "--eval-every",
-    "train.save_every": "--save-every", "train.track": "--track", "train.seed": "--seed",
-}  # fmt: skip
-SWITCHES: Mapping[str, tuple[str, str]] = {  # setting -> option when true, when false
-    "data.chat_template": ("--chat-template", "--no-chat-template"),
-    "train.gradient_checkpointing": ("--gradient-checkpointing", ""),
-}
 DEFAULTS = {
     f"{stage}.{name}": value for stage, part in asdict(FitConfig()).items() for name, value in part.items()
 }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gora_serve.errors import BindingError, UsageError
+from gora_serve.errors import BindingError, UsageError, listed
 from gora_serve.integrity.layout import find_model, other_weights
 from gora_serve.integrity.reading import changed_while_reading
 
@@ -36,7 +36,7 @@ def refuse_other_weights(base: Path, load_format: str | None = None) -> tuple[st
     if others:
         raise BindingError(
             "vLLM would read weight files that are no part of the model that is verified", code="GS-4360",
-            file=base / others[0], actual=", ".join(others[:5]), hint=hint,
+            file=base / others[0], actual=listed(others), hint=hint,
         )  # fmt: skip
     return tuple(beside)
 

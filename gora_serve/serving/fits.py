@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-from gora_serve.errors import BindingError, GoraError, InputError
+from gora_serve.errors import BindingError, GoraError, InputError, listed
 from gora_serve.integrity.digest import TensorRecord
 from gora_serve.serving.adapter_dir import AdapterDir
 from gora_serve.serving.preflight import FLOATS
@@ -21,7 +21,6 @@ RIGHT_BASE = "give the base that the adapter was trained on"
 HEAD = "lm_head"  # which tied checkpoints do not hold
 # Classes of SAME_NAMES whose `embedding_modules` in vLLM 0.32 are not empty: of the others it drops such factors.
 ADAPTED_EMBEDDINGS = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})
-_SHOWN = 5
 # Keys that make PEFT leave out some of the modules that target_modules names.
 _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -45,7 +44,7 @@ def fit_errors(
     strange = _strange(adapter, tensors, same_names=same_names)
     if strange:
         yield BindingError(
-            f"{_count(strange, adapter)} are not in the base: {_named(strange)}", code="GS-471",
+            f"{_count(strange, adapter)} are not in the base: {listed(strange)}", code="GS-471",
             file=adapter.weights_file, tensor=strange[0], hint=_way(adapter, tensors, strange),
         )  # fmt: skip
     yield from _shape_errors(adapter, tensors)
@@ -100,7 +99,7 @@ def _shape_errors(adapter: AdapterDir, tensors: Mapping[str, TensorRecord]) -> I
     if wrong:
         first = next(iter(wrong))
         yield BindingError(
-            f"{_count(wrong, adapter)} have another shape than the base's: {_named(wrong)}", code="GS-472",
+            f"{_count(wrong, adapter)} have another shape than the base's: {listed(wrong)}", code="GS-472",
             file=adapter.weights_file, tensor=first, expected=f"(out, in) {wrong[first][0]}", actual=found[first],
             hint=RIGHT_BASE,
         )  # fmt: skip
@@ -112,14 +111,14 @@ def _unwrapped_errors(
     flat = [module for module in adapter.pairs if len(getattr(tensors.get(f"{module}.weight"), "shape", (0, 0))) != 2]
     if flat:
         yield BindingError(
-            f"{_count(flat, adapter)} are no matrices of the base: {_named(flat)}", code="GS-4350",
+            f"{_count(flat, adapter)} are no matrices of the base: {listed(flat)}", code="GS-4350",
             file=adapter.weights_file, tensor=flat[0], hint=RIGHT_BASE,
         )  # fmt: skip
     ends = [module for module in adapter.pairs if module == HEAD or module.endswith("embed_tokens")]
     if ends and architecture not in ADAPTED_EMBEDDINGS:
         yield BindingError(
-            f"vLLM would pass over {_named(ends)}: it adapts neither embeddings nor head of {architecture}",
-            code="GS-4351", file=adapter.weights_file, tensor=ends[0], hint=f"{TRAIN_ELSE}: {_named(ends)}",
+            f"vLLM would pass over {listed(ends)}: it adapts neither embeddings nor head of {architecture}",
+            code="GS-4351", file=adapter.weights_file, tensor=ends[0], hint=f"{TRAIN_ELSE}: {listed(ends)}",
         )  # fmt: skip
 
 
@@ -133,15 +132,10 @@ def _missing_errors(adapter: AdapterDir, places: Collection[Place]) -> Iterator[
         shown = [".".join((*numbers, leaf)) for numbers, leaf in missing]
         yield InputError(
             f"the adapter lacks {len(missing)} of the {len(wanted)} modules that its target_modules names:"
-            f" {_named(shown)}", code="GS-3220", file=adapter.weights_file, tensor=shown[0],
+            f" {listed(shown)}", code="GS-3220", file=adapter.weights_file, tensor=shown[0],
             hint="fetch the adapter again, whole; or name in target_modules the paths of the modules that it has",
         )  # fmt: skip
 
 
 def _count(some: Collection[str], adapter: AdapterDir) -> str:
     return f"{len(some)} of the adapter's {len(adapter.pairs)} modules"
-
-
-def _named(names: Collection[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(list(names)[:_SHOWN]) + more

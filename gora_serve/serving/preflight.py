@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gora_serve.adapter.engine_ranks import LARGEST_RANK
 from gora_serve.adapter.peft_config import LARGEST, is_safe_pattern, pattern_value
-from gora_serve.errors import GoraError, InputError
+from gora_serve.errors import GoraError, InputError, listed
 from gora_serve.serving.adapter_dir import AdapterDir, FactorPair
 from gora_serve.serving.unserved import (
     PLAIN_INITS,
@@ -83,9 +83,8 @@ def _grouped(faults: Iterable[Fault]) -> Iterator[Fault]:
     for fault in faults:
         kinds.setdefault((fault.code, fault.what), []).append(fault)
     for first, *others in kinds.values():
-        shown = [str(fault.key) for fault in others[:SHOWN]]
-        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        yield replace(first, what=f"{first.what}; also {', '.join(shown)}{more}") if others else first
+        also = listed((str(fault.key) for fault in others), SHOWN)
+        yield replace(first, what=f"{first.what}; also {also}") if others else first
 
 
 def refuse(faults: Sequence[Fault]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gora_serve.config import FREE_SETTINGS
-from gora_serve.errors import BindingError, GoraError, InputError
+from gora_serve.errors import BindingError, GoraError, InputError, listed
+from gora_serve.fit_options import with_option
 from gora_serve.gora.ranks import RankPlan
 from gora_serve.gora.statistics import GradientStatistics
 from gora_serve.integrity.binding import check_folder, which_differ
@@ -29,10 +30,6 @@ ANEW = "start anew with --overwrite, without --resume"
 REMADE = f"delete this file, then --resume makes it anew, or {ANEW}"
 RUN = "run.json"  # the first file that a run writes
 OTHER_GAMMA = "to train with another gamma, give it to a new run: fit --gamma"
-# Options of fit that are not called as their settings are, and settings that only Python has.
-OPTIONS = {"probe.mode": "--probe", "probe.importance": "--importance", "ranks.rule": "--rank-rule"}
-NO_OPTION = frozenset({"probe.longest", "init.search_batches", "train.floor", "train.betas"})
-SHOWN = 5  # how many differences a message names
 
 
 @dataclass(frozen=True)
@@ -136,19 +133,10 @@ def check_same(
     names = [name for name in (*ours, *(theirs.keys() - ours)) if theirs.get(name) != ours.get(name)]
     if names:
         raise BindingError(
-            f"the unfinished run differs in: {_listed([*map(_with_option, names)])}{_tensors(before, names, tensors)}",
+            f"the unfinished run differs in: {listed(map(with_option, names))}{_tensors(before, names, tensors)}",
             code="GS-420", file=run, expected=_shown(theirs, names), actual=_shown(ours, names), kept=UNCHANGED,
             hint=f"resume with the settings and inputs of its run.json, or {ANEW}",
         )  # fmt: skip
-
-
-def _with_option(name: str) -> str:
-    """Return the name of a setting, and fit's option for it."""
-    section, _, field = name.partition(".")
-    if not field or name in NO_OPTION:
-        return name
-    plain = f"--{'probe-' if section == 'probe' else ''}{field.replace('_', '-')}"
-    return f"{name} ({OPTIONS.get(name, plain)})"
 
 
 def _tensors(before: Mapping[str, Any], names: list[str], now: Mapping[str, TensorRecord] | None) -> str:
@@ -160,12 +148,8 @@ def _tensors(before: Mapping[str, Any], names: list[str], now: Mapping[str, Tens
     return f"; of its weights: {which_differ(None if expected is None else differences(expected, now))}"
 
 
-def _listed(items: list[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
-
-
 def _shown(values: Mapping[str, Any], names: list[str]) -> str:
-    return _listed([f"{name} {values.get(name)}" for name in names])
+    return listed(f"{name} {values.get(name)}" for name in names)
 
 
 def digests(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from gora_serve.progress import Progress
 from gora_serve.training import loop
 from gora_serve.training.checkpoint import newest_checkpoint
 from gora_serve.training.fit import fit
-from gora_serve.training.resume import NO_OPTION, Left, check_gamma, check_same, decisive
+from gora_serve.training.resume import Left, check_gamma, check_same, decisive
 from gora_serve.training.run import FitResult
 
 STEPS = 6
@@ -478,6 +478,10 @@ def test_a_partial_folder_without_its_run_json_is_refused(fitting: Fit, copied: 
         with pytest.raises(OutputError, match="GS-604"):
             fitting(copied, **how)
     assert state(copied.parent) == before
+
+
+# Settings that only Python has.
+NO_OPTION = frozenset({"probe.longest", "init.search_batches", "train.floor", "train.betas"})
 
 
 def test_what_differs_is_named_with_its_option() -> None:
