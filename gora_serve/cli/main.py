@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from gora_serve.cli.serve import serve
 from gora_serve.cli.status import status
 from gora_serve.cli.verify import verify
 from gora_serve.cli.watching import quiet_libraries
-from gora_serve.errors import GoraError, Stopped, UsageError
+from gora_serve.errors import GoraError, MachineError, Stopped, UsageError
 from gora_serve.integrity.hub import without_tokens
 from gora_serve.signals import came, leaving_on_signals
 
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 def _answer(argv: list[str], *, as_json: bool, debug: bool) -> int:
     try:
-        result = cli.main(argv, prog_name="gora-serve", standalone_mode=False)
+        result = _run(argv)
         if number := came():
             return _interrupted(number)
         return result if isinstance(result, int) else 0
@@ -119,6 +120,17 @@ def _answer(argv: list[str], *, as_json: bool, debug: bool) -> int:
         click.echo(without_tokens(f"bug: {type(err).__name__}: {err}"), err=True)
         click.echo("  try: run again with --debug and report the traceback", err=True)
         return BUG
+
+
+def _run(argv: list[str]) -> object:
+    """Run the command. A name that no file can have is refused wherever it is first looked for."""
+    try:
+        return cli.main(argv, prog_name="gora-serve", standalone_mode=False)
+    except OSError as err:
+        if err.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        what = f"no file can be reached by this path: {err.strerror}"
+        raise MachineError(what, code="GS-508", file=err.filename, hint="give a shorter path, without links") from err
 
 
 def _interrupted(number: int) -> int:

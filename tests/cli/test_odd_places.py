@@ -188,3 +188,19 @@ def test_readers_that_have_gone(adapter: Path, tiny_base: Path, tmp_path: Path) 
     assert "GS-234" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["verify", "inspect", "report", "export"])
+def test_a_name_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    more = ("--output", tmp_path / "out") if name == "export" else ()
+    answer = gora_here(name, path, *more)
+    refused(answer, str(answer.gs), os.strerror(errno.ENAMETOOLONG))
+    assert answer.code == 5
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    ring = tmp_path / "ring"
+    ring.symlink_to(ring)
+    refused(gora_here("fit", ring, "--data", ring, "--output", ring / "out"), "GS-520")
+    refused(gora_here("verify", ring / "in" / "it"), "GS-503")
