@@ -1,4 +1,4 @@
-"""What `status` prints: a line for the server, a table of its models."""
+"""What `status` prints: a line for the server, and two tables of its models that fit into 80 columns."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ def status_summary(found: ServerStatus) -> Summary:
         if name not in standing or count > 1
     ]
     for name, counts in _objects(found.told.get("others")).items():
-        lines.append(f"  requests for {name}: {_requests(counts)}")
-    return Summary(found.to_json(), lines, [_table(found)] if found.models else [])
+        every, failed = _requests(counts)
+        lines.append(f"  requests for {name}: {every:,}" + (f", {failed:,} failed" if failed else ""))
+    lines += [
+        printable(f"  last error of {model.get('name')}: {error}")
+        for model in found.models
+        if (error := _last_error(model))
+    ]
+    return Summary(found.to_json(), lines, [_models(found), _traffic(found)] if found.models else [])
 
 
 def not_ready(found: ServerStatus) -> MismatchError | None:
@@ -43,32 +49,46 @@ def not_ready(found: ServerStatus) -> MismatchError | None:
     return MismatchError(f"the server is {found.state}", code="GS-1470", actual=found.reason, hint=hint)
 
 
-def _table(found: ServerStatus) -> Table:
-    names = ("model", "served", "root", "form", "rank", "requests", "tokens in, out", "p50", "p95", "resident")
-    table = Table(*names, "last error")
+def _models(found: ServerStatus) -> Table:
+    """What each model is, and where."""
+    table = Table("model", "served", "root", "form", "rank", "resident")
     for model in found.models:
         root = str(model.get("root") or "-").rpartition(":")[2][:_DIGITS]
-        tokens = f"{_number(model.get('prompt_tokens'))}, {_number(model.get('completion_tokens'))}"
-        cells = [
+        cells = (
             model.get("name"), _age(model.get("since")), root, model.get("form") or "-", model.get("rank") or "-",
-            _requests(model), tokens, _seconds(model.get("p50")), _seconds(model.get("p95")),
-            model.get("resident") or "-", _last_error(model),
-        ]  # fmt: skip
+            model.get("resident") or "-",
+        )  # fmt: skip
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
-def _requests(counts: Mapping[str, Any]) -> str:
+def _traffic(found: ServerStatus) -> Table:
+    """What was asked of each model, and how long answers took."""
+    table = Table("model")
+    for name in ("requests", "failed", "tokens in", "out", "p50", "p95"):
+        table.add_column(name, justify="right")
+    for model in found.models:
+        every, failed = _requests(model)
+        cells = (
+            model.get("name"), _number(every), _number(failed), _number(model.get("prompt_tokens")),
+            _number(model.get("completion_tokens")), _seconds(model.get("p50")), _seconds(model.get("p95")),
+        )  # fmt: skip
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _requests(counts: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many there were, and how many of them failed."""
     by_status = _counts(counts.get("requests"))
     failed = sum(count for status, count in by_status.items() if not status.startswith("2"))
-    return f"{sum(by_status.values())}" + (f", {failed} failed" if failed else "")
+    return sum(by_status.values()), failed
 
 
-def _last_error(model: Mapping[str, Any]) -> str:
+def _last_error(model: Mapping[str, Any]) -> str | None:
     if model.get("error"):
         return str(model["error"])
     when = model.get("last_server_error")
-    return f"5xx, {_age(when)} ago" if isinstance(when, int | float) and when > 0 else "-"
+    return f"5xx, {_age(when)} ago" if isinstance(when, int | float) and when > 0 else None
 
 
 def _age(since: object) -> str:
@@ -86,7 +106,9 @@ def _seconds(value: object) -> str:
 
 
 def _number(value: object) -> str:
-    return f"{int(value):,}" if isinstance(value, int | float) else "-"
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{int(value):,}" if value < 1e6 else f"{value / 1e6:,.1f} M"
 
 
 def _counts(value: object) -> dict[str, int]:
