@@ -35,6 +35,7 @@ FREE_SETTINGS = frozenset({"model.offload", "train.save_every", "train.track"})
 MOST_STEPS = 10**7
 MOST_ROWS = 10**8  # that all steps take together: their order is drawn at once
 IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
+ROW_FIELDS = ({"prompt", "completion"}, {"messages"}, {"text"})  # of data: one of these sets
 LARGEST_LR = 1e37  # what float32 holds, with room for Adam's own factors
 TAKES = "gora-serve COMMAND --help says what each option takes, and its default"
 
@@ -68,16 +69,30 @@ class ModelConfig:
 class DataConfig:
     """How rows become tokens. `max_length` counts prompt and completion together, in tokens.
 
-    For an encoder-decoder it holds for each of the two.
+    For an encoder-decoder it holds for each of the two. columns: where the fields of a row are that are called
+    otherwise, as "prompt=question,completion=answer"; other columns are then not looked at.
     """
 
     max_length: int = 512
     chat_template: bool = True
     batch_size: int = 8
+    columns: str | None = None
+
+    @property
+    def column_of(self) -> dict[str, str]:
+        """Return the column of each field that `columns` names."""
+        pairs = [one.partition("=") for one in (self.columns or "").split(",")]
+        return {field.strip(): column.strip() for field, _, column in pairs if field or column}
 
     def validate(self) -> None:
         _require(self.max_length >= 2, "--max-length must be at least 2", actual=self.max_length)
         _require(self.batch_size >= 1, "--batch-size must be at least 1", actual=self.batch_size)
+        named = self.column_of
+        whole = set(named) in ROW_FIELDS and all(named.values()) and (self.columns or "").count("=") == len(named)
+        expected = "prompt=COLUMN,completion=COLUMN, or messages=COLUMN, or text=COLUMN"
+        _require(
+            self.columns is None or whole, "--columns names the fields of a row", expected=expected, actual=self.columns
+        )
 
 
 @dataclass(frozen=True)

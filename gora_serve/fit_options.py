@@ -8,7 +8,7 @@ from collections.abc import Mapping
 OPTIONS: Mapping[str, str] = {
     "model.targets": "--targets", "model.dtype": "--dtype", "model.quantize": "--quantize",
     "model.offload": "--offload",
-    "data.max_length": "--max-length", "data.batch_size": "--batch-size",
+    "data.max_length": "--max-length", "data.batch_size": "--batch-size", "data.columns": "--columns",
     "probe.steps": "--probe-steps", "probe.mode": "--probe", "probe.memory": "--probe-memory",
     "probe.error": "--probe-error", "probe.lr": "--probe-lr", "probe.importance": "--importance",
     "ranks.rank": "--rank", "ranks.rank_min": "--rank-min", "ranks.rank_max": "--rank-max", "ranks.rule": "--rank-rule",

@@ -88,12 +88,16 @@ def _fit_config(options: dict[str, Any]) -> FitConfig:
              "track", "seed")  # fmt: skip
     return FitConfig(
         model=_model_config(options),
-        data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
+        data=_data_config(options),
         probe=_probe_config(options),
         ranks=_rank_config(options),
         init=InitConfig(options["alpha"], options["gamma"]),
         train=TrainConfig(**{name: options[name] for name in train}),
     )
+
+
+def _data_config(options: dict[str, Any]) -> DataConfig:
+    return DataConfig(options["max_length"], options["chat_template"], options["batch_size"], options["columns"])
 
 
 def _probe_config(options: dict[str, Any]) -> ProbeConfig:
@@ -141,7 +145,7 @@ def probe(base: str, data: str, output: Path, **options: Any) -> None:
 
     config = FitConfig(
         model=_model_config(options),
-        data=DataConfig(options["max_length"], options["chat_template"], options["batch_size"]),
+        data=_data_config(options),
         probe=_probe_config(options),
         train=TrainConfig(seed=options["seed"]),
     )

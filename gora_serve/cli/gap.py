@@ -71,6 +71,7 @@ def gap(
     max_length: int,
     chat_template: bool,
     batch_size: int,
+    columns: str | None,
     plot: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -92,7 +93,7 @@ def gap(
 
     config = GapConfig(family, dtype, threshold, trained_on, tasks, max_rows)
     config.validate()
-    rows = DataConfig(max_length, chat_template, batch_size)
+    rows = DataConfig(max_length, chat_template, batch_size, columns)
     rows.validate()
     if plot:
         from gora_serve.pictures import check_picture

@@ -190,6 +190,10 @@ data_options = together(
         help="Use the tokenizer's chat template where it has one.",
     ),
     click.option("--batch-size", default=DataConfig.batch_size, show_default=True, help="Rows of a micro-batch."),
+    click.option(
+        "--columns", default=DataConfig.columns, metavar="prompt=COLUMN,completion=COLUMN",
+        help="Where the data calls them otherwise; or messages=COLUMN, or text=COLUMN.",
+    ),
 )  # fmt: skip
 probe_options = together(
     click.option(

@@ -69,8 +69,9 @@ def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decode
     template = config.chat_template and bool(getattr(tokenizer, "chat_template", None))
     encode, fit_length = (encode_pair, _fit_pair) if encoder_decoder else (encode_row, _fit_length)
     examples, places, cut, left_out = [], [], 0, 0
+    column_of = config.column_of
     for row in rows:
-        example = encode(row, tokenizer, template=template)
+        example = encode(row.of_columns(column_of), tokenizer, template=template)
         shorter = fit_length(example, config.max_length)
         left_out += shorter is None
         if shorter is not None:

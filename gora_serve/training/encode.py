@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from gora_serve.errors import InputError
+from gora_serve.config import ROW_FIELDS
+from gora_serve.errors import InputError, listed
 from gora_serve.integrity.canonical import is_unicode
 
-FIELDS = frozenset({"prompt", "completion", "messages", "text"})
+FIELDS = frozenset().union(*ROW_FIELDS)
 IGNORED = -100  # label of a token without loss, as transformers has it
 Segments = list[tuple[str, bool]]  # pieces of text in order, and whether they carry loss
 
@@ -44,11 +45,24 @@ class Row:
     def lacking(self, what: str, expected: str) -> InputError:
         """Return the error for fields that are not there, or not by the names that are known."""
         refused = self.refused(what, expected)
-        if not FIELDS.isdisjoint(self.values):
+        others = self.values.keys() - FIELDS
+        if not others or {"prompt", "completion"} <= self.values.keys():
             return refused
-        if separator := next((mark for name in self.values for mark in ";\t|" if mark in name), None):
+        if separator := next((mark for name in others for mark in ";\t|" if mark in name), None):
             return refused.advising(f"separate the columns by commas, not by {separator!r}")
-        return refused.advising("rename the fields: what is asked is the prompt, what is to be answered the completion")
+        return refused.advising(
+            "say which columns are prompt and completion: --columns prompt=COLUMN,completion=COLUMN; or rename them"
+        )
+
+    def of_columns(self, column_of: Mapping[str, str]) -> Row:
+        """Return the row with the named columns alone, by their fields' names; as it is where none is named."""
+        if absent := [column for column in column_of.values() if column not in self.values]:
+            raise InputError(
+                f"the row has no column {absent[0]!r}", code="GS-378", file=self.place,
+                expected=f"one of {listed(map(repr, self.values), 12)}", hint="correct --columns",
+            )  # fmt: skip
+        named = {field: self.values[column] for field, column in column_of.items()}
+        return Row(named or self.values, self.place)
 
 
 def encode_row(row: Row, tokenizer: Any, *, template: bool) -> Example:

@@ -83,13 +83,33 @@ def test_missing_data_file_is_not_looked_for_on_the_hub(space: Space, name: str)
 @pytest.mark.parametrize(
     ("head", "hint"),
     [
-        ("prompt;completion", "commas, not by ';'"), ("question,answer", "rename the fields"),
-        ("prompt,answer", "give each row prompt and completion"),
+        ("prompt;completion", "commas, not by ';'"), ("question,answer", "--columns prompt=COLUMN,completion=COLUMN"),
+        ("prompt,answer", "--columns prompt=COLUMN,completion=COLUMN"),
+        ("prompt", "give each row prompt and completion"),
     ],
 )  # fmt: skip
 def test_columns_of_a_csv(space: Space, head: str, hint: str) -> None:
     file = space.write("rows.csv", head, head)
     assert hint in str(space.refuses(space.fit(data=file), 3, "GS-378").field("try"))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        "question", "prompt=question", "prompt=question,completion=", "prompt=a,prompt=b,completion=c", "text=", "",
+        "prompt=a,completion=b,text=c", "input=a,output=b", "prompt=a;completion=b",
+    ],
+)  # fmt: skip
+def test_columns_that_name_no_row(space: Space, columns: str) -> None:
+    answer = space.refuses((*space.fit(), "--columns", columns), 2, "GS-201")
+    assert "prompt=COLUMN,completion=COLUMN" in str(answer.field("expected"))
+
+
+def test_a_column_that_is_not_there(space: Space) -> None:
+    columns = "prompt=question,completion=completion"
+    answer = space.refuses((*space.fit(), "--columns", columns), 3, "GS-378", "'question'")
+    assert answer.field("file") == f"{space.data}:1"
+    assert "'prompt'" in str(answer.field("expected"))
 
 
 @pytest.mark.parametrize("lines", [(), ("", "   ")])

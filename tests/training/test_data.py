@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,23 @@ def test_every_kind_of_file_gives_the_same_examples(
         "name": f"rows.{ending}", "given": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "rows": 4, "used": 4, "cut": 0, "left_out": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_fields_that_are_called_otherwise(tmp_path: Path, tokenizer: Any, ending: str) -> None:
+    """The named columns alone count: here `text` and `completion` are something else."""
+    rows = [{"text": f"Color of a {word}?", "label": word, "completion": "no"} for word in ("plum", "pear")]
+    plain = [{"prompt": row["text"], "completion": row["label"]} for row in rows]
+    named = replace(CHAT, columns="prompt = text, completion=label")
+    found = load(write_as(tmp_path / f"rows.{ending}", rows), tokenizer, named)
+    assert found.examples == load(write_as(tmp_path / f"plain.{ending}", plain), tokenizer).examples
+
+
+def test_turns_and_text_that_are_called_otherwise(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"conversation": TURNS, "story": "Once."}]
+    for columns, plain in (("messages=conversation", {"messages": TURNS}), ("text=story", {"text": "Once."})):
+        found = load_rows(tmp_path, rows, tokenizer, replace(CHAT, columns=columns))
+        assert found.examples == load_rows(tmp_path, [plain], tokenizer).examples
 
 
 def test_other_columns_and_blank_lines_are_ignored(tmp_path: Path, tokenizer: Any) -> None:
