@@ -128,7 +128,7 @@ data_option = click.option(
     "--data",
     required=True,
     metavar="FILE|DATASET",
-    help="JSONL, JSON, CSV or Parquet file, or a hub dataset, NAME[:CONFIGURATION].",
+    help="JSONL, JSON, CSV or Parquet file, or a hub dataset: NAME, NAME:CONFIGURATION, NAME::test.",
 )
 
 source_options = together(

@@ -55,7 +55,7 @@ class Dataset:
 
 
 def load_data(source: str, tokenizer: Any, config: DataConfig, *, encoder_decoder: bool = False) -> Dataset:
-    """Read and tokenise a JSONL, JSON, CSV or Parquet file, or the train split of a hub dataset, NAME[:CONFIGURATION].
+    """Read and tokenise a JSONL, JSON, CSV or Parquet file, or a hub dataset, NAME[:[CONFIGURATION][:SPLIT]].
 
     Rows longer than config.max_length lose the end of their completion; rows whose prompt alone fills the limit
     are left out; both are counted. For an encoder-decoder the limit holds for prompt and completion each.
@@ -130,17 +130,17 @@ def _read_file(path: Path) -> tuple[list[Row], str]:
 
 
 def _read_hub(source: str) -> tuple[list[Row], str]:
-    """Read the train split of a dataset, NAME or NAME:CONFIGURATION."""
+    """Read a split of a dataset, NAME[:[CONFIGURATION][:SPLIT]]; SPLIT is "train", or as `datasets` has them."""
     import datasets
 
-    name, _, configuration = source.partition(":")
+    name, configuration, split = [*source.split(":", 2), "", ""][:3]
     try:
-        loaded = datasets.load_dataset(name, configuration or None, split="train")
+        loaded = datasets.load_dataset(name, configuration or None, split=split or "train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as err:
         raise MachineError(
             "no such data file, and the hub could not give it as a dataset", code="GS-523", file=source,
             actual=" ".join(str(err).split()),
-            hint="check --data (NAME:CONFIGURATION where a dataset has several), the network and HF_TOKEN",
+            hint="check --data (NAME:CONFIGURATION:SPLIT where a dataset has several), the network and HF_TOKEN",
         ) from err  # fmt: skip
     rows = numbered(list(loaded), source)
     lines = (json.dumps(row.values, sort_keys=True, default=str) for row in rows)

@@ -201,7 +201,7 @@ def default_of(name: str, option: str, configs: list[object]) -> Any:
         return special[name, option]
     if name in ("fit", "probe") and (option.startswith("probe_") or option == "importance"):
         return of(ProbeConfig())[NAMES.get(option, option)]
-    if option in ("max_length", "chat_template", "batch_size"):
+    if option in ("max_length", "chat_template", "batch_size", "columns"):
         return of(DataConfig())[option]
     if option == "rank_rule":
         return RankConfig().rule
@@ -223,7 +223,7 @@ def test_every_option_of_fit_reaches_the_configuration() -> None:
 
     changes = {
         "targets": "q_proj", "dtype": "bfloat16", "offload": "disk", "quantize": "nf4",
-        "max_length": "9", "batch_size": "3",
+        "max_length": "9", "batch_size": "3", "columns": "text=story",
         "probe_steps": "5", "probe_mode": "sketch", "probe_memory": "3", "probe_error": "0.1", "probe_lr": "0.1",
         "importance": "gradient-nuclear", "rank": "5", "rank_min": "1", "rank_max": "64", "rank_rule": "exact",
         "method": "lora", "alpha": "3", "gamma": "0.5", "steps": "7", "epochs": "2", "grad_accum": "2", "lr": "1",

@@ -391,6 +391,24 @@ def test_a_dataset_of_several_configurations(tmp_path: Path) -> None:
     assert [dict(row.values) for row in read_dataset(f"{folder}:other")] == [{"prompt": "other", "completion": "b"}]
 
 
+def test_a_split_of_a_dataset(tmp_path: Path) -> None:
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", [{"text": f"{split} {i}"} for i in range(3)])
+
+    def texts(source: str) -> list[str]:
+        return [row.values["text"] for row in read_dataset(source)]
+
+    assert texts(str(folder)) == texts(f"{folder}:") == texts(f"{folder}::train") == ["train 0", "train 1", "train 2"]
+    assert texts(f"{folder}::test") == ["test 0", "test 1", "test 2"]
+    assert texts(f"{folder}:default:test[:2]") == ["test 0", "test 1"]
+    for source, known in ((f"{folder}::dev", "test"), (f"{folder}::test[", "test[")):
+        with pytest.raises(MachineError, match="GS-523") as caught:
+            read_dataset(source)
+        assert known in str(caught.value.fields["actual"])
+
+
 def test_a_dataset_with_a_script_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "old.py").write_text("raise SystemExit")
