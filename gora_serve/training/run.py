@@ -218,7 +218,7 @@ class Run:
             "rank_max": plan.rank_max,
             "rank_rule": plan.rule,
             **_decisive("model", config.model),
-            **asdict(config.data),
+            **{name: value for name, value in asdict(config.data).items() if value is not None},
             **{f"probe_{name}": getattr(config.probe, name) for name in ("steps", "mode", "error", "lr")},
             "importance": config.probe.importance[0],
             "search_batches": config.init.search_batches,
