@@ -1,6 +1,6 @@
-"""`inspect`: what an adapter, a run, a base or a merged model is, as its headers and JSON files say. No tensor is read.
+"""`inspect`: what an adapter, a run, a probe, a base or a merged model is, as its headers and JSON files say.
 
-Nothing is hashed and nothing is proved: that is what `verify` is for.
+No tensor is read. Nothing is hashed and nothing is proved: that is what `verify` is for.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from gora_serve.integrity.layout import INDEX, SINGLE, find_model
 from gora_serve.integrity.record import WEIGHTS, bound_roots, claim_of, read_record
 from gora_serve.integrity.staging import SEAL, is_held
 from gora_serve.serving.adapter_dir import CONFIG_FILE, AdapterDir, read_adapter_dir
-from gora_serve.training.run_files import standing
+from gora_serve.training.run_files import read_probe, standing
 
-RUN, CONVERSION, MERGE = "run.json", "conversion.json", "merge.json"
+RUN, PROBE, CONVERSION, MERGE = "run.json", "probe.json", "conversion.json", "merge.json"
 RECEIPT_BYTES = 2**26  # a receipt names every tensor
 
 
@@ -41,7 +41,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What lies at a path. kind: "adapter", "run", "base" or "merged model". facts: what is said of it as a whole.
+    """What lies at a path: kind "adapter", "run", "probe", "base" or "merged model". facts: of it as a whole.
 
     modules: of an adapter, those with factors A and B. notes: what a person should know. adapter: a run's.
     """
@@ -66,11 +66,13 @@ class Inspected:
 def inspect(path: Path) -> Inspected:
     """Return what lies at `path`, by its files.
 
-    Raises MachineError (GS-503) where there is no folder, InputError (GS-3197) where it is none of the four, and what
+    Raises MachineError (GS-503) where there is no folder, InputError (GS-3197) where it is none of these, and what
     the readers of headers and JSON raise.
     """
     if not path.is_dir():
         find_model(path)  # GS-503
+    if (path / PROBE).is_file():  # beside a run.json of its own
+        return _probe(path)
     if (path / RUN).is_file():
         return _run(path)
     if (path / CONFIG_FILE).is_file() or (path / WEIGHTS).is_file():
@@ -78,8 +80,8 @@ def inspect(path: Path) -> Inspected:
     if (path / SINGLE).is_file() or (path / INDEX).is_file():
         return _model(path)
     raise InputError(
-        "this folder is neither an adapter, a run nor a model", code="GS-3197", file=path,
-        expected=f"{CONFIG_FILE}, {RUN}, {SINGLE} or {INDEX}",
+        "this folder is neither an adapter, a run, a probe nor a model", code="GS-3197", file=path,
+        expected=f"{CONFIG_FILE}, {RUN}, {PROBE}, {SINGLE} or {INDEX}",
         actual=listed(sorted(one.name for one in path.iterdir()), 8) or "an empty folder",
         hint="give the folder that the tool wrote; gora-serve convert also reads files of other tools",
     )  # fmt: skip
@@ -167,6 +169,15 @@ def _run(path: Path) -> Inspected:
     }
     whole = path / "adapter"
     return Inspected("run", path, facts, adapter=_adapter(whole) if (whole / CONFIG_FILE).is_file() else None)
+
+
+def _probe(path: Path) -> Inspected:
+    value = read_probe(path)
+    facts = {
+        name: value.get(name) for name in ("mode", "metric", "steps", "samples", "tokens", "loss", "stopped_early")
+    }
+    facts |= {"base": _object(value.get("base")), "data": _object(_receipt(path / RUN).get("data"))}
+    return Inspected("probe", path, {**facts, "targets": len(value["modules"])})
 
 
 def _steps(value: Mapping[str, Any]) -> int | None:

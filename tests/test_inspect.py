@@ -164,6 +164,21 @@ with staged_folder(Path(sys.argv[1]), visible=True) as stage:
 """
 
 
+def test_a_probe(tmp_path: Path, tiny_base: Path, tiny_data: Path) -> None:
+    words = ("--data", tiny_data, "--output", tmp_path / "probe", "--probe-steps", "2", "--batch-size", "4")
+    answer = gora_here("probe", tiny_base, *words, "--max-length", "128")
+    assert answer.code == 0, answer.err
+    value = told(tmp_path / "probe")
+    asked = ("kind", "mode", "metric", "steps", "samples", "stopped_early")
+    assert [value[name] for name in asked] == ["probe", "exact", "sensitivity", 2, 8, False]
+    assert (value["base"]["name"], value["data"]["name"]) == (str(tiny_base), tiny_data.name)
+    ranks = json.loads(gora_here("ranks", tmp_path / "probe", "--json").out)["ranks"]
+    assert value["targets"] == len(ranks)
+    shown = gora_here("inspect", tmp_path / "probe").out
+    for words in (f"exact gradients of {len(ranks)} modules", "2 steps, 8 rows", "next: gora-serve ranks "):
+        assert words in shown
+
+
 def test_an_unfinished_run_and_one_that_was_killed(tmp_path: Path) -> None:
     """Another process holds the run, then dies by SIGKILL. 50 rows, 4 a step: 13 steps."""
     config = {"train": {"method": "gora", "epochs": None, "grad_accum": 2}, "data": {"batch_size": 2}}

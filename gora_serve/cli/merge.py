@@ -95,7 +95,7 @@ def merge(
 
     ADAPTER is a run, or anything that convert reads, DoRA and other updates of full rank included. Each weight is
     summed in float32 or better and rounded once; never more than a part of one tensor is in memory. merge.json tells
-    what went in, and how many elements of each module the update changed at all; `verify MERGED --base BASE -a ADAPTER`
+    what went in, and how many elements of each tensor the update changed at all; `verify MERGED --base BASE -a ADAPTER`
     replays it. --init-adapter, --mutated-base and --cache are for a single adapter.
     """
     from gora_serve.cli.render import emit, say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ def inspect_summary(found: Inspected) -> Summary:
 
 
 def _lines(found: Inspected) -> list[str]:
-    of_kind = {"adapter": _adapter, "run": _run}.get(found.kind, _model)
+    of_kind = {"adapter": _adapter, "run": _run, "probe": _probe}.get(found.kind, _model)
     return [f"{found.kind} {found.path}", *of_kind(found), *(f"note: {note}" for note in found.notes)]
 
 
@@ -59,6 +60,17 @@ def _run(found: Inspected) -> list[str]:
         of = f" of {facts['steps']}" if facts["steps"] else ""
         lines.append(f"step {facts['step']}{of}; checkpoints: {', '.join(facts['checkpoints'])}")
     return [*lines, *(_lines(found.adapter) if found.adapter else ["no adapter yet"])]
+
+
+def _probe(found: Inspected) -> list[str]:
+    facts = found.facts
+    early = ", stopped early" if facts["stopped_early"] else ""
+    return [
+        f"{facts['mode']} gradients of {counted(facts['targets'], 'module')}, on {facts['base'].get('name')}",
+        f"{facts['steps']} steps, {facts['samples']} rows, {facts['tokens']} tokens{early}; "
+        f"importance by {facts['metric']}",
+        f"next: gora-serve ranks {shlex.quote(str(found.path))}",
+    ]
 
 
 def _model(found: Inspected) -> list[str]:

@@ -111,7 +111,7 @@ def fingerprint(
         if base is None or not (base / "config.json").is_file():
             return None, "its base is no folder on this machine"
         if load_settings(Base(str(base), base)).is_encoder_decoder:
-            return None, "vLLM does not serve encoder-decoders"
+            return None, "vLLM serves no adapters of encoder-decoders"
         if reason := _too_large(base, config):
             return None, reason
         if roots is None or hash_model(base).roots.weights != roots.weights:
