@@ -96,9 +96,12 @@ class Guard:
 
 
 def route_of(scope: Mapping[str, Any]) -> str:
-    """Return the path as the routes see it: without the root path, doubled slashes and one at the end."""
+    """Return the path as the routes see it: without the root path, doubled slashes and one at the end.
+
+    A line end (%0A) goes too: Starlette's expressions end in "$", which matches before one.
+    """
     root = str(scope.get("root_path", ""))
-    path = str(scope["path"])
+    path = str(scope["path"]).removesuffix("\n")
     path = path.removeprefix(root) if root and f"{path}/".startswith(f"{root.rstrip('/')}/") else path
     return "/" + "/".join(part for part in path.split("/") if part)
 

@@ -75,6 +75,14 @@ def test_routes_that_load_and_unload_are_closed_to_everybody(route: str) -> None
     assert ask(LOOPBACK, f"/root{route}", root="/root") == 403
 
 
+def test_a_line_end_opens_no_route() -> None:
+    """Starlette answers /x%0A by the route /x."""
+    routing = pytest.importorskip("starlette.routing", reason="vLLM is not installed")
+    scope = {"type": "http", "method": "GET", "path": "/sleep\n"}
+    assert routing.Route("/sleep", lambda _: None).matches(scope)[0] is routing.Match.FULL
+    assert ask(LOOPBACK, scope["path"]) == 403
+
+
 def test_opened_routes() -> None:
     environ = KEYED | {"GORA_SERVE_OPEN_ROUTES": "/health,/metrics"}
     assert ask(environ, "/health") == ask(environ, "/metrics/") == 200
@@ -278,7 +286,7 @@ def test_it_is_looked_at_every_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("path", "root", "route"),
     [("/sleep", "/s", "/sleep"), ("/s/sleep", "/s", "/sleep"), ("/s/sleep", "/s/", "/sleep"), ("/s", "/s", "/"),
-     ("//sleep/", "", "/sleep")],
+     ("//sleep/", "", "/sleep"), ("/s/sleep\n", "/s", "/sleep")],
 )  # fmt: skip
 def test_the_root_path_ends_at_a_slash(path: str, root: str, route: str) -> None:
     assert route_of({"path": path, "root_path": root}) == route
