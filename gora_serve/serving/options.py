@@ -23,6 +23,15 @@ REFUSED: Mapping[str, str] = {
     "--ssl-keyfile": "put a TLS proxy in front of the server",
     "--ssl-certfile": "put a TLS proxy in front of the server",
 }
+# Options of vLLM 0.32 that make several processes of it, each of which would know other adapters.
+SEVERAL = ("--api-server-count", "-asc", "--data-parallel-size", "-dp")
+SHARED = (
+    "--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr", "--data-parallel-size-local", "-dpl",
+    "--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe",
+    "--data-parallel-multi-port-external-lb", "-dpm",
+)  # fmt: skip
+# What else is asked for by name, beside our own flags: abbreviated, it would go unseen.
+READ = ("--load-format", "--lora-target-modules", "--max-logprobs", "--kv-cache-memory-bytes")
 HINT = "write options of vLLM after --, in full, as vllm serve --help has them"
 
 
@@ -47,16 +56,17 @@ def group_options(extra: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def check_options(options: Mapping[str, Sequence[str]], ours: Sequence[str]) -> None:
-    """Refuse the options of `REFUSED`, and abbreviations of these or of our flags, which argparse would
-    accept. A dotted option is judged by what stands before the dot: vLLM makes one value of all of these.
+    """Refuse the options of `REFUSED`, and abbreviations of these, of our flags and of what is asked for by name,
+    which argparse would accept, also after one dash. A dotted option is judged by what stands before the dot: vLLM
+    makes one value of all of these.
     """
-    guarded = (*REFUSED, *ours)
+    guarded = (*REFUSED, *READ, *SEVERAL, *SHARED, *ours)
     for given in options:
         option = given.partition(".")[0].replace("_", "-") if given.startswith("--") else given
         if option in REFUSED:
             raise UsageError(f"{option} cannot be passed on", code="GS-284", hint=REFUSED[option])
         full = [name for name in guarded if name.startswith(option) and name != option]
-        if option.startswith("--") and full and option not in guarded:
+        if full and option not in guarded:
             raise UsageError(
                 f"write {option} in full", code="GS-284", hint=HINT, expected=", ".join(full), actual=option
             )

@@ -15,7 +15,7 @@ from gora_serve.config import ServeConfig
 from gora_serve.config import ServeDevice as Device
 from gora_serve.errors import BindingError, InputError, UsageError
 from gora_serve.serving.canary import ASKED
-from gora_serve.serving.options import whole_number
+from gora_serve.serving.options import SEVERAL, SHARED, whole_number
 from gora_serve.serving.served import ServedAdapter
 
 # vLLM's packed layers and the projections that adapters name (packed_modules_mapping of the classes below).
@@ -30,13 +30,6 @@ SAME_NAMES = frozenset(
     }
 )  # fmt: skip
 SWAP = 1  # slots for a new version of an adapter, beside the one that it replaces
-# Options of vLLM 0.32 that make several processes of it, each of which would know other adapters.
-SEVERAL = ("--api-server-count", "-asc", "--data-parallel-size", "-dp")
-SHARED = (
-    "--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr", "--data-parallel-size-local", "-dpl",
-    "--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe",
-    "--data-parallel-multi-port-external-lb", "-dpm",
-)  # fmt: skip
 Flags = dict[str, tuple[str, ...]]
 
 

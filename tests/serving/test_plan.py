@@ -235,7 +235,9 @@ def test_a_users_option_replaces_ours_and_comes_last(base: Path) -> None:
         ["--api-key", "secret"], ["--api_key=secret"], ["--api-k", "secret"], ["--lora-modules", "x=/tmp"],
         ["--config", "f.yaml"], ["--uds", "/tmp/s"], ["--ssl-keyfile", "k"], ["stray"], ["--max-lora", "3"],
         ["--port", "many"], ["--lora-modules.name=e", "--lora-modules.path=/x"], ["--lora_modules.name", "e"],
-        ["--lora-mod.name=e"], ["--default-mm-loras", '{"audio": "/x"}'], ["--default_mm_loras.audio=/x"],
+        ["--load-form", "dummy"], ["--lora-target-mod", "o_proj"], ["--api-server-c", "2"], ["-as", "2"],
+        ["--data-parallel-siz=2"], ["--lora-mod.name=e"], ["--default-mm-loras", '{"audio": "/x"}'],
+        ["--default_mm_loras.audio=/x"],
     ],
 )  # fmt: skip
 def test_options_that_would_undo_a_check_are_refused(base: Path, extra: list[str]) -> None:
