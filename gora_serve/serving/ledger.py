@@ -73,6 +73,11 @@ class Ledger:
             told["refused"].pop(name, None)
             told["models"].get(name, {}).pop("error", None)
 
+    def write(self) -> None:
+        """Write the file as it was."""
+        with self._changing():
+            pass
+
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
         """Yield what is told, to be changed; then write it. One thread at a time."""

@@ -67,15 +67,19 @@ class FileWatch:
     def look(self) -> None:
         """Compare, if it is time to. A change is told once, and stays: only a new start verifies the files again.
 
-        Where the files cannot be looked at, or the guard not told, that is logged and tried again next time.
+        Where the files cannot be looked at, or the guard not told, that is logged and tried again next time. What a
+        cleaner of temporary files has taken is written anew.
         """
-        if self.degraded is not None or time.monotonic() < self._next:
+        if time.monotonic() < self._next:
             return
         self._again()
         try:
-            check_unchanged(self._stamps)
-            if not (self._folder / "state.json").exists():  # a cleaner of temporary files may have taken it
+            if self.degraded is None:
+                check_unchanged(self._stamps)
+            if not (self._folder / "state.json").exists():
                 self.tell()
+            if not self.ledger.file.exists():
+                self.ledger.write()
         except MismatchError as err:
             self._degrade(f"a verified file changed: {err.fields['file']}")
         except OSError as err:  # of a network's file system, say

@@ -16,6 +16,7 @@ from gora_serve.serving.exposure import guard_environment
 from gora_serve.serving.guard import CLOSED, Guard, route_of
 from gora_serve.serving.keys import inner as inner_environment
 from gora_serve.serving.keys import read_keys
+from gora_serve.serving.ledger import read_ledger
 from gora_serve.serving.watch import FileWatch
 
 KEY, OTHER = "a-secret-key-0123456789", "another-key-0123456789"
@@ -227,6 +228,19 @@ def test_a_file_that_cannot_be_looked_at_ends_no_server(
         shutil.rmtree(watch.ledger.file.parent)  # as cleaners of temporary files do
         watch.look()
         assert ask(LOOPBACK | watch.environment, "/health", method="GET") == 503
+
+
+def test_what_a_cleaner_of_temporary_files_takes_is_told_anew(tmp_path: Path) -> None:
+    with FileWatch({tmp_path / "gone": (1,)}, every=0.0) as watch:
+        watch.ledger.serves("base", [])
+        watch.started()
+        watch.look()
+        shutil.rmtree(watch.ledger.file.parent)
+        watch.look()
+        assert ask(LOOPBACK | watch.environment, "/health", method="GET") == 503, "it is as degraded as it was"
+        watch.ledger.file.unlink()
+        watch.look()
+        assert "base" in read_ledger(watch.ledger.file)["models"]
 
 
 def test_a_guard_that_cannot_be_told_is_told_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
