@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gora_serve.errors import GoraError
-from gora_serve.integrity.files import sha256_file
 from gora_serve.integrity.fingerprint import read_fingerprint
 from gora_serve.integrity.reading import changed_while_reading
 from gora_serve.integrity.staging import SEAL
 from gora_serve.integrity.verify import Verified, verify_adapter, verify_unsealed
 from gora_serve.serving.adapter_dir import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterDir,
     read_adapter_dir,
@@ -28,7 +26,7 @@ from gora_serve.serving.fits import fit_errors
 from gora_serve.serving.preflight import Fault, as_fault, check_adapter
 from gora_serve.serving.same_base import other_base
 from gora_serve.serving.served import ServedAdapter, ServedBase, served
-from gora_serve.serving.store import Content, Store
+from gora_serve.serving.store import Content, Store, rest_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def examine(name: str, folder: Path, base: ServedBase, *, strict: bool = False) 
         faults += [as_fault(err, folder) for err in other_base(adapter, base.path, base.manifest, base.names)]
     warnings = [f"{name}: {warning}" for warning in verified.warnings]
     warnings += [f"{name}: {pickle} is not used, {WEIGHTS_FILE} is" for pickle in unused_pickles(folder)]
-    content = Content(verified.root, sha256_file(folder / CONFIG_FILE)[1])
+    content = Content(verified.root, rest_of(folder))
     return Examined(name, folder, tuple(faults), tuple(warnings), adapter, verified, content, time.monotonic() - begun)
 
 
@@ -100,7 +98,8 @@ def keep(found: Examined, base: ServedBase, store: Store, *, strict: bool = Fals
     again = examine(found.name, entry, base, strict=strict)
     if again.faults or again.content != found.content:
         raise changed_while_reading(found.folder / WEIGHTS_FILE)
-    return served_from(replace(found, seconds=found.seconds + time.monotonic() - begun), entry)
+    seconds = found.seconds + time.monotonic() - begun
+    return served_from(replace(found, adapter=again.adapter, seconds=seconds), entry)
 
 
 def served_from(found: Examined, entry: Path) -> ServedAdapter:
@@ -109,8 +108,9 @@ def served_from(found: Examined, entry: Path) -> ServedAdapter:
     assert found.verified is not None, "it was refused"
     canary = read_fingerprint(found.verified.canary, found.folder / SEAL)
     return replace(
-        served(found.adapter), path=entry, canary=canary, root=found.verified.root, verify_seconds=found.seconds
-    )
+        served(found.adapter), path=entry, source=found.folder.resolve(), canary=canary, root=found.verified.root,
+        verify_seconds=found.seconds,
+    )  # fmt: skip
 
 
 def content_in(found: Examined) -> Content:

@@ -7,6 +7,7 @@ another path: vLLM's cache of prefixes is keyed by it. A copy, never a link: who
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -20,7 +21,9 @@ from pathlib import Path
 
 from gora_serve.errors import GoraError, MachineError, OutputError
 from gora_serve.integrity.cache import cache_folder
+from gora_serve.integrity.canonical import canonical_json
 from gora_serve.integrity.files import sha256_file
+from gora_serve.integrity.headers import read_header
 from gora_serve.integrity.manifest import hash_adapter
 from gora_serve.integrity.reading import changed_while_reading, open_regular, pieces, size_of
 from gora_serve.integrity.space import require_space
@@ -37,21 +40,27 @@ LONGEST_COPY = 24 * 3600.0  # seconds: a stage that was not touched for so long 
 
 @dataclass(frozen=True)
 class Content:
-    """What an adapter is to the engine: the root of its tensors, and the SHA-256 of its configuration, where the
-    scales are."""
+    """What an adapter is: the root of its tensors, and the SHA-256 of the rest: its configuration, where the scales
+    are, and what its weights file says of itself, where the base is that it is bound to."""
 
     root: str
-    config: str
+    rest: str
 
     @property
     def key(self) -> str:
-        """The name of the entry: 64 hexadecimal digits of the root, 16 of the configuration."""
-        return f"{self.root.rpartition(':')[2]}-{self.config[:16]}"
+        """The name of the entry: 64 hexadecimal digits of the root, 16 of the rest."""
+        return f"{self.root.rpartition(':')[2]}-{self.rest[:16]}"
 
 
 def content_of(folder: Path) -> Content:
     """Hash both files of an adapter folder."""
-    return Content(hash_adapter(folder / WEIGHTS_FILE)[0], sha256_file(folder / CONFIG_FILE)[1])
+    return Content(hash_adapter(folder / WEIGHTS_FILE)[0], rest_of(folder))
+
+
+def rest_of(folder: Path) -> str:
+    """Return the SHA-256 of what the files of an adapter folder say beside its tensors."""
+    said = {"config": sha256_file(folder / CONFIG_FILE)[1], "metadata": read_header(folder / WEIGHTS_FILE).metadata}
+    return hashlib.sha256(canonical_json(said)).hexdigest()
 
 
 class Store:

@@ -12,11 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import llama_shapes
 
+from gora_serve.bind import bind
 from gora_serve.cli.main import main
 from gora_serve.config import ServeConfig
 from gora_serve.errors import GoraError
 from gora_serve.integrity.bases import locate_base
+from gora_serve.serving import admit as admission
 from gora_serve.serving import start
+from gora_serve.serving.adapter_dir import AdapterDir
 from gora_serve.serving.admit import examine, keep
 from gora_serve.serving.engine import Engine
 from gora_serve.serving.preflight import refuse
@@ -162,6 +165,35 @@ def test_a_swap_between_check_and_copy(what: str, sound: Path, served_base: Serv
     with pytest.raises(GoraError, match="GS-101"):
         keep(found, served_base, Store(tmp_path / "store"))
     assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_swap_that_is_undone_tells_no_other_scale(
+    sound: Path, served_base: ServedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration is another one while the folder is first read, and what it was when it is hashed."""
+    text, read = (sound / CONFIG).read_text(), admission.read_adapter_dir
+
+    def reading(name: str, path: Path) -> AdapterDir:
+        if path == sound:
+            (sound / CONFIG).write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 80'))
+        found = read(name, path)
+        if path == sound:
+            (sound / CONFIG).write_text(text)
+        return found
+
+    monkeypatch.setattr(admission, "read_adapter_dir", reading)
+    served = admit(sound, served_base, Store(tmp_path / "store"))
+    assert (served.scales, served.source) == ((2.0, 4.0), sound.resolve())
+
+
+def test_an_adapter_that_was_served_before_it_was_bound(sound: Path, served_base: ServedBase, tmp_path: Path) -> None:
+    """Tensors and configuration are the same, and the store's copy of the one says nothing of a base."""
+    store = Store(tmp_path / "store")
+    before = admit(sound, served_base, store)
+    bind(sound, str(served_base.path), tmp_path / "bound")
+    found = examine("a", tmp_path / "bound", served_base, strict=True)
+    assert keep(found, served_base, store, strict=True).claim == "asserted"
+    assert before.claim is None
 
 
 def test_nothing_heavy_is_imported() -> None:

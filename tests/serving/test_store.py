@@ -98,7 +98,7 @@ def test_a_damaged_entry_is_replaced(adapter: Path, store: Store, damage: str, t
 
 def test_another_content_than_was_verified_is_not_published(adapter: Path, store: Store) -> None:
     with pytest.raises(MismatchError, match="GS-101"):
-        store.put(adapter, Content(f"gb1:sha256:{'0' * 64}", content_of(adapter).config))
+        store.put(adapter, Content(f"gb1:sha256:{'0' * 64}", content_of(adapter).rest))
     assert names(store) == []
 
 
