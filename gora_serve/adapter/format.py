@@ -268,7 +268,8 @@ def _sorted_out(tensors: TensorFiles, saved: Collection[str], file: Path) -> tup
         if parsed is None and parameter.rpartition(".")[0] in saved:
             carried[parameter] = key
             continue
-        if parsed is None or len(entry.shape) != 2 or entry.dtype not in DTYPES.values():
+        is_factor = parsed is not None and len(entry.shape) == 2 and entry.dtype in DTYPES.values()
+        if parsed is None or not is_factor or parsed[1] in parts.get(parsed[0], {}):
             raise InputError(
                 "a tensor that is no LoRA factor", code="GS-361", file=file, tensor=key,
                 hint="gora-serve convert ADAPTER --base BASE --output DIR reads adapters of any tool",

@@ -98,7 +98,7 @@ def read_adapter_dir(name: str, path: Path) -> AdapterDir:
     header = read_header(path / WEIGHTS_FILE)
     for tensor, entry in header.entries.items():
         parsed = parse_key(tensor) or parse_embedding_key(tensor)
-        if parsed is None:
+        if parsed is None or parsed[1] in sides.get(parsed[0], {}):  # a second A: of an embedding, beside a layer's
             others.append(tensor)
             continue
         module, side = parsed

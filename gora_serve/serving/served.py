@@ -16,7 +16,8 @@ from gora_serve.serving.preflight import Fault, as_fault, check_adapter, effecti
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A checked adapter: the name of its model, the largest rank of its tensors, the paths of its modules,
+    """A checked adapter: the name of its model, the largest rank of its tensors and its configuration (vLLM holds both
+    against --max-lora-rank, also what r says where patterns replace it in every module), the paths of its modules,
     the quantized base that it says it was trained on, if it was, and how it is bound to its base, if it is.
 
     source: where it came from, where `path` is its entry in the store. scales: the smallest and the largest effective
@@ -74,7 +75,10 @@ def served(adapter: AdapterDir) -> ServedAdapter:
     ranks = {module: pair.A.shape[0] for module, pair in adapter.pairs.items() if pair.A is not None}
     modules = tuple(sorted(adapter.pairs))
     scales, source = effective_scales(adapter).values(), adapter.path.resolve()
+    pattern = adapter.config.get("rank_pattern")
+    declared = (adapter.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ()))
+    largest = max([*ranks.values(), *(rank for rank in declared if isinstance(rank, int))])
     return ServedAdapter(
-        adapter.name, source, max(ranks.values()), modules, adapter.trained_on, adapter.claim, source,
+        adapter.name, source, largest, modules, adapter.trained_on, adapter.claim, source,
         (min(scales), max(scales)) if scales else None, form=form_of(adapter), ranks=ranks,
     )  # fmt: skip

@@ -290,12 +290,16 @@ def integers(tensors: dict[str, torch.Tensor]) -> None:
     tensors[KEY.format("A")] = tensors[KEY.format("A")].to(torch.int32)
 
 
+def add_twin(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[KEY.format("A").replace("lora_A.weight", "lora_embedding_A")] = tensors[KEY.format("A")] + 1
+
+
 def empty(tensors: dict[str, torch.Tensor]) -> None:
     tensors.clear()
 
 
 @pytest.mark.parametrize(
-    "edit", [drop, add_foreign, add_rootless, add_magnitude, widen, flatten, scalar, integers, empty]
+    "edit", [drop, add_foreign, add_rootless, add_magnitude, add_twin, widen, flatten, scalar, integers, empty]
 )
 def test_tensors_that_are_no_plain_lora_are_refused(
     tmp_path: Path, tiny_adapter: Adapter, edit: Callable[[dict[str, torch.Tensor]], None]

@@ -53,6 +53,12 @@ def test_ranks_are_those_of_the_tensors(write_adapter: Callable[..., Path]) -> N
     assert (read.max_rank, read.modules) == (17, (Q, DOWN))
 
 
+def test_a_rank_that_no_module_has_counts_too(write_adapter: Callable[..., Path]) -> None:
+    """vLLM refuses an adapter whose r, or a value of whose rank_pattern, is above --max-lora-rank."""
+    (read,) = read_served_adapters([("a", write_adapter("a", {Q: 3, DOWN: 17}, config={"r": 64}))])
+    assert (read.max_rank, read.ranks) == (64, {Q: 3, DOWN: 17})
+
+
 def test_ranks_that_disagree_with_the_configuration_are_refused(write_adapter: Callable[..., Path]) -> None:
     folder = write_adapter("a", {Q: 3, DOWN: 17}, config={"rank_pattern": {}})
     with pytest.raises(InputError) as caught:

@@ -90,6 +90,8 @@ def test_malformed_numbers_and_patterns(write_adapter: WriteAdapter, config: dic
          ("GS-385", f"base_model.model.{Q}.lora_B.bias")),
         ({f"base_model.model.{Q}.lora_A.default.weight": np.zeros((3, 12), np.float32)},
          ("GS-385", f"base_model.model.{Q}.lora_A.default.weight")),
+        ({f"base_model.model.{Q}.lora_embedding_A": np.ones((3, 12), np.float32)},  # vLLM takes the last of both
+         ("GS-385", f"base_model.model.{Q}.lora_embedding_A")),
     ],
 )  # fmt: skip
 def test_faulty_tensors(write_adapter: WriteAdapter, tensors: dict[str, Any], expected: tuple[str, str]) -> None:
