@@ -16,6 +16,7 @@ from gora_serve.integrity.layout import INDEX, find_model
 from gora_serve.integrity.named_base import names_of
 from gora_serve.integrity.reading import stamps
 from gora_serve.integrity.remote_code import refuse_remote_code
+from gora_serve.integrity.roots import tokenizer_names
 from gora_serve.progress import Listener, silent
 from gora_serve.serving.adapter_names import check_name as check_adapter_name
 from gora_serve.serving.adapter_names import require_free
@@ -181,6 +182,8 @@ def _stored(found: Sequence[Examined], base: ServedBase, store: Store, *, strict
 
 
 def _base_files(base: Path) -> list[Path]:
-    """Return the files of the base that the engine will read: its weights, their index and its configuration."""
+    """Return the files of the base that were hashed and that the engine will read: weights and their index, the
+    configuration, the tokenizer with its chat template."""
     model = find_model(base)
-    return [*model.weights.values(), *([base / INDEX] if model.placed is not None else []), base / "config.json"]
+    small = ([INDEX] if model.placed is not None else []) + ["config.json", *tokenizer_names(base)]
+    return [*model.weights.values(), *(base / name for name in small)]

@@ -76,11 +76,12 @@ def test_an_adapter_that_is_swapped_after_it_was_verified(place: Place, bound: P
     (bound / "aside").replace(bound / WEIGHTS)
 
 
-@pytest.mark.parametrize("what", ["store", "base", "index"])
+@pytest.mark.parametrize("what", ["store", "base", "index", "tokenizer"])
 def test_a_file_that_is_swapped_after_it_was_verified(place: Place, bound: Path, what: str, tmp_path: Path) -> None:
     """80: what the engine has read is what was verified, or it is ended: by size, times and inode of every file."""
     plan, _ = prepare(str(place.base), [("a", bound)], replace(replace_config(), store=tmp_path / "store"))
-    of_base = place.base / INDEX if what == "index" else sorted(place.base.glob("model-*"))[0]
+    named = {"index": INDEX, "tokenizer": "tokenizer.json"}
+    of_base = place.base / named[what] if what in named else sorted(place.base.glob("model-*"))[0]
     file = plan.adapters[0].path / WEIGHTS if what == "store" else of_base
     assert file.resolve() in {path.resolve() for path in plan.stamps}
     place.run("--version")
