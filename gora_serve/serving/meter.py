@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from gora_serve.serving.asgi import App, Receive, Scope, Send
@@ -42,19 +42,22 @@ class Meter:
         counted = scope["type"] == "http" and scope.get("method") == "POST" and route_of(scope) not in UNCOUNTED
         if not counted or is_parent(scope.get("headers", ()), self._token):
             return await self._app(scope, receive, send)
-        seen = Exchange(receive, send)
+        seen, names = Exchange(receive, send), served_names(scope.get("app"))
         try:
             await self._app(scope, seen.receive, seen.send)
         except BaseException:
             seen.failed = True
             raise
         finally:
-            self._count(seen, scope)
+            self._count(seen, scope, names)
 
-    def _count(self, seen: Exchange, scope: Scope) -> None:
-        """Count an exchange that is over. Nothing here may fail, for the answer's sake."""
+    def _count(self, seen: Exchange, scope: Scope, names: Collection[str]) -> None:
+        """Count an exchange that is over. names: served when it began, for an adapter may be withdrawn meanwhile.
+
+        Nothing here may fail, for the answer's sake.
+        """
         took, name, status = time.monotonic() - seen.began, seen.model(), seen.outcome()
-        model = name if name in served_names(scope.get("app")) else UNKNOWN
+        model = name if name is not None and name in {*names, *served_names(scope.get("app"))} else UNKNOWN
         metrics = self._metrics
         metrics.requests.labels(model, status).inc()
         tokens = vllm_usage(scope) or seen.usage.tokens()

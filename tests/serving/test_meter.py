@@ -88,6 +88,15 @@ def test_a_client_that_goes_away(bench: Bench) -> None:
     assert ("request_seconds_count", "a") not in found
 
 
+def test_an_adapter_that_is_withdrawn_while_it_answers(bench: Bench) -> None:
+    with bench.client.stream("POST", "/v1/completions", json={"model": "c", "stream": 20}) as answer:
+        pieces = answer.iter_raw()
+        next(pieces)
+        del bench.app.state.openai_serving_models.lora_requests["c"]
+        list(pieces)
+    assert bench.requests() == {("c", "200"): 1}
+
+
 def test_errors_of_the_application_and_of_clients(bench: Bench) -> None:
     assert bench.ask(model="a", **{"raise": True}).status_code == 500
     assert bench.ask(model="a", status=503).status_code == 503
