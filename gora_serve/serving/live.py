@@ -138,7 +138,7 @@ class LiveAdapters:
 
     def joined(self, server: Server) -> Server:
         """Return the server with what is served of the directory."""
-        ours = [loaded for loaded, _ in self._served.values()]
+        ours = [loaded for loaded, _ in list(self._served.values())]  # a copy at once: the thread may add to it
         return replace(
             server, models=(*server.models, *(one.adapter.name for one in ours)),
             checked=(*server.checked, *(one.checked for one in ours)),

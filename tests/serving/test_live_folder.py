@@ -481,6 +481,22 @@ def test_an_upload_does_not_keep_a_server_from_starting(place: Place) -> None:
     assert place.live.caught_up()
 
 
+def test_the_server_is_told_of_while_another_one_comes(place: Place, make: Callable[..., Path]) -> None:
+    """The server's loop reads what the thread writes."""
+
+    class Between(tuple):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[object]:
+            place.live._served["late"] = place.live._served["a"]
+            return super().__iter__()
+
+    drop(place, make("a"))
+    place.wait()
+    loaded = place.live._served["a"]
+    place.live._served["a"] = Between(loaded)  # type: ignore[assignment]
+    assert place.live.joined(Server("", 0, ())).models == ("a",)
+    place.live._served = {"a": loaded}
+
+
 def test_it_looks_from_a_thread_of_its_own(tmp_path: Path, served_base: ServedBase, make: Callable[..., Path]) -> None:
     folder = tmp_path / "live"
     folder.mkdir()
