@@ -66,7 +66,7 @@ class Pump:
     def __init__(self, lines: JsonLines, keys: Sequence[str] = (), *, events: JsonLines | None = None) -> None:
         """lines: where the engine's output goes; events: where what itself is an event goes, if elsewhere."""
         self._lines, self._events = lines, events or lines
-        self._keys = [key for key in keys if key]
+        self._keys = sorted(filter(None, keys), key=len, reverse=True)  # one may be the beginning of another
         self._mark = secrets.token_hex(16)
         self._last: deque[str] = deque(maxlen=KEPT)
         self._thread: threading.Thread | None = None

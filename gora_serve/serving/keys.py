@@ -49,7 +49,7 @@ def _keys_in(file: Path) -> tuple[str, ...]:
     try:
         with file.open("rb") as stream:
             mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
-            text = stream.read(_LIMIT).decode("ascii", "replace")
+            text = stream.read(_LIMIT + 1).decode("ascii", "replace")
     except OSError as err:
         raise MachineError(
             f"the file with the keys cannot be read: {err.strerror}", code="GS-5353", file=file, hint="check the path"
@@ -58,6 +58,11 @@ def _keys_in(file: Path) -> tuple[str, ...]:
         raise MachineError(
             "others can read the file with the keys", code="GS-5354", file=file, expected="mode 600",
             actual=f"mode {mode:o}", hint="chmod 600",
+        )  # fmt: skip
+    if len(text) > _LIMIT:  # the rest would be left out, and what is cut off be a key
+        raise UsageError(
+            "the file with the keys is too long", code="GS-289", file=file, expected=f"at most {_LIMIT} bytes",
+            hint="one key a line, and nothing else",
         )  # fmt: skip
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys or not all(map(_usable, keys)):

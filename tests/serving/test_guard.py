@@ -158,7 +158,7 @@ def test_while_it_stops(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "mode", "code"),
     [("", 0o600, "GS-289"), ("short\n", 0o600, "GS-289"), (f"{KEY} {KEY}\n", 0o600, "GS-289"),
-     (f"{KEY}\n", 0o644, "GS-5354"), (f"{KEY}\n", 0o660, "GS-5354")],
+     (f"{KEY}\n" * 3000, 0o600, "GS-289"), (f"{KEY}\n", 0o644, "GS-5354"), (f"{KEY}\n", 0o660, "GS-5354")],
 )  # fmt: skip
 def test_files_with_keys_that_are_refused(tmp_path: Path, text: str, mode: int, code: str) -> None:
     with pytest.raises(GoraError, match=code) as caught:

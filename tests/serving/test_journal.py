@@ -93,6 +93,11 @@ def test_keys_are_taken_out_where_a_long_line_is_cut(text: str, longest: int) ->
     assert "".join(pieces) == text.replace(KEY, "[key]").replace("\n", "")
 
 
+def test_a_key_that_begins_another() -> None:
+    found, _ = pumped(f"print('{KEY}-and-more {KEY}')", keys=(KEY, f"{KEY}-and-more"))
+    assert [line["message"] for line in found] == ["[key] [key]"]
+
+
 def test_lines_are_whole_from_many_threads(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as stream:
         lines = JsonLines(stream)
