@@ -26,10 +26,12 @@ from gora_serve.serving.room import SAME_NAMES, Flags, Room, check_lora_options,
 from gora_serve.serving.served import ServedAdapter, ServedBase
 
 # Each opens a way to load adapters, code or debug routes that nobody checked, a front end that the guard is not in, or
-# logs answers, or lets one be worked on after its request has ended. A name may end in "*".
+# logs answers, or lets one be worked on after its request has ended; or has requests answered otherwise than they ask:
+# by the base where no model has the name, by another model's folder, by other experts. A name may end in "*".
 SCRUBBED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE", "VLLM_LORA_RESOLVER_*", "VLLM_ALLOW_INSECURE_*",
     "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_USE_RUST_FRONTEND", "VLLM_ENABLE_RESPONSES_API_STORE",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_MODEL_REDIRECT_PATH", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY",
 )  # fmt: skip
 ENCODER_DECODERS = ("WhisperForConditionalGeneration",)
 # Secrets that an engine without a network has no use for: taken away without a word.

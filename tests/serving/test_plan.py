@@ -198,6 +198,7 @@ def test_environment(base: Path) -> None:
         "GORA_SERVE_OPEN_ROUTES": "",
     }
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in made.removed
+    assert {"VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_MODEL_REDIRECT_PATH"} <= set(made.removed), "another would answer"
 
 
 @pytest.mark.parametrize(
