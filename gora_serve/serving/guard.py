@@ -23,6 +23,9 @@ from gora_serve.serving.keys import INNER_KEY, KEY_FILE, KEY_VARIABLE, read_keys
 MODE, OPEN_ROUTES, STATE_FILE = "GORA_SERVE_GUARD", "GORA_SERVE_OPEN_ROUTES", "GORA_SERVE_STATE"
 TOKEN, TOKEN_HEADER = "GORA_SERVE_TOKEN", "x-gora-serve-token"  # of our parent, which asks before others may
 KEYED, KEYLESS = "key", "loopback"
+# Of SageMaker's route: vLLM puts the header in the place of the body's model, also where there is none, and then the
+# base answers whatever the body asks for.
+INVOCATIONS, MODEL_HEADER = "/invocations", "x-amzn-sagemaker-adapter-identifier"
 WHILE_STOPPING = ("/metrics", "/gora-serve/status")  # what may still be asked
 # Of vLLM 0.32, also under SageMaker's names: they load and unload adapters, scale, pause or reset the engine.
 CLOSED = (
@@ -36,7 +39,8 @@ CLOSED = (
 
 
 class Guard:
-    """Lets a request through, or answers it: 401 without a key, 403 for closed routes, 503 before it is ready.
+    """Lets a request through, or answers it: 401 without a key, 403 for closed routes, 503 before it is ready, and 400
+    where the base would answer in the place of an adapter.
 
     /health and /ping are answered by 503 while degraded, too, and all that begins while the server stops.
     """
@@ -65,6 +69,8 @@ class Guard:
             return await _refuse(scope, send, 401, "a key is needed: Authorization: Bearer KEY")
         if any(path == closed or path.startswith(f"{closed}/") for closed in CLOSED):
             return await _refuse(scope, send, 403, "this route is closed")
+        if path == INVOCATIONS and not header_in(scope.get("headers", ()), MODEL_HEADER):
+            return await _refuse(scope, send, 400, f"this route takes the model from the header {MODEL_HEADER} alone")
         if path == inside.ROUTE:
             if scope["type"] != "http" or not is_parent(scope.get("headers", ()), self._token):
                 return await _refuse(scope, send, 403, "this route is closed")
@@ -106,6 +112,11 @@ def route_of(scope: Mapping[str, Any]) -> str:
     return "/" + "/".join(part for part in path.split("/") if part)
 
 
+def header_in(headers: Sequence[tuple[bytes, bytes]], name: str) -> bytes:
+    """Return the first value of a header, empty where there is none."""
+    return next((value for given, value in headers if given.lower() == name.encode()), b"")
+
+
 def token_digest(token: str | None) -> bytes | None:
     """Return what the parent's token is compared by."""
     return hashlib.sha256(token.encode()).digest() if token else None
@@ -113,7 +124,7 @@ def token_digest(token: str | None) -> bytes | None:
 
 def is_parent(headers: Sequence[tuple[bytes, bytes]], digest: bytes | None) -> bool:
     """Return whether a request comes from the server's parent."""
-    given = next((value for name, value in headers if name.lower() == TOKEN_HEADER.encode()), b"")
+    given = header_in(headers, TOKEN_HEADER)
     return digest is not None and hmac.compare_digest(hashlib.sha256(given).digest(), digest)
 
 

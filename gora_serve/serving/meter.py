@@ -15,7 +15,15 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from gora_serve.serving.asgi import App, Receive, Scope, Send
-from gora_serve.serving.guard import TOKEN, is_parent, route_of, token_digest
+from gora_serve.serving.guard import (
+    INVOCATIONS,
+    MODEL_HEADER,
+    TOKEN,
+    header_in,
+    is_parent,
+    route_of,
+    token_digest,
+)
 from gora_serve.serving.json_pieces import TopLevelString, UsageTail
 from gora_serve.serving.metrics import UNKNOWN, Metrics, shared
 from gora_serve.serving.residency import served_names
@@ -57,6 +65,8 @@ class Meter:
         Nothing here may fail, for the answer's sake.
         """
         took, name, status = time.monotonic() - seen.began, seen.model(), seen.outcome()
+        if route_of(scope) == INVOCATIONS:
+            name = header_in(scope.get("headers", ()), MODEL_HEADER).decode("latin-1")
         model = name if name is not None and name in {*names, *served_names(scope.get("app"))} else UNKNOWN
         metrics = self._metrics
         metrics.requests.labels(model, status).inc()

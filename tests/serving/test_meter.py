@@ -97,6 +97,13 @@ def test_an_adapter_that_is_withdrawn_while_it_answers(bench: Bench) -> None:
     assert bench.requests() == {("c", "200"): 1}
 
 
+def test_the_route_whose_model_is_in_a_header(bench: Bench) -> None:
+    named = {"X-Amzn-SageMaker-Adapter-Identifier": "b"}
+    assert bench.client.post("/invocations", json={"model": "a"}, headers=named).status_code == 200
+    assert bench.client.post("/invocations", json={"model": "a"}).status_code == 400
+    assert bench.requests() == {("b", "200"): 1, (UNKNOWN, "400"): 1}
+
+
 def test_errors_of_the_application_and_of_clients(bench: Bench) -> None:
     assert bench.ask(model="a", **{"raise": True}).status_code == 500
     assert bench.ask(model="a", status=503).status_code == 503
