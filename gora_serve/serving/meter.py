@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from gora_serve.serving.asgi import App, Receive, Scope, Send
@@ -97,7 +98,8 @@ class Meter:
             text = self._mark + json.dumps({"event": FINISHED, **event})
         else:
             text = f"{FINISHED}: " + " ".join(f"{key}={value}" for key, value in event.items())
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # a full disk, or a closed stream
+            print(text, file=sys.stderr, flush=True)
 
 
 class Exchange:

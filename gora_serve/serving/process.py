@@ -85,7 +85,7 @@ class Child:
     def tail(self, lines: int = 8) -> str | None:
         """Return the last distinct lines of the output that name an error, else its last lines.
 
-        None where it was neither logged nor pumped.
+        None where it was neither logged nor pumped, or the log is no longer where it was (logrotate).
         """
         told = self._last_lines()
         if told is None:
@@ -98,9 +98,12 @@ class Child:
             return self._pump.last()
         if self.log is None:
             return None
-        with self.log.open("rb") as stream:
-            stream.seek(max(self._log_start, self.log.stat().st_size - TAIL_BYTES))
-            text = stream.read().decode(errors="replace")
+        try:
+            with self.log.open("rb") as stream:
+                stream.seek(max(self._log_start, self.log.stat().st_size - TAIL_BYTES))
+                text = stream.read().decode(errors="replace")
+        except OSError:
+            return None
         return [line.strip() for line in text.splitlines() if line.strip()]
 
     def members(self) -> tuple[int, ...]:

@@ -175,6 +175,15 @@ def test_death_while_serving(log: Path) -> None:
     assert session_members(server.pid) == ()
 
 
+def test_death_while_its_log_is_elsewhere(log: Path) -> None:
+    def has_ended(pid: int) -> bool:
+        log.rename(log.with_name("engine.log.1"))  # as logrotate does
+        return eventually(lambda: pid not in session_members(pid))
+
+    with pytest.raises(RunError, match="GS-785"), running_server(make_plan("late"), log=log) as server:
+        assert has_ended(server.pid)
+
+
 def test_not_ready_in_time(log: Path, started: list[int]) -> None:
     with pytest.raises(RunError, match="GS-782"), running_server(make_plan("slow", ready=0.3), log=log):
         pass

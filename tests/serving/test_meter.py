@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import subprocess
@@ -11,15 +12,17 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gora_serve.errors import InputError
 from gora_serve.serving import residency as module
 from gora_serve.serving.ledger import Ledger
-from gora_serve.serving.metrics import UNKNOWN, quantile
+from gora_serve.serving.meter import Meter
+from gora_serve.serving.metrics import UNKNOWN, Metrics, quantile
 from gora_serve.serving.residency import residency
-from serving.metered import HEADERS, Application, Bench, adapter, bench, eventually, httpx, prometheus_client
+from serving.metered import HEADERS, Application, Bench, adapter, bench, eventually, httpx, prometheus_client, reply
 
 __all__ = ["bench"]
 
@@ -205,6 +208,25 @@ def test_requests_are_logged_where_it_is_asked_for(bench: Bench, capfd: pytest.C
     assert lines[0].startswith("request finished: model=a status=200 seconds=0.")
     assert f"model={UNKNOWN} status=404" in lines[1]
     assert not any("secret" in line or "evil" in line for line in lines)
+
+
+def test_a_full_disk_under_the_log_fails_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await reply(send, 200, {})
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    said: list[Any] = []
+    metrics = Metrics(prometheus_client.CollectorRegistry())
+    monkeypatch.setattr(sys, "stderr", Full())
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(Meter(inner, {"GORA_SERVE_LOG_REQUESTS": "1"}, metrics)(scope, None, send))  # type: ignore[arg-type]
+    assert len(said) == 2
 
 
 def test_many_scrapes_do_not_keep_the_engine_busy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
