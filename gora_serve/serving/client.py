@@ -1,6 +1,6 @@
 """A small client of the OpenAI-compatible HTTP interface: what the demo and the tests ask a server.
 
-Standard library only. Where no key is given it is that of VLLM_API_KEY, and proxies are never used. `token` lets the
+Standard library only. Where no key is given it is that of VLLM_API_KEY. `token` lets the
 server's own parent in before it is ready.
 """
 
@@ -27,7 +27,14 @@ TOKEN_PREFIX = "token_id:"
 Message = Mapping[str, str]
 T = TypeVar("T")
 
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+# No proxy, and no redirection is followed: the key goes to the address that was given, or nowhere.
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay())
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def is_healthy(url: str, key: str | None = None, token: str | None = None) -> bo
     """
     try:
         asked = urllib.request.Request(f"{url}/health", headers=_authorization(key, token))
-        with _opener.open(asked, timeout=PROBE_TIMEOUT) as response:
+        with opener.open(asked, timeout=PROBE_TIMEOUT) as response:
             return int(response.status) == 200
     except urllib.error.HTTPError as err:
         err.close()
@@ -162,7 +169,7 @@ def _request(
     headers = {"Content-Type": "application/json"} | _authorization(key, token)
     data = None if body is None else json.dumps(body).encode()
     try:
-        with _opener.open(urllib.request.Request(url, data, headers), timeout=timeout) as response:
+        with opener.open(urllib.request.Request(url, data, headers), timeout=timeout) as response:
             answer = json.loads(response.read())
     except urllib.error.HTTPError as err:
         with err:

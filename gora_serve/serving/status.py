@@ -1,7 +1,4 @@
-"""How a server stands, asked over HTTP: what `gora-serve status` shows. Standard library only.
-
-Redirections are not followed and proxies not used, so that the key goes to the address that was given, or nowhere.
-"""
+"""How a server stands, asked over HTTP: what `gora-serve status` shows. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,19 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gora_serve.errors import MachineError, RunError, UsageError
+from gora_serve.serving.client import opener
 from gora_serve.serving.status_route import ROUTE, SCHEMA
 
 State = Literal["ready", "degraded", "stopping", "not ready"]
 TIMEOUT = 10.0  # seconds
 _LIMIT = 16 << 20  # bytes of an answer
-
-
-class _Stay(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay())
 
 
 @dataclass(frozen=True)
@@ -103,7 +93,7 @@ def read_status(url: str, key: str | None = None) -> ServerStatus:
 def _get(url: str, route: str, key: str | None) -> tuple[int, bytes]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with _opener.open(urllib.request.Request(url + route, headers=headers), timeout=TIMEOUT) as response:
+        with opener.open(urllib.request.Request(url + route, headers=headers), timeout=TIMEOUT) as response:
             return int(response.status), response.read(_LIMIT)
     except urllib.error.HTTPError as err:
         with err:
