@@ -17,7 +17,7 @@ from converters.whole import CARRIED, check_vocabulary, is_resized, same
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
 from gora_serve.adapter.tensors import Renamed
-from gora_serve.deploy.base import COMPUTED, EMBEDDINGS, FILE_HEAD, HEADS, MODEL_HEAD, BaseWeights
+from gora_serve.deploy.base import COMPUTED, EMBEDDINGS, FILE_HEAD, HEADS, BaseWeights
 from gora_serve.errors import BindingError, InputError, counted, listed
 
 # Modules with a matrix that are no linear layer of their own in transformers' models.
@@ -79,7 +79,7 @@ def _sort(model: BaseWeights, base: BaseWeights, leave_out: Patterns, carry: Pat
     for name in model.tensors:
         ours = base.counterpart(name)
         path, _, kind = _longer(name, ours).rpartition(".")
-        path = MODEL_HEAD if path == FILE_HEAD else path
+        path = _head_in_model(path, base)
         if COMPUTED.search(name) and (ours is None or not _is_vector(model, name)):
             found.known[name] = "computed by the model itself"
             continue
@@ -114,9 +114,14 @@ def _longer(name: str, ours: str | None) -> str:
     return ours if ours is not None and ours.endswith(f".{name}") else name
 
 
+def _head_in_model(path: str, base: BaseWeights) -> str:
+    """Return what the model calls a module that its files call embed_out, and others as they are."""
+    return base.head if path == FILE_HEAD else path
+
+
 def _is_linear(model: BaseWeights, path: str, name: str) -> bool:
     shape = model.tensors.shape(name)
-    return len(shape) == 2 and 0 not in shape and not NOT_LINEAR.search(path)
+    return len(shape) == 2 and 0 not in shape and (model.is_head(path) or not NOT_LINEAR.search(path))
 
 
 def _is_vector(model: BaseWeights, name: str) -> bool:
@@ -129,7 +134,11 @@ def _tied_head(model: BaseWeights, base: BaseWeights, found: _Sorted) -> None:
         return
     own = [name for name in base.tensors if name.endswith(".weight") and name.split(".")[-2] in HEADS]
     if own and (tied := model.find(own[0].removesuffix(".weight"))):
-        found.modules[own[0].removesuffix(".weight")] = tied
+        head = _head_in_model(own[0].removesuffix(".weight"), base)
+        if tied in found.carried.values():
+            found.carried[f"{head}.weight"] = tied
+        else:
+            found.modules[head] = tied
         return
     names = [name for parameter, name in found.carried.items() if parameter.split(".")[-2] in EMBEDDINGS]
     if _task(model) != "SEQ_CLS" and (tied := model.find(model.head)) in names:

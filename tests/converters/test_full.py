@@ -722,6 +722,31 @@ def build_neox(seed: int = 0) -> Any:
     return GPTNeoXForCausalLM(config).float().eval()
 
 
+def build_japanese_neox() -> Any:
+    from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoXJapaneseConfig(
+        vocab_size=384, hidden_size=32, intermediate_multiple_size=2, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.2,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return GPTNeoXJapaneseForCausalLM(config).float().eval()
+
+
+@pytest.mark.parametrize("carry", [(), ("embed_out",)])
+def test_a_head_that_is_called_embed_out(tmp_path: Path, carry: tuple[str, ...]) -> None:
+    """GPT-NeoX-Japanese calls the module so too."""
+    build_japanese_neox().save_pretrained(tmp_path / "base")
+    trained = ("embed_out.weight", "4h.weight")
+    model = fine_tune(tmp_path / "model", build_japanese_neox(), lambda name: name.endswith(trained))
+    done = prove_exact(
+        tmp_path / "model", tmp_path / "base", tmp_path / "out", logits_of(model), inputs=Inputs(carry=carry),
+        tolerance=0.0,
+    )  # fmt: skip
+    assert ("embed_out" in done.modules) == (not carry)
+
+
 @pytest.mark.parametrize("carry", [(), ("embed_out",)])
 def test_a_head_whose_module_has_another_name_than_its_tensor(tmp_path: Path, carry: tuple[str, ...]) -> None:
     """GPT-NeoX: embed_out in the files, lm_head in transformers."""
