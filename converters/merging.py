@@ -81,12 +81,12 @@ def _tied_too(part: Part, base: BaseWeights) -> Part:
     """PEFT's ensure_weight_tying: the tied head gets the embeddings' update, also where the file does not repeat it."""
     head = base.head
     path = next((one for one in part.modules if one.rpartition(".")[2] in EMBEDDINGS), None)
-    if path is not None and head not in part.modules and base.feeds_head(path):
+    if path is not None and head not in part.modules and base.is_read_by_head(path):
         modules = part.modules
         both = LazyModules([*modules, head], lambda one: modules[path if one == head else one])
         return replace(part, modules=both)
     parameter = next((one for one in part.replaced if one.split(".")[-2] in EMBEDDINGS), None)
-    if parameter is None or not base.feeds_head(parameter.removesuffix(".weight")):
+    if parameter is None or not base.is_read_by_head(parameter.removesuffix(".weight")):
         return part
     return replace(part, replaced=Both(part.replaced, {f"{head}.weight": part.replaced[parameter]}))
 

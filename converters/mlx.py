@@ -36,7 +36,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
     _refuse_experts(source)
     pairs = pair_up(source, parse, by_columns=True)
     embeddings = frozenset(path for path in pairs if base.is_embedding(path))
-    tied = [path for path in embeddings if base.feeds_head(path)]
+    tied = [path for path in embeddings if base.is_read_by_head(path)]
     heads = {base.head: tied[0]} if tied else {}
 
     def factors(path: str) -> LoraFactors:

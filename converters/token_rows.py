@@ -51,7 +51,7 @@ def rows_of(source: Source, inputs: Inputs) -> dict[str, Rows]:
         stem = path.removesuffix(SHARED) if path.endswith(SHARED) else None
         halves = [f"{stem}{half}" for half in HALVES if stem is not None and base.find(f"{stem}{half}")]
         rows = dict.fromkeys(halves, one) | rows
-    embeddings = next((path for path in rows if base.feeds_head(path)), None)
+    embeddings = next((path for path in rows if base.is_read_by_head(path)), None)
     return {base.head: rows[embeddings], **rows} if embeddings else rows
 
 

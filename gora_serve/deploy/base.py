@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gora_serve.adapter.tensors import TensorFiles
@@ -189,9 +190,29 @@ class BaseWeights:
     @cached_property
     def ties_head(self) -> bool:
         """Whether the model has a head without a tensor of its own, which reads the embeddings'."""
-        own = self.find_parameter(f"{self.head}.weight") or self._other_name(self.head)
-        names = self.config.get("architectures") or [""]
-        return own is None and bool(self.config.get("tie_word_embeddings", True)) and not names[0].endswith(HEADLESS)
+        return self._own_head is None and bool(self.config.get("tie_word_embeddings", True)) and not self._is_headless
+
+    @cached_property
+    def copied_to_head(self) -> str | None:
+        """The embeddings' tensor that the head's own is a copy of, which some tools store although the two are tied.
+
+        Where the two differ, transformers ties them no more.
+        """
+        own, embeddings = self._own_head, self._tied(self.head)
+        if own is None or embeddings is None or self._is_headless:
+            return None
+        if self.tensors.shape(own) != self.tensors.shape(embeddings):
+            return None
+        return embeddings if torch.equal(self.tensors[own], self.tensors[embeddings]) else None
+
+    @property
+    def _own_head(self) -> str | None:
+        """The head's tensor, where it has one of its own."""
+        return self.find_parameter(f"{self.head}.weight") or self._other_name(self.head)
+
+    @property
+    def _is_headless(self) -> bool:
+        return str((self.config.get("architectures") or [""])[0]).endswith(HEADLESS)
 
     @property
     def is_trunk(self) -> bool:
@@ -209,6 +230,10 @@ class BaseWeights:
     def feeds_head(self, path: str) -> bool:
         """Return whether the head has no weight of its own but that of the embeddings `path`."""
         return self.ties_head and self._tied(self.head) is not None and self._tied(self.head) == self.find(path)
+
+    def is_read_by_head(self, path: str) -> bool:
+        """Return whether the head's weight is that of the embeddings `path`, be it stored as a copy."""
+        return self.feeds_head(path) or (self.is_embedding(path) and self.copied_to_head == self.find(path) is not None)
 
     def is_transposed(self, path: str) -> bool:
         """Return whether the module's weight is stored as (in, out): GPT-2's Conv1D."""

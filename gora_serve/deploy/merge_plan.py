@@ -10,7 +10,7 @@ from gora_serve.adapter.format import CARRIED_DTYPES, DTYPES
 from gora_serve.deploy.base import EMBEDDINGS, FLOATS, HEADS, BaseWeights, misfit
 from gora_serve.deploy.merge_settings import check_vocabulary, new_config
 from gora_serve.deploy.merge_values import Kind, ModelPlan, Part, Piece, Pieces, Target
-from gora_serve.deploy.ties import share_out
+from gora_serve.deploy.ties import parts_copy, share_out
 from gora_serve.errors import InputError
 
 
@@ -30,7 +30,8 @@ def plan_merge(base: BaseWeights, parts: Sequence[Part], dtype: str, *, in_4_bit
         targets.append(_untied_head(base, untied, dtype))
     targets += [_fresh(base, path, pieces, dtype) for path, pieces in by_path.items() if _lacks(base, path, pieces)]
     check_vocabulary(base, targets)
-    config, notes = new_config(base, parts, targets, dtype, untied=untied is not None)
+    untied_config = untied is not None or parts_copy(base, by_path)
+    config, notes = new_config(base, parts, targets, dtype, untied=untied_config)
     return ModelPlan(tuple(targets), config, tuple(notes))
 
 

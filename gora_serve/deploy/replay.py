@@ -159,6 +159,8 @@ def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Repla
     """Yield each target with the model's name for it; note what is missing, extra, of another form, or not in use."""
     used = set()
     needs_head = not _classifies(base, plan)
+    is_tied = bool(merged.config.get("tie_word_embeddings", True))
+    unties = _unties(base, plan)
     if needs_head and _lost_tie(merged, base, plan):
         why = "config.json does not tie the head to the embeddings, and the model has none of its own"
         found.tensors[f"{base.head}.weight"] = Held(f"{base.head}.weight", why=why)
@@ -176,7 +178,7 @@ def _pairs(merged: BaseWeights, base: BaseWeights, plan: ModelPlan, found: Repla
             why = f"its shape is {entry.shape}, and should be {target.shape}"
         elif entry.dtype != target.dtype and not {entry.dtype, target.dtype} <= set(FLOATS):
             why = f"its type is {entry.dtype}, and should be {target.dtype}"
-        elif target.fresh and base.is_head(target.module) and merged.config.get("tie_word_embeddings", True):
+        elif is_tied and (target.fresh or unties) and base.is_head(target.module):
             lost = "the head's own update is lost" if target.pieces else "it gets their update, and none belongs there"
             why = f"config.json ties the head to the embeddings, so that {lost}"
         else:
@@ -198,6 +200,12 @@ def _classifies(base: BaseWeights, plan: ModelPlan) -> bool:
     """Whether a classifier takes the place of the head that makes tokens, which other tools then leave out."""
     pieces = [piece for one in plan.targets if one.fresh and not base.is_head(one.module) for piece in one.pieces]
     return any(piece.part.task_type == "SEQ_CLS" for piece in pieces)
+
+
+def _unties(base: BaseWeights, plan: ModelPlan) -> bool:
+    """Whether the merge parts the head from the embeddings, of which it may have a copy already."""
+    tied = base.config.get("tie_word_embeddings", True)
+    return bool(tied) and plan.config is not None and plan.config.get("tie_word_embeddings") is False
 
 
 def _lost_tie(merged: BaseWeights, base: BaseWeights, plan: ModelPlan) -> bool:

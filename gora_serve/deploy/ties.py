@@ -1,6 +1,6 @@
 """Tensors that several modules share, when adapters are merged: a head tied to the embeddings, halves of an
 encoder-decoder. They stay shared where all of them get the same update. A head that does not is given a tensor of its
-own; where the model cannot have that, the merge is refused.
+own, or keeps the copy that it has; where the model cannot have that, the merge is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +43,23 @@ def share_out(base: BaseWeights, by_path: Pieces) -> tuple[Pieces, tuple[Piece, 
         shared[name] = next(iter(rest.values()), ())
         untied = updates.get(head) or _resized_head(base, shared[name])
     return shared, untied
+
+
+def parts_copy(base: BaseWeights, by_path: Pieces) -> bool:
+    """Tell whether a head whose tensor is a copy of the embeddings it is tied to gets another update than they do.
+
+    Raises BindingError (GS-4400) where this model cannot have two that differ.
+    """
+    shared = {f"{base.head}.weight", *(path for path in by_path if base.is_embedding(path.removesuffix(".weight")))}
+    if not shared & by_path.keys() or base.copied_to_head is None:
+        return False
+    updates = {path: by_path[path] for path in shared & by_path.keys()}
+    of_embeddings = [one for path, one in updates.items() if base.counterpart(path) == base.copied_to_head]
+    if _is_headless(base, updates) or _alike(updates.get(f"{base.head}.weight", ()), next(iter(of_embeddings), ())):
+        return False
+    if not _can_untie(base, base.copied_to_head):
+        raise _refuse_shared(base.copied_to_head, updates, sorted(shared))
+    return True
 
 
 def _resized_head(base: BaseWeights, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converters.convert import convert
@@ -45,6 +46,15 @@ def train(model: Any, *, steps: int = 6, lr: float = 5e-3, **inputs: Any) -> Any
         model(**inputs).loss.backward()
         optimizer.step()
     return model
+
+
+def copy_embeddings_to_head(folder: Path) -> Path:
+    """Store the head of a tied model too, as some tools do, and return the folder."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" not in tensors
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    return folder
 
 
 def load_on(base: Path, adapter: Path, *, auto: Any = None) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from inits import LINEAR, Run, inputs_of, make_run, prove_exact_as
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from proving import converted, train
+from proving import converted, copy_embeddings_to_head, train
 from safetensors.torch import load_file, save_file
 from tiny_models import build_llama
 
@@ -182,13 +182,18 @@ def test_swapped_bases(tmp_path: Path, tiny_base: Path, init: str) -> None:
     assert refused.value.code == "GS-442"
 
 
+@pytest.mark.parametrize("is_stored", [False, True])
 @pytest.mark.parametrize("way", ["computed", "init", "mutated"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_tied_head_was_edited_with_the_embeddings(tmp_path: Path, way: str) -> None:
+def test_a_tied_head_was_edited_with_the_embeddings(tmp_path: Path, way: str, is_stored: bool) -> None:
+    """is_stored: the untouched base's files hold the head too, as a copy of the embeddings."""
+
     def build() -> Any:
         return build_llama(tie_word_embeddings=True)
 
     build().save_pretrained(tmp_path / "base")
+    if is_stored:
+        copy_embeddings_to_head(tmp_path / "base")
     run = make_run(tmp_path, "pissa", build=build, target_modules=["lm_head", "q_proj"])
     for folder in (run.adapter, run.initial):  # as save_embedding_layers=False leaves it
         file = folder / "adapter_model.safetensors"

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
-from proving import EXACT, converted, input_ids, load_on, logits_of, off_by, prove_exact, train
+from proving import (
+    EXACT,
+    converted,
+    copy_embeddings_to_head,
+    input_ids,
+    load_on,
+    logits_of,
+    off_by,
+    prove_exact,
+    train,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import build_bart, build_gpt2, build_llama, build_t5
 from transformers import AutoModelForSeq2SeqLM
@@ -72,8 +82,12 @@ def test_plain_lora(tmp_path: Path, tiny_base: Path, settings: dict[str, Any]) -
         {"trainable_token_indices": [5, 17, 3]},  # the head's rows are replaced too
     ],
 )
-def test_a_tied_head(tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_tied_head(tmp_path: Path, settings: dict[str, Any], is_stored: bool) -> None:
+    """is_stored: the base's files hold it too, as a copy of the embeddings."""
     base = save_base(tied(), tmp_path / "base")
+    if is_stored:
+        copy_embeddings_to_head(base)
     config = LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | settings))
     model = trained(tied, config, tmp_path / "adapter")
     prove_exact(tmp_path / "adapter", base, tmp_path / "out", logits_of(model))

@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from proving import EXACT, input_ids, load_on, logits_of, merged, off_by, prove_merged, train
+from proving import (
+    EXACT,
+    copy_embeddings_to_head,
+    input_ids,
+    load_on,
+    logits_of,
+    merged,
+    off_by,
+    prove_merged,
+    train,
+)
 from safetensors.torch import load_file, save_file
 from test_experts import EXPERTS, SIZES, build_gpt_oss, build_mixtral, build_qwen
 from tiny_models import build_bart, build_gpt2, build_llama, build_t5, build_tokenizer
@@ -186,6 +196,36 @@ def test_a_tied_head_gets_a_tensor_of_its_own(tmp_path: Path, target: str) -> No
     assert check.replay.verdict == "differs"
     said = "own update is lost" if target == "lm_head" else "it gets their update"
     assert said in check.replay.tensors["lm_head.weight"].reason
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "v_proj"])
+def test_a_tied_head_that_is_stored_as_a_copy(tmp_path: Path, target: str) -> None:
+    """One that gets another update than the embeddings is tied no more, so that no loader throws its tensor away."""
+    build = partial(build_llama, tie_word_embeddings=True)
+    logits = make(tmp_path, build, target_modules=["q_proj", target])
+    build().save_pretrained(tmp_path / "whole")
+    base = copy_embeddings_to_head(tmp_path / "whole")
+    done = prove_merged(tmp_path / "adapter", base, tmp_path / "out", logits)
+    assert not any(one.fresh for one in done.plan.targets)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (target == "v_proj")
+    if target != "v_proj":
+        (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        found = verify_merged(tmp_path / "out", [(tmp_path / "adapter", 1.0)], Base("base", base)).replay
+        assert found.verdict == "differs"
+
+
+def test_a_whole_model_over_a_copy_of_its_head_stays_tied(tmp_path: Path) -> None:
+    build_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    copy_embeddings_to_head(tmp_path / "base")
+    model = build_llama(tie_word_embeddings=True)
+    model.model.embed_tokens.weight.data *= 1.1
+    model.save_pretrained(tmp_path / "model")
+    merged(tmp_path / "model", tmp_path / "base", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found["lm_head.weight"], model.model.embed_tokens.weight)
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("module", ["shared", "lm_head"])
