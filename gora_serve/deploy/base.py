@@ -236,8 +236,10 @@ class BaseWeights:
         return self.feeds_head(path) or (self.is_embedding(path) and self.copied_to_head == self.find(path) is not None)
 
     def is_transposed(self, path: str) -> bool:
-        """Return whether the module's weight is stored as (in, out): GPT-2's Conv1D."""
-        return self.config.get("model_type") in TRANSPOSED_TYPES and path.rpartition(".")[2] in TRANSPOSED_NAMES
+        """Return whether the module's weight is stored as (in, out): GPT-2's Conv1D, be it the decoder of a pair."""
+        decoder = self.config.get("decoder")
+        part = decoder if isinstance(decoder, dict) and path.startswith("decoder.") else self.config
+        return part.get("model_type") in TRANSPOSED_TYPES and path.rpartition(".")[2] in TRANSPOSED_NAMES
 
     def is_head(self, path: str) -> bool:
         return path == self.head or path.rpartition(".")[2] in HEADS

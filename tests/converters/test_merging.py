@@ -123,6 +123,35 @@ def test_encoder_decoders(tmp_path: Path, build: Callable[[], Any]) -> None:
     prove(tmp_path, logits, ask=ask, auto=AutoModelForSeq2SeqLM)
 
 
+def build_pair() -> Any:
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, GPT2Config
+
+    torch.manual_seed(0)
+    encoder = BertConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    decoder = GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=64, add_cross_attention=True, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    return EncoderDecoderModel(config).float().requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("targets", [["attn.c_proj", "q_attn"], ["c_attn"]])
+def test_gpt2_as_the_decoder_of_a_pair(tmp_path: Path, targets: list[str]) -> None:
+    """Its Conv1D lie as (in, out) there too; of square ones the shape does not tell."""
+    build_pair().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, fan_in_fan_out=True)
+    model = get_peft_model(build_pair(), config)
+    model.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    theirs = model.merge_and_unload().state_dict()
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-6), name
+
+
 def test_a_classifier_that_the_base_lacks(tmp_path: Path) -> None:
     def build() -> Any:
         build_llama().save_pretrained(tmp_path / "base")
