@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source
-from converters.whole import CARRIED, check_vocabulary, is_resized, same
+from converters.whole import CARRIED, CLASSIFIERS, check_vocabulary, is_resized, same
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
 from gora_serve.adapter.tensors import Renamed
@@ -23,7 +23,12 @@ from gora_serve.errors import BindingError, InputError, counted, listed
 # Modules with a matrix that are no linear layer of their own in transformers' models.
 NOT_LINEAR = re.compile(r"\.experts\.|(emb|wpe|wte|shared|relative_attention_bias)[^.]*$|\.(gate|router)$")
 EVERYTHING = (".",)  # what a merged model takes whole
-TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForCausalLM": "CAUSAL_LM"}
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
 
 
 @dataclass
@@ -61,7 +66,7 @@ def read(source: Source, inputs: Inputs) -> Reading:
 
     carried = Renamed(model.tensors, found.carried)
     modules = LazyModules(found.modules, delta)
-    adapter = Adapter(modules, BaseId(""), carried=carried, task_type=_task(model))
+    adapter = Adapter(modules, BaseId(""), carried=carried, task_type=_task_of_adapter(model, found))
     return Reading(
         adapter,
         frozenset(found.modules.values()) - found.known.keys(),
@@ -195,10 +200,20 @@ def _refuse_problems(source: Source, found: _Sorted) -> None:
 
 
 def _task(model: BaseWeights) -> str | None:
-    """PEFT's word for the kind of model. A reader of images too is ForConditionalGeneration, without an encoder."""
+    """PEFT's word for the kind of model, where it generates text or classifies it.
+
+    A reader of images too is ForConditionalGeneration, without an encoder.
+    """
     names = model.config.get("architectures") or ["ForCausalLM"]
-    task = next((task for end, task in TASKS.items() if str(names[0]).endswith(end)), "CAUSAL_LM")
+    task = next((task for end, task in TASKS.items() if str(names[0]).endswith(end)), None)
     return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and not model.config.get("is_encoder_decoder") else task
+
+
+def _task_of_adapter(model: BaseWeights, found: _Sorted) -> str | None:
+    """The same, but for a classifier whose head is LoRA: PEFT loads that over any model by no word alone."""
+    task = _task(model)
+    is_whole = any(parameter.split(".")[-2:-1] in CLASSIFIERS for parameter in found.carried)
+    return None if task == "SEQ_CLS" and not is_whole else task
 
 
 def _notes(found: _Sorted, model: BaseWeights, base: BaseWeights) -> Iterable[str]:

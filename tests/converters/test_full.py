@@ -411,6 +411,32 @@ def test_a_classifiers_head_is_carried(tmp_path: Path, tiny_base: Path) -> None:
     assert off_by(logits_of(loaded), logits_of(model)) < EXACT
 
 
+@pytest.mark.parametrize("kind", ["MaskedLM", "TokenClassification", "SequenceClassification"])
+def test_models_that_make_no_text(tmp_path: Path, kind: str) -> None:
+    """PEFT loads them by no task at all: it asks a causal model to generate, and wants a classifier's head whole."""
+    import transformers
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=64, initializer_range=0.2,
+        )  # fmt: skip
+        return getattr(transformers, f"BertFor{kind}")(config).float().eval()
+
+    build().save_pretrained(tmp_path / "base")
+    model = build()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("query.weight", "classifier.weight")):
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "model")
+    converted(tmp_path / "model", tmp_path / "base", tmp_path / "out", tolerance=0.0)
+    loaded = load_on(tmp_path / "base", tmp_path / "out", auto=getattr(transformers, f"AutoModelFor{kind}"))
+    inputs = {"input_ids": input_ids()}
+    assert off_by(logits_of(build(), **inputs), logits_of(model, **inputs)) > 1000 * EXACT
+    assert off_by(logits_of(loaded, **inputs), logits_of(model, **inputs)) < EXACT
+
+
 # Tied heads, shared embeddings, Conv1D
 
 
