@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from converters.patterns import LEFT_OUT, Patterns
 from converters.reading import Inputs, Reading
 from converters.source import Source
-from converters.whole import CARRIED, CLASSIFIERS, check_vocabulary, is_resized, same
+from converters.whole import CARRIED, check_vocabulary, is_resized, same
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors
 from gora_serve.adapter.linalg import as_factors
+from gora_serve.adapter.names import CLASSIFIERS, saved_as
 from gora_serve.adapter.tensors import Renamed
 from gora_serve.deploy.base import COMPUTED, EMBEDDINGS, FILE_HEAD, HEADS, BaseWeights
 from gora_serve.errors import BindingError, InputError, counted, listed
@@ -212,7 +213,7 @@ def _task(model: BaseWeights) -> str | None:
 def _task_of_adapter(model: BaseWeights, found: _Sorted) -> str | None:
     """The same, but for a classifier whose head is LoRA: PEFT loads that over any model by no word alone."""
     task = _task(model)
-    is_whole = any(parameter.split(".")[-2:-1] in CLASSIFIERS for parameter in found.carried)
+    is_whole = any(saved_as(parameter).rpartition(".")[2] in CLASSIFIERS for parameter in found.carried)
     return None if task == "SEQ_CLS" and not is_whole else task
 
 

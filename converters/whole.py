@@ -18,14 +18,13 @@ from converters.checks import check_numbers
 from converters.reading import Beyond, Inputs
 from converters.source import Source
 from gora_serve.adapter.format import CARRIED_DTYPES, unusual_type
-from gora_serve.adapter.names import PREFIX
+from gora_serve.adapter.names import CLASSIFIERS, PREFIX
 from gora_serve.adapter.peft_config import saved_modules
 from gora_serve.adapter.tensors import Renamed
 from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
 from gora_serve.errors import BindingError
 
 CARRIED = "modules are carried whole: PEFT loads them, vLLM serves only a classifier's head so"
-CLASSIFIERS = (["score"], ["classifier"])
 # What PEFT's wrappers put into the names of a state dict; `original_module` is what stood there before training.
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(?:\.default)?)(?=\.)")
 _ORIGINAL = ".original_module."
@@ -66,7 +65,7 @@ class Whole:
     @property
     def is_served(self) -> bool:
         """Whether an engine takes what lies beside the factors: nothing, or a classifier's head."""
-        heads = all(parameter.split(".")[-2:-1] in CLASSIFIERS for parameter in self.carried)
+        heads = all(parameter.split(".")[-2:][0] in CLASSIFIERS for parameter in self.carried)
         return heads and not self.lost
 
     @property
@@ -88,12 +87,17 @@ def sort_whole(source: Source, inputs: Inputs, adapted: Collection[str]) -> Whol
         elif name.startswith(PREFIX) and not _FACTOR.search(name):
             parameter = _WRAPPED.sub("", name.removeprefix(PREFIX))
             module = parameter.rpartition(".")[0]
-            # PEFT's own rule: a name of modules_to_save is any end of the path.
-            if module.endswith(saved) and module not in adapted and _ORIGINAL not in name:
+            if _is_within(module, saved) and module not in adapted and _ORIGINAL not in name:
                 _carry(source, name, parameter, found)
             elif parameter.endswith((".weight", ".bias")):
                 _sort_parameter(source, inputs, name, parameter, module in adapted, found)
     return found
+
+
+def _is_within(module: str, saved: tuple[str, ...]) -> bool:
+    """Tell whether PEFT saves a module, with all that is in it. Its own rule: a name is any end of the path."""
+    steps = module.split(".")
+    return any(".".join(steps[: count + 1]).endswith(saved) for count in range(len(steps)))
 
 
 def _carry(source: Source, name: str, parameter: str, found: Whole) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 PREFIX = "base_model.model."
 PART = re.compile(r"\.lora_([AB])\.weight$")
+CLASSIFIERS = ("score", "classifier")  # PEFT saves modules of these names whole, for a task of classification
 EMBEDDING_PART = re.compile(r"\.lora_embedding_([AB])$")
 
 
@@ -23,6 +24,14 @@ def embedding_key(path: str, part: str) -> str:
 def saved_key(parameter: str) -> str:
     """Return the key of a parameter that is saved whole (modules_to_save): base_model.model.<parameter path>."""
     return f"{PREFIX}{parameter}"
+
+
+def saved_as(parameter: str) -> str:
+    """Return the module of modules_to_save that a parameter belongs to: its own, or the classifier that holds it, as
+    RoBERTa's classifier.out_proj.weight."""
+    steps = parameter.split(".")[:-1]
+    place = next((place for place, step in enumerate(steps) if step in CLASSIFIERS), len(steps))
+    return ".".join(steps[: place + 1])
 
 
 def parse_key(key: str) -> tuple[str, str] | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
 from gora_serve.deploy.merge_values import Part, Target
 from gora_serve.errors import BindingError
+
+_LABELS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of a classifier: a row for each label
+_OTHER_HEAD = re.compile("(ForCausalLM|LMHeadModel|ForMaskedLM|Model)$")
 
 
 def _vocabularies(targets: Sequence[Target]) -> Iterator[Target]:
@@ -58,7 +62,7 @@ def _everywhere(config: Mapping[str, Any], key: str, value: Any) -> dict[str, An
 
 def _classifier(config: dict[str, Any], parts: Sequence[Part], targets: Sequence[Target]) -> dict[str, Any]:
     """Name as many labels as a new classifier has rows, and the model after it."""
-    heads = [one for one in targets if one.fresh and one.name.endswith(("score.weight", "classifier.weight"))]
+    heads = [one for one in targets if one.fresh and one.name.endswith(_LABELS)]
     if not heads or not any(part.task_type == "SEQ_CLS" for part in parts):
         return config
     rows = heads[0].shape[0]
@@ -66,5 +70,5 @@ def _classifier(config: dict[str, Any], parts: Sequence[Part], targets: Sequence
         labels = {str(index): f"LABEL_{index}" for index in range(rows)}
         config = config | {"id2label": labels, "label2id": {name: int(index) for index, name in labels.items()}}
     names = config.get("architectures") or []
-    renamed = [name.replace("ForCausalLM", "ForSequenceClassification") for name in names]
+    renamed = [_OTHER_HEAD.sub("ForSequenceClassification", name) for name in names]
     return config | ({"architectures": renamed} if names else {})

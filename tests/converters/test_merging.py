@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from proving import (
     EXACT,
+    converted,
     copy_embeddings_to_head,
     input_ids,
     load_on,
@@ -170,6 +171,33 @@ def test_a_classifier_that_the_base_lacks(tmp_path: Path) -> None:
     assert found.config.num_labels == 5
     assert found.config.architectures == ["LlamaForSequenceClassification"]
     assert off_by(ask(found), logits) < EXACT
+
+
+def test_a_classifier_of_several_layers(tmp_path: Path) -> None:
+    """PEFT saves RoBERTa's classifier whole: two linear layers, which the base lacks."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    RobertaForMaskedLM(RobertaConfig(vocab_size=384, **sizes)).save_pretrained(tmp_path / "base")
+
+    def build() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+
+    def ask(model: Any) -> Tensor:
+        return logits_of(model, input_ids=input_ids())
+
+    config = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    model = train(get_peft_model(build(), config), input_ids=input_ids(), labels=torch.tensor([0, 1, 2, 2]))
+    model.save_pretrained(tmp_path / "adapter")
+    logits = ask(model)
+    converted(tmp_path / "adapter", tmp_path / "base", tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    assert off_by(ask(PeftModel.from_pretrained(build(), tmp_path / "plain")), logits) < EXACT
+    for adapter in ("adapter", "plain"):
+        merged(tmp_path / adapter, tmp_path / "base", tmp_path / f"{adapter}-merged")
+        found = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"{adapter}-merged")
+        assert (found.config.num_labels, found.config.architectures) == (3, ["RobertaForSequenceClassification"])
+        assert off_by(ask(found), logits) < EXACT
 
 
 @pytest.mark.parametrize("build", [build_llama, partial(build_llama, tie_word_embeddings=True)])
