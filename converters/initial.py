@@ -146,8 +146,7 @@ def _can_be_edited(path: str, plain: Reading, base: BaseWeights) -> bool:
 
 def _refuse_tied(source: Source, base: BaseWeights, paths: Iterable[str], rules: Rules) -> None:
     """The initialisation edited one tensor that is both: the embeddings lost P0, and LoRA on the head is no help."""
-    copies = (path for path in paths if path == base.head and base.copied_to_head is not None)
-    tied = next((path for path in paths if base.find_parameter(f"{path}.weight") is None), next(copies, None))
+    tied = next((path for path in paths if base.is_head(path) and base.head_is_tied), None)
     if tied is not None:
         raise InputError(
             f"{rules.family} edited the head, which this base ties to its embeddings: these changed too",
