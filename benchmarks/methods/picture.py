@@ -50,9 +50,13 @@ def sweeps() -> None:
         for task in TASKS
     }  # fmt: skip
     shown = {task: whole for task, whole in losses.items() if "gora" in whole}
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(5.6 * len(shown) + 1.4, 4.2), squeeze=False)
-    for ax, (task, whole) in zip(axes[0], shown.items(), strict=True):
-        lowest = min(min(at.values()) for at in whole.values())
+    rows_of_two = -(-len(shown) // 2)
+    figure, axes = pyplot.subplots(rows_of_two, 2, figsize=(13.0, 4.2 * rows_of_two), squeeze=False)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
+    for ax, (task, whole) in zip(axes.flat, shown.items(), strict=False):
+        every_loss = [loss for at in whole.values() for loss in at.values() if math.isfinite(loss)]
+        lowest, highest = min(every_loss), max(every_loss)
         for name, at in sorted(whole.items(), key=lambda one: min(one[1].values())):
             rates = sorted(lr for lr in at if math.isfinite(at[lr]))
             x, y = [lr * every[name].ratio for lr in rates], [at[lr] for lr in rates]
@@ -65,7 +69,7 @@ def sweeps() -> None:
             ax.axhline(guess, color="gray", linestyle="--", linewidth=1.0, label=f"guessing  {guess:.4f}")
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-        ax.set_ylim(lowest * 0.97, lowest * SHOWN)
+        ax.set_ylim(lowest * 0.97, min(lowest * SHOWN, highest * 1.02))
         ax.set_title(f"{TASKS[task].kind}: loss on 150 validation rows")
         ax.set_xlabel("learning rate (of B)")
         ax.grid(alpha=0.3)
