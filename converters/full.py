@@ -213,7 +213,7 @@ def _task(model: BaseWeights) -> str | None:
 def _task_of_adapter(model: BaseWeights, found: _Sorted) -> str | None:
     """The same, but for a classifier whose head is LoRA: PEFT loads that over any model by no word alone."""
     task = _task(model)
-    is_whole = any(saved_as(parameter).rpartition(".")[2] in CLASSIFIERS for parameter in found.carried)
+    is_whole = any(module.rpartition(".")[2] in CLASSIFIERS for module in saved_as(found.carried))
     return None if task == "SEQ_CLS" and not is_whole else task
 
 

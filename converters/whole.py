@@ -18,7 +18,7 @@ from converters.checks import check_numbers
 from converters.reading import Beyond, Inputs
 from converters.source import Source
 from gora_serve.adapter.format import CARRIED_DTYPES, unusual_type
-from gora_serve.adapter.names import CLASSIFIERS, PREFIX
+from gora_serve.adapter.names import CLASSIFIERS, PREFIX, holders
 from gora_serve.adapter.peft_config import saved_modules
 from gora_serve.adapter.tensors import Renamed
 from gora_serve.deploy.base import EMBEDDINGS, HEADS, BaseWeights
@@ -87,17 +87,13 @@ def sort_whole(source: Source, inputs: Inputs, adapted: Collection[str]) -> Whol
         elif name.startswith(PREFIX) and not _FACTOR.search(name):
             parameter = _WRAPPED.sub("", name.removeprefix(PREFIX))
             module = parameter.rpartition(".")[0]
-            if _is_within(module, saved) and module not in adapted and _ORIGINAL not in name:
+            # PEFT saves a module with all that is in it. Its own rule: a name is any end of the path.
+            is_saved = any(one.endswith(saved) for one in holders(parameter))
+            if is_saved and module not in adapted and _ORIGINAL not in name:
                 _carry(source, name, parameter, found)
             elif parameter.endswith((".weight", ".bias")):
                 _sort_parameter(source, inputs, name, parameter, module in adapted, found)
     return found
-
-
-def _is_within(module: str, saved: tuple[str, ...]) -> bool:
-    """Tell whether PEFT saves a module, with all that is in it. Its own rule: a name is any end of the path."""
-    steps = module.split(".")
-    return any(".".join(steps[: count + 1]).endswith(saved) for count in range(len(steps)))
 
 
 def _carry(source: Source, name: str, parameter: str, found: Whole) -> None:

@@ -81,14 +81,15 @@ class DataConfig:
     @property
     def column_of(self) -> dict[str, str]:
         """Return the column of each field that `columns` names."""
-        pairs = [one.partition("=") for one in (self.columns or "").split(",")]
-        return {field.strip(): column.strip() for field, _, column in pairs if field or column}
+        pairs = (one.partition("=") for one in (self.columns or "").split(","))
+        return {field.strip(): column for field, _, column in pairs if field or column}
 
     def validate(self) -> None:
         _require(self.max_length >= 2, "--max-length must be at least 2", actual=self.max_length)
         _require(self.batch_size >= 1, "--batch-size must be at least 1", actual=self.batch_size)
         named = self.column_of
-        whole = set(named) in ROW_FIELDS and all(named.values()) and (self.columns or "").count("=") == len(named)
+        once = (self.columns or "").count(",") == len(named) - 1  # a name given twice has one place here
+        whole = set(named) in ROW_FIELDS and all(named.values()) and once
         expected = "prompt=COLUMN,completion=COLUMN, or messages=COLUMN, or text=COLUMN"
         _require(
             self.columns is None or whole, "--columns names the fields of a row", expected=expected, actual=self.columns

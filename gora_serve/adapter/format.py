@@ -18,7 +18,15 @@ import gora_serve
 from gora_serve.adapter.engine_ranks import LARGEST_RANK, padded_rank
 from gora_serve.adapter.factors import Adapter, BaseId, LazyModules, LoraFactors, raw_bytes
 from gora_serve.adapter.linalg import fold_scale, pad_rank
-from gora_serve.adapter.names import embedding_key, parse_embedding_key, parse_key, saved_as, saved_key, tensor_key
+from gora_serve.adapter.names import (
+    embedding_key,
+    holders,
+    parse_embedding_key,
+    parse_key,
+    saved_as,
+    saved_key,
+    tensor_key,
+)
 from gora_serve.adapter.peft_config import make_config, read_scales, saved_modules
 from gora_serve.adapter.tensors import TensorFiles
 from gora_serve.config import ExportConfig, Form
@@ -112,7 +120,7 @@ def write_adapter(folder: Path, adapter: Adapter, form: Form, dtype: torch.dtype
         revision=adapter.base.revision,
         task_type=adapter.task_type,
         fan_in_fan_out=adapter.fan_in_fan_out,
-        modules_to_save=sorted(set(map(saved_as, adapter.carried))),
+        modules_to_save=saved_as(adapter.carried),
     )
     write_json(folder / CONFIG, config)
     return root
@@ -265,7 +273,7 @@ def _sorted_out(tensors: TensorFiles, saved: Collection[str], file: Path) -> tup
         embedding = parse_embedding_key(key)
         parsed = embedding or parse_key(key)
         parameter = key.removeprefix(saved_key(""))
-        if parsed is None and saved_as(parameter) in saved:
+        if parsed is None and not set(saved).isdisjoint(holders(parameter)):
             carried[parameter] = key
             continue
         is_factor = parsed is not None and len(entry.shape) == 2 and entry.dtype in DTYPES.values()

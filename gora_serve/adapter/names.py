@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 PREFIX = "base_model.model."
@@ -26,12 +27,21 @@ def saved_key(parameter: str) -> str:
     return f"{PREFIX}{parameter}"
 
 
-def saved_as(parameter: str) -> str:
-    """Return the module of modules_to_save that a parameter belongs to: its own, or the classifier that holds it, as
-    RoBERTa's classifier.out_proj.weight."""
+def holders(parameter: str) -> list[str]:
+    """Return the modules that a parameter lies in, from the outermost one."""
     steps = parameter.split(".")[:-1]
-    place = next((place for place, step in enumerate(steps) if step in CLASSIFIERS), len(steps))
-    return ".".join(steps[: place + 1])
+    return [".".join(steps[: count + 1]) for count in range(len(steps))]
+
+
+def saved_as(parameters: Iterable[str]) -> list[str]:
+    """Return the modules_to_save that these parameters come from: their own modules, or the classifier that holds
+    several of these, as RoBERTa's holds dense and out_proj."""
+    classifiers: dict[str, str] = {}
+    for parameter in parameters:
+        *outer, module = holders(parameter) or [""]
+        classifiers[module] = next((one for one in outer if one.rpartition(".")[2] in CLASSIFIERS), "")
+    within = Counter(classifiers.values())
+    return sorted({one if one and within[one] > 1 else module for module, one in classifiers.items()})
 
 
 def parse_key(key: str) -> tuple[str, str] | None:

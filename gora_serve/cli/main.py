@@ -126,11 +126,15 @@ def _run(argv: list[str]) -> object:
     """Run the command. A name that no file can have is refused wherever it is first looked for."""
     try:
         return cli.main(argv, prog_name="gora-serve", standalone_mode=False)
-    except OSError as err:
-        if err.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+    except (OSError, RuntimeError) as err:
+        if isinstance(err, RuntimeError) and "Symlink loop" in str(err):  # what pathlib raises before Python 3.13
+            why, file = os.strerror(errno.ELOOP), str(err).partition("'")[2].rstrip("'")
+        elif isinstance(err, OSError) and err.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            why, file = str(err.strerror), err.filename
+        else:
             raise
-        what = f"no file can be reached by this path: {err.strerror}"
-        raise MachineError(what, code="GS-508", file=err.filename, hint="give a shorter path, without links") from err
+        what, hint = f"no file can be reached by this path: {why}", "give a shorter path, without links"
+        raise MachineError(what, code="GS-508", file=file, hint=hint) from err
 
 
 def _interrupted(number: int) -> int:

@@ -192,7 +192,7 @@ data_options = together(
     click.option("--batch-size", default=DataConfig.batch_size, show_default=True, help="Rows of a micro-batch."),
     click.option(
         "--columns", default=DataConfig.columns, metavar="prompt=COLUMN,completion=COLUMN",
-        help="Where the data calls them otherwise; or messages=COLUMN, or text=COLUMN.",
+        help="Where the data, that of --eval-data too, calls them otherwise; or messages=COLUMN, or text=COLUMN.",
     ),
 )  # fmt: skip
 probe_options = together(

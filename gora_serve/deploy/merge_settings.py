@@ -11,7 +11,7 @@ from gora_serve.deploy.merge_values import Part, Target
 from gora_serve.errors import BindingError
 
 _LABELS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # of a classifier: a row for each label
-_OTHER_HEAD = re.compile("(ForCausalLM|LMHeadModel|ForMaskedLM|Model)$")
+_OTHER_HEAD = re.compile("(ForCausalLM|(With)?LMHeadModel|ForMaskedLM|ForPreTraining|(?<!Encoder)Model)$")
 
 
 def _vocabularies(targets: Sequence[Target]) -> Iterator[Target]:

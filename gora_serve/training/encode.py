@@ -45,8 +45,9 @@ class Row:
     def lacking(self, what: str, expected: str) -> InputError:
         """Return the error for fields that are not there, or not by the names that are known."""
         refused = self.refused(what, expected)
-        others = self.values.keys() - FIELDS
-        if not others or {"prompt", "completion"} <= self.values.keys():
+        others = [name for name in self.values if name not in FIELDS]
+        given = FIELDS & self.values.keys()
+        if not others or given not in (set(), {"prompt"}, {"completion"}):
             return refused
         if separator := next((mark for name in others for mark in ";\t|" if mark in name), None):
             return refused.advising(f"separate the columns by commas, not by {separator!r}")

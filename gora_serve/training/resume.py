@@ -155,6 +155,8 @@ def _shown(values: Mapping[str, Any], names: list[str]) -> str:
 def digests(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint records of its run: the digest of the settings, the base's roots, the data's digests."""
     settings = {name: value for name, value in _flat(facts["config"]) if name not in FREE_SETTINGS}
+    if settings.get("data.columns") is None:  # runs of before that setting have none
+        settings.pop("data.columns", None)
     text = json.dumps({name: float(v) if type(v) is int else v for name, v in settings.items()}, sort_keys=True)
     return {
         "config": hashlib.sha256(text.encode()).hexdigest(),

@@ -204,3 +204,6 @@ def test_links_in_a_circle(tmp_path: Path) -> None:
     ring.symlink_to(ring)
     refused(gora_here("fit", ring, "--data", ring, "--output", ring / "out"), "GS-520")
     refused(gora_here("verify", ring / "in" / "it"), "GS-503")
+    refused(gora_here("report", tmp_path, "--output", ring / "page.html"), "GS-240")
+    (tmp_path / "run.json").write_text('{"schema": "gora-serve/run/1"}')
+    refused(gora_here("report", tmp_path, "--output", ring / "page.html"), "GS-508", str(ring))

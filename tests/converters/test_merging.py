@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 from converters.merging import merge_model, verify_merged
 from converters.reading import Inputs
+from gora_serve.adapter.names import saved_as
 from gora_serve.config import MergeConfig
 from gora_serve.deploy.base import BaseWeights
 from gora_serve.errors import BindingError, InputError, MismatchError
@@ -198,6 +199,13 @@ def test_a_classifier_of_several_layers(tmp_path: Path) -> None:
         found = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"{adapter}-merged")
         assert (found.config.num_labels, found.config.architectures) == (3, ["RobertaForSequenceClassification"])
         assert off_by(ask(found), logits) < EXACT
+
+
+def test_a_part_of_a_classifier_is_saved_alone() -> None:
+    both = ("classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight")
+    assert saved_as(both) == ["classifier"]
+    assert saved_as(both[2:]) == ["classifier.out_proj"]
+    assert saved_as(("score.weight", "model.norm.weight")) == ["model.norm", "score"]
 
 
 @pytest.mark.parametrize("build", [build_llama, partial(build_llama, tie_word_embeddings=True)])

@@ -200,9 +200,18 @@ def test_fields_that_are_called_otherwise(tmp_path: Path, tokenizer: Any, ending
     """The named columns alone count: here `text` and `completion` are something else."""
     rows = [{"text": f"Color of a {word}?", "label": word, "completion": "no"} for word in ("plum", "pear")]
     plain = [{"prompt": row["text"], "completion": row["label"]} for row in rows]
-    named = replace(CHAT, columns="prompt = text, completion=label")
+    named = replace(CHAT, columns="prompt=text, completion=label")
     found = load(write_as(tmp_path / f"rows.{ending}", rows), tokenizer, named)
     assert found.examples == load(write_as(tmp_path / f"plain.{ending}", plain), tokenizer).examples
+
+
+def test_a_column_is_called_as_the_file_has_it(tmp_path: Path, tokenizer: Any) -> None:
+    """A CSV with spaces behind its commas, and a name with an equals sign."""
+    (tmp_path / "rows.csv").write_text("a=b, answer\nred?,yes\n")
+    config = replace(CHAT, columns="prompt=a=b,completion= answer")
+    config.validate()
+    (example,) = load(tmp_path / "rows.csv", tokenizer, config).examples
+    assert with_loss(example, tokenizer) == "yes<|im_end|>\n"
 
 
 def test_turns_and_text_that_are_called_otherwise(tmp_path: Path, tokenizer: Any) -> None:

@@ -42,7 +42,7 @@ from gora_serve.progress import Progress
 from gora_serve.training import loop
 from gora_serve.training.checkpoint import newest_checkpoint
 from gora_serve.training.fit import fit
-from gora_serve.training.resume import Left, check_gamma, check_same, decisive
+from gora_serve.training.resume import Left, check_gamma, check_same, decisive, digests
 from gora_serve.training.run import FitResult
 
 STEPS = 6
@@ -493,6 +493,15 @@ def test_what_differs_is_named_with_its_option() -> None:
         option = caught.value.what.partition(f"{name} (")[2].rstrip(")")
         assert option in options if name not in NO_OPTION else not option, name
     assert set(settings) >= NO_OPTION
+
+
+def test_a_run_of_before_columns_goes_on() -> None:
+    config = asdict(FitConfig())
+    before = {**config, "data": {name: value for name, value in config["data"].items() if name != "columns"}}
+    rest = {"base": {"roots": {}}, "data": {"sha256": "x"}, "eval_data": None}
+    assert digests({**rest, "config": before}) == digests({**rest, "config": config})
+    named = {**config, "data": {**config["data"], "columns": "text=story"}}
+    assert digests({**rest, "config": named}) != digests({**rest, "config": config})
 
 
 def test_many_differences_are_counted() -> None:
