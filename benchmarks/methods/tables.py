@@ -71,10 +71,9 @@ def paired(every: Rows, method: str, rival: str, what: str) -> dict[str, Any] | 
 def error_over_rows(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float | None:
     """Return the standard error over test rows of the mean difference, each row's taken over the seeds; None where the
     credits of rows were not stored."""
-    credits = [(one.get("credits"), other.get("credits")) for one, other in pairs]
-    if not all(one and other for one, other in credits):
+    if not all("credits" in row for pair in pairs for row in pair):
         return None
-    by_seed = [[a - b for a, b in zip(one, other, strict=True)] for one, other in credits if one and other]
+    by_seed = ([a - b for a, b in zip(one["credits"], other["credits"], strict=True)] for one, other in pairs)
     of_rows = [statistics.fmean(row) for row in zip(*by_seed, strict=True)]
     return round(statistics.stdev(of_rows) / math.sqrt(len(of_rows)), 4)
 
