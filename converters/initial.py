@@ -146,7 +146,8 @@ def _can_be_edited(path: str, plain: Reading, base: BaseWeights) -> bool:
 
 def _refuse_tied(source: Source, base: BaseWeights, paths: Iterable[str], rules: Rules) -> None:
     """The initialisation edited one tensor that is both: the embeddings lost P0, and LoRA on the head is no help."""
-    tied = next((path for path in paths if base.is_head(path) and base.head_is_tied), None)
+    heads = (path for path in paths if base.is_head(path))
+    tied = next((path for path in heads if base.ties_head or base.copied_to_head is not None), None)
     if tied is not None:
         raise InputError(
             f"{rules.family} edited the head, which this base ties to its embeddings: these changed too",

@@ -206,11 +206,6 @@ class BaseWeights:
         return embeddings if torch.equal(self.tensors[own], self.tensors[embeddings]) else None
 
     @property
-    def head_is_tied(self) -> bool:
-        """Whether the head's weight is that of the embeddings, be it stored as a copy."""
-        return (self.ties_head and self._tied(self.head) is not None) or self.copied_to_head is not None
-
-    @property
     def _own_head(self) -> str | None:
         """The head's tensor, where it has one of its own."""
         return self.find_parameter(f"{self.head}.weight") or self._other_name(self.head)
